@@ -1,0 +1,104 @@
+"""Box-domain pre-training: the algorithm of AlignDet (paper section 3.2, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainableDetector, PretrainOutput
+from aligndet.data.views import TwoViews, View
+from aligndet.losses import box_contrastive_loss
+from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
+from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
+
+
+class BoxPretraining(TrainingModule):
+    """Trains everything but the trunk to tell proposals apart and to find their boxes."""
+
+    def __init__(
+        self,
+        online: PretrainableDetector,
+        *,
+        steps: int,
+        temperature: float = 0.5,
+        decay: float = 0.996,
+        contrast_weight: float = 1.0,
+        box_weight: float = 1.0,
+        train_trunk: bool = False,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.05,
+        schedule: ScheduleName = "cosine",
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.online = cast(nn.Module, online)
+        self.trunk: nn.Module = online.detector.backbone.body  # type: ignore[union-attr, assignment]
+        self.trunk.requires_grad_(train_trunk)
+        self.train_trunk = train_trunk
+        self.momentum = momentum_copy(self.online, None if train_trunk else self.trunk)
+        self.steps, self.temperature, self.decay, self.seed = steps, temperature, decay, seed
+        self.contrast_weight, self.box_weight = contrast_weight, box_weight
+        self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+
+    def train(self, mode: bool = True) -> BoxPretraining:
+        """Keeps the frozen trunk in eval mode (also its batch norms)."""
+        super().train(mode)
+        if not self.train_trunk:
+            self.trunk.eval()
+        return self
+
+    def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
+        """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
+        online: PretrainOutput = self.online(*_unzip([item.online for item in batch]))
+        with torch.no_grad():
+            momentum: PretrainOutput = self.momentum(*_unzip([item.momentum for item in batch]))
+        contrast = torch.stack(
+            [
+                stage.weight * box_contrastive_loss(stage, keys, self.temperature)
+                for stage, keys in zip(online.stages, momentum.stages, strict=True)
+            ]
+        ).sum()
+        losses = {"contrast": self.contrast_weight * contrast}
+        losses |= {name: self.box_weight * loss for name, loss in online.losses.items()}
+        self.log_dict(_statistics(batch, online.stages[-1], momentum.stages[-1]))
+        return self.total_loss(losses, [item.file_name for item in batch])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lets the momentum detector follow after every step of the optimizer."""
+        super().optimizer_step(*args, **kwargs)
+        decay = cosine_decay(self.global_step - 1, self.steps, self.decay)
+        update_momentum(self.online, self.momentum, decay, getattr(self.online, "copied_parameters", ()))
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule from the settings."""
+        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
+        optimizer: Optimizer = build_optimizer([(self.online.parameters(), 1.0)], name, learning_rate, weight_decay)
+        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _unzip(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:
+    return [view.image.float() / 255 for view in views], [view.proposals for view in views]
+
+
+@torch.no_grad()
+def _statistics(batch: list[TwoViews], online: BoxPredictions, momentum: BoxPredictions) -> dict[str, Tensor | float]:
+    """What to watch: a spread that falls to 0 means that all embeddings have become one (it starts near 1)."""
+    found = [torch.unique(stage.proposal_ids[stage.proposal_ids != BACKGROUND]) for stage in (online, momentum)]
+    proposals = sum(len(item.online.proposals) for item in batch)
+    directions = F.normalize(online.embeddings.float(), dim=1)
+    spread = (directions.var(0, unbiased=False).sum()).sqrt() if len(directions) else directions.sum()
+    return {
+        "boxes/assigned": float((online.proposal_ids != BACKGROUND).sum()),
+        "boxes/background": float((online.proposal_ids == BACKGROUND).sum()),
+        "proposals/in_batch": float(proposals),
+        "proposals/in_both_views": torch.isin(found[0], found[1]).sum() / max(1, proposals),
+        "embedding_spread": spread,
+    }

@@ -1,0 +1,46 @@
+"""The vocabulary that detectors, losses and training share: boxes, the proposal each stands for, and the protocol."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+BACKGROUND = -1
+"""The proposal id of a box that stands for no proposal (the empty set of the paper's section 3.2)."""
+
+
+class BoxPredictions(NamedTuple):
+    """The boxes of one view and one stage, as the contrastive loss sees them."""
+
+    embeddings: Tensor  # (M, D) projected, not normalised
+    proposal_ids: Tensor  # (M,) int64 index into the batch's proposals, or BACKGROUND
+    weight: float = 1.0  # of this stage in the contrastive loss
+
+
+class PretrainOutput(NamedTuple):
+    """What a pre-trainable detector returns for one view of a batch."""
+
+    stages: tuple[BoxPredictions, ...]  # one; Cascade R-CNN three; CBNet v2 six
+    losses: dict[str, Tensor]  # the detector's own box losses: scalars, already weighted
+
+
+class PretrainableDetector(Protocol):
+    """Three members make a detector pre-trainable; it is an ``nn.Module`` that also has them.
+
+    Attributes:
+        detector: The plain detector that `export` saves; ``detector.backbone.body`` is its trunk.
+        prediction_layers: Names (prefixes in ``detector``'s state dict) that the export leaves out.
+    """
+
+    detector: nn.Module
+    prediction_layers: tuple[str, ...]
+
+    def __call__(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
+        """Assigns proposals to predicted boxes and embeds them.
+
+        Args:
+            images: Of shape (3, H_i, W_i) each, in [0, 1].
+            proposals: Of shape (N_i, 4) each, xyxy pixels of ``images[i]``, N_i >= 0.
+        """
+        ...

@@ -1,0 +1,102 @@
+"""The folder of a training run: who owns it, what it was asked for, whether it may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aligndet.data.files import atomic_write, locked
+
+_MAY_CHANGE = {"output", "resume", "overwrite", "devices", "nodes", "strategy", "accelerator", "workers", "log_every"}
+
+
+@contextmanager
+def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | None]:
+    """Owns the output folder for the length of a run.
+
+    Args:
+        settings: All arguments of the command, with "output", "resume" and "overwrite" among them.
+        explanation: Text of the folder's README.txt.
+
+    Yields:
+        The checkpoint to go on from, or None.
+
+    Raises:
+        ValueError: If the folder is not empty and neither resume nor overwrite was asked for, if a resumed run
+            has other settings than before, or if another process uses the folder.
+    """
+    output = Path(settings["output"])
+    # the other processes of a distributed run join the first one's folder
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output) if first else nullcontext():
+        record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
+        used = [p.name for p in output.iterdir() if not p.name.startswith(".")]
+        plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
+        if first and used and settings["overwrite"]:
+            if not record.is_file():
+                raise ValueError(f"{output}: holds {sorted(used)[0]!r} and no run of aligndet; it is not overwritten")
+            for path in output.iterdir():
+                if not path.name.startswith("."):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif used and settings["resume"] and record.is_file():
+            before = json.loads(record.read_text())["settings"]
+            changed = [k for k in plain if k in before and before[k] != plain[k]]
+            if changed:
+                k = changed[0]
+                raise ValueError(f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former")
+        elif first and used:
+            raise ValueError(
+                f"{output}: is not empty; give --resume true to go on with its run, --overwrite true to start anew,"
+                " or another output"
+            )
+        if first:
+            atomic_write(output / "README.txt", explanation)
+            atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
+        yield checkpoint if settings["resume"] and checkpoint.is_file() else None
+
+
+def provenance() -> dict[str, Any]:
+    """What it takes to do the same again: command line and versions."""
+    packages = ("aligndet", "torch", "torchvision", "lightning", "timm")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+def steps_of(steps: int | None, epochs: float, images: int, batch: int) -> int:
+    """The length of a run in optimizer steps.
+
+    Args:
+        steps: If given, just that.
+        epochs: Passes over the images otherwise.
+        images: Of the data set.
+        batch: Images a step, over all processes.
+    """
+    total = steps if steps is not None else max(1, round(epochs * images / batch))
+    if total < 1:
+        raise ValueError(f"steps must be at least 1, not {total}")
+    return total
+
+
+def default_workers(workers: int | None) -> int:
+    """Loader processes: as asked, or one less than the cores, at most eight.
+
+    Args:
+        workers: As asked.
+    """
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if workers is None else workers

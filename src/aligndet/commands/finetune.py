@@ -1,0 +1,240 @@
+"""`aligndet finetune`: supervised training on COCO JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import seed_everything
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from aligndet.commands._runs import default_workers, provenance, run_folder
+from aligndet.data.coco import CocoDetection, read_coco
+from aligndet.data.labelled import LabelledDataset
+from aligndet.data.views import collate
+from aligndet.detectors.build import build_detector
+from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
+from aligndet.evaluation.coco import CocoEvaluator
+from aligndet.finetuning import Finetuning
+from aligndet.training import (
+    OptimizerName,
+    ScheduleName,
+    StepSampler,
+    build_loader,
+    build_trainer,
+    load_state,
+    steps_done,
+)
+
+SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
+"""Steps of 16 images (paper section 4.1 and table 7)."""
+
+_EXPLANATION = """A run of `aligndet finetune`.
+
+run.json       settings, command line and versions
+checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best average precision on the validation images
+logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
+model/         the result: model.safetensors and manifest.json (best if there are validation images, else last),
+               for `aligndet evaluate`, `aligndet predict` and aligndet.load_detector
+"""
+
+
+def finetune(
+    annotations: Path,
+    *,
+    images: Path | None = None,
+    output: Path,
+    val_annotations: Path | None = None,
+    val_images: Path | None = None,
+    init_from: Path | None = None,
+    init: tuple[str, ...] = tuple(MODULES),
+    detector: str = "fcos",
+    trunk: str = "resnet50",
+    trunk_weights: str = "default",
+    fpn_channels: int = 256,
+    min_size: tuple[int, int] = (800, 800),
+    max_size: int = 1333,
+    schedule: Literal["12k", "90k", "1x", "2x", "3x", "4x"] = "12k",
+    steps: int | None = None,
+    batch_size: int = 16,
+    accumulate: int = 1,
+    optimizer: OptimizerName = "adamw",
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    decay: ScheduleName = "cosine",
+    trunk_factor: float = 0.1,
+    warmup_steps: int = 50,
+    clip: float | None = 10.0,
+    batch_norm: Literal["frozen", "trained", "sync"] = "frozen",
+    ema: float | None = None,
+    validate_every: int | None = None,
+    patience: int | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
+    workers: int | None = None,
+    seed: int = 0,
+    checkpoint_every: int = 500,
+    log_every: int = 10,
+    strict: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Fine-tunes a detector on labelled images, from pre-trained parts or from a trunk alone.
+
+    Args:
+        annotations: COCO JSON of the training images.
+        images: Their folder; by default looked for beside the JSON.
+        output: Folder of the run.
+        val_annotations: COCO JSON of validation images; without, the last weights are the result.
+        val_images: Their folder.
+        init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk and
+            fpn_channels are taken over. Without, neck and heads start from random numbers.
+        init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
+        detector: "fcos" or "retinanet".
+        trunk: A torchvision ResNet or any timm model with feature maps, by name.
+        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where init_from
+            brings the trunk.
+        fpn_channels: Width of the feature pyramid.
+        min_size: Smallest and largest short side of a training image (multi-scale in steps of 32); predictions
+            are made at the largest.
+        max_size: Bound of the long side.
+        schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16 images,
+            scaled with the batch size.
+        steps: Length of the run in steps; takes the place of schedule.
+        batch_size: Images a batch on each device.
+        accumulate: Batches a step of the optimizer.
+        optimizer: "adamw" or "sgd".
+        learning_rate: By default 1e-3 (AdamW) or 0.01 (SGD, 16 images), times 1.5 from pre-trained heads.
+        weight_decay: By default 0.05 (AdamW) or 1e-4 (SGD), times 0.5 from pre-trained heads.
+        decay: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
+        trunk_factor: Of the learning rate for the trunk.
+        warmup_steps: Steps of linear warm-up.
+        clip: Bound of the gradient norm; null for none.
+        batch_norm: Of the trunk: "frozen", "trained", or "sync" (trained, over all processes).
+        ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
+        validate_every: Steps between evaluations on the way; by default a tenth of the run.
+        patience: Stop after so many evaluations without a better average precision; null to go on to the end.
+        devices: Devices a machine.
+        nodes: Machines.
+        accelerator: "auto", "cpu" or "gpu".
+        strategy: Of Lightning, for several devices.
+        precision: "32", "bf16-mixed" or "16-mixed".
+        workers: Loader processes on each device; by default one less than the cores.
+        seed: Of new weights, data order and augmentation.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of the logs.
+        strict: A broken image or box is an error; by default it is skipped, counted and named.
+        resume: Go on from the last checkpoint in output.
+        overwrite: Throw away the run that is in output.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ValueError: If the input does not fit together; the message names the file or the value.
+    """
+    settings = dict(locals())
+    with run_folder(settings, _EXPLANATION) as checkpoint:
+        seed_everything(seed, verbose=False)
+        coco = read_coco(annotations, images, strict=strict)
+        world = devices * nodes
+        total = steps or max(1, round(SCHEDULES[schedule] * 16 / (batch_size * world * accumulate)))
+        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        state: dict[str, Any] = {}
+        if init_from is not None:
+            state, source = load_weights(init_from)
+            architecture = {k: source["architecture"][k] for k in architecture}
+        architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
+        model = build_detector(
+            **architecture,
+            trunk_weights="none" if "trunk" in init and state else trunk_weights,
+            resize_in_training=False,
+        )
+        origins = initialise(model, state, init)
+        pretrained = bool(state) and "head" in init
+        if batch_norm == "sync":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        adam = optimizer == "adamw"
+        evaluator, validation = None, None
+        if val_annotations is not None:
+            held_out = read_coco(val_annotations, val_images, strict=strict, categories=coco.categories)
+            evaluator = CocoEvaluator(held_out.categories)
+            validation = DataLoader(CocoDetection(held_out), batch_size, collate_fn=collate)
+        module = Finetuning(
+            model,
+            steps=total,
+            evaluator=evaluator,
+            freeze_batch_norm=batch_norm == "frozen",
+            trunk_factor=trunk_factor,
+            optimizer=optimizer,
+            learning_rate=learning_rate or (1e-3 if adam else 1e-2) * (1.5 if pretrained else 1.0),
+            weight_decay=weight_decay if weight_decay is not None else (0.05 if adam else 1e-4) * (0.5 if pretrained else 1.0),
+            schedule=decay,
+            warmup_steps=min(warmup_steps, total // 4),
+            seed=seed,
+        )
+        trainer = build_trainer(
+            output,
+            steps=total,
+            accumulate=accumulate,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            accelerator=accelerator,
+            precision=precision,
+            clip=clip,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            callbacks=_callbacks(output, validation is not None, patience, ema),
+            val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if validation is not None else 0,
+        )
+        sampler = StepSampler(
+            len(coco),
+            batch_size=batch_size,
+            batches=total * accumulate,
+            seed=seed,
+            first=steps_done(checkpoint) * accumulate,
+            rank=trainer.global_rank,
+            world=world,
+        )
+        dataset = LabelledDataset(coco, min_size=min_size, max_size=max_size, strict=strict)
+        loader = build_loader(dataset, sampler, collate, default_workers(workers))
+        trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
+        if trainer.is_global_zero:
+            best = output / "checkpoints" / "best.ckpt"
+            if best.is_file():
+                load_state(module, best)
+            manifest = {
+                "kind": "detector",
+                "format": "torchvision",
+                "architecture": architecture,
+                "class_names": [category.name for category in coco.categories],
+                "category_ids": [category.id for category in coco.categories],
+                "initialised_from": {"weights": str(init_from) if state else trunk_weights, "modules": origins},
+                **provenance(),
+            }
+            save_weights(output / "model", module.detector.state_dict(), manifest)
+            print(f"fine-tuned detector: {output / 'model'}")
+    return output
+
+
+def _callbacks(output: Path, validated: bool, patience: int | None, ema: float | None) -> list[Callback]:
+    callbacks: list[Callback] = []
+    if ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=ema))
+    if validated:
+        folder = output / "checkpoints"
+        callbacks.append(
+            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False)
+        )
+        if patience is not None:
+            callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience))
+    return callbacks

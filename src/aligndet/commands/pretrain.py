@@ -1,0 +1,183 @@
+"""`aligndet pretrain`: box-domain pre-training on unlabelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import seed_everything
+
+from aligndet.box_pretraining import BoxPretraining
+from aligndet.commands._runs import default_workers, provenance, run_folder, steps_of
+from aligndet.data.views import TwoViewDataset, collate
+from aligndet.detectors.build import build_pretrainable
+from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
+from aligndet.proposals.storage import read_proposals
+from aligndet.training import OptimizerName, ScheduleName, StepSampler, build_loader, build_trainer, steps_done
+
+_EXPLANATION = """A run of `aligndet pretrain`.
+
+run.json       settings, command line and versions
+checkpoints/   last.ckpt: all that --resume needs
+logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
+pretrained/    the result: neck and heads (and the trunk they belong to), written at the end;
+               `aligndet finetune --init_from THIS_FOLDER` and `aligndet export THIS_FOLDER` take it
+"""
+
+
+def pretrain(
+    images: Path,
+    *,
+    proposals: Path,
+    output: Path,
+    detector: str = "fcos",
+    trunk: str = "resnet50",
+    trunk_weights: str = "default",
+    fpn_channels: int = 256,
+    min_size: tuple[int, int] = (640, 800),
+    max_size: int = 1333,
+    max_proposals: int = 50,
+    steps: int | None = None,
+    epochs: float = 12.0,
+    batch_size: int = 16,
+    accumulate: int = 1,
+    optimizer: OptimizerName = "adamw",
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.05,
+    schedule: ScheduleName = "cosine",
+    warmup_steps: int = 50,
+    clip: float | None = 10.0,
+    temperature: float = 0.5,
+    decay: float = 0.996,
+    contrast_weight: float = 1.0,
+    box_weight: float = 1.0,
+    train_trunk: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
+    workers: int | None = None,
+    seed: int = 0,
+    checkpoint_every: int = 500,
+    log_every: int = 10,
+    strict: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Pre-trains neck and heads of a detector on images without labels.
+
+    Two augmented views of each image go through an online and a momentum detector on one frozen trunk; boxes of
+    the same proposal are pulled together, all others apart, while the detector's own box losses run
+    (paper section 3.2).
+
+    Args:
+        images: Folder of images.
+        proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
+        output: Folder of the run.
+        detector: "fcos" or "retinanet".
+        trunk: A torchvision ResNet or any timm model with feature maps, by name.
+        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file.
+        fpn_channels: Width of the feature pyramid.
+        min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
+        max_size: Bound of a view's long side.
+        max_proposals: Most proposals of an image in a step, drawn at random.
+        steps: Length of the run in optimizer steps; takes the place of epochs.
+        epochs: Length of the run in passes over the images.
+        batch_size: Images a batch on each device.
+        accumulate: Batches a step of the optimizer.
+        optimizer: "adamw" or "sgd".
+        learning_rate: After the warm-up.
+        weight_decay: Of matrices and kernels.
+        schedule: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
+        warmup_steps: Steps of linear warm-up.
+        clip: Bound of the gradient norm; null for none.
+        temperature: Of the contrastive loss.
+        decay: Of the momentum detector at the start; it grows to 1.
+        contrast_weight: Factor of the contrastive loss; 0 leaves the box losses alone.
+        box_weight: Factor of the detector's own box losses; 0 leaves the contrast alone.
+        train_trunk: Train the trunk as well (the paper's table 11 advises against it).
+        devices: Devices a machine; 2 on a machine without GPU means two processes.
+        nodes: Machines.
+        accelerator: "auto", "cpu" or "gpu".
+        strategy: Of Lightning, for several devices.
+        precision: "32", "bf16-mixed" or "16-mixed".
+        workers: Loader processes on each device; by default one less than the cores.
+        seed: Of weights, data order and augmentation.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of the logs.
+        strict: A broken image is an error; by default it is skipped, counted and named.
+        resume: Go on from the last checkpoint in output.
+        overwrite: Throw away the run that is in output.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ValueError: If the input does not fit together; the message names the file or the value.
+    """
+    settings = dict(locals())
+    with run_folder(settings, _EXPLANATION) as checkpoint:
+        seed_everything(seed, verbose=False)
+        table = read_proposals(proposals)
+        dataset = TwoViewDataset(
+            images, table, min_size=min_size, max_size=max_size, max_proposals=max_proposals, strict=strict
+        )
+        missing = [name for name in table.file_names if not (images / name).is_file()]
+        if len(missing) == len(table):
+            raise ValueError(f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}")
+        world = devices * nodes
+        total = steps_of(steps, epochs, len(dataset), batch_size * world * accumulate)
+        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        module = BoxPretraining(
+            build_pretrainable(**architecture, trunk_weights=trunk_weights),
+            steps=total,
+            temperature=temperature,
+            decay=decay,
+            contrast_weight=contrast_weight,
+            box_weight=box_weight,
+            train_trunk=train_trunk,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=min(warmup_steps, total // 4),
+            seed=seed,
+        )
+        trainer = build_trainer(
+            output,
+            steps=total,
+            accumulate=accumulate,
+            devices=devices,
+            nodes=nodes,
+            strategy=strategy,
+            accelerator=accelerator,
+            precision=precision,
+            clip=clip,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+        )
+        sampler = StepSampler(
+            len(dataset),
+            batch_size=batch_size,
+            batches=total * accumulate,
+            seed=seed,
+            first=steps_done(checkpoint) * accumulate,
+            rank=trainer.global_rank,
+            world=world,
+        )
+        loader = build_loader(dataset, sampler, collate, default_workers(workers))
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        if trainer.is_global_zero:
+            manifest = {
+                "kind": "pre-trained parts",
+                "architecture": architecture,
+                "trunk": {"weights": trunk_weights, "trained": train_trunk},
+                "left_out": list(module.online.prediction_layers),
+                "modules": list(MODULES),
+                "pretraining": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+                **provenance(),
+            }
+            save_weights(output / "pretrained", pretrained_state(module.online), manifest)
+            print(f"pre-trained weights: {output / 'pretrained'}")
+    return output

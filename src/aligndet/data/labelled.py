@@ -1,0 +1,74 @@
+"""Labelled images for fine-tuning, resized and flipped."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from aligndet.data.coco import CocoDataset, CocoDetection
+from aligndet.data.images import ImageError
+from aligndet.data.views import geometric
+
+
+class Labelled(NamedTuple):
+    """An image with its boxes."""
+
+    image: Tensor  # (3, H, W) uint8
+    boxes: Tensor  # (N, 4) xyxy pixels
+    labels: Tensor  # (N,) int64, from 1
+    file_name: str
+    skipped: tuple[str, ...]  # messages about broken images that this one replaces
+
+
+class LabelledDataset(Dataset[Labelled]):
+    """Asked for by (position, seed), see `aligndet.training.StepSampler`."""
+
+    def __init__(
+        self, coco: CocoDataset, *, min_size: tuple[int, int], max_size: int, strict: bool = False
+    ) -> None:
+        """Prepares the data set.
+
+        Args:
+            coco: Images and boxes.
+            min_size: Range of the short side.
+            max_size: Bound of the long side.
+            strict: A broken image is an error, not a warning.
+        """
+        self.images, self.file_names, self.strict = CocoDetection(coco), coco.file_names, strict
+        self.augment = v2.Compose(
+            [geometric(min_size, max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> Labelled:
+        index, seed = item
+        skipped: list[str] = []
+        for offset in range(len(self)):
+            position = (index + offset) % len(self)
+            try:
+                image, target = self.images[position]
+            except ImageError as error:
+                if self.strict:
+                    raise
+                skipped.append(str(error))
+                continue
+            size = tuple(image.shape[1:])
+            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                image, boxes, labels = self.augment(tv_tensors.Image(image), boxes, target["labels"])
+            return Labelled(
+                image.as_subclass(Tensor),
+                boxes.as_subclass(Tensor),
+                labels,
+                self.file_names[position],
+                tuple(skipped),
+            )
+        raise ImageError(f"none of the {len(self)} images can be read; the first: {skipped[0]}")

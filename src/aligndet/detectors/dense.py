@@ -1,0 +1,183 @@
+"""FCOS and RetinaNet: torchvision's detectors, made pre-trainable by a head that embeds instead of classifying.
+
+torchvision's dense detectors end in ``self.head.compute_loss(targets, outputs, anchors, matched_idxs)`` and return
+its dict untouched. The heads below keep torchvision's towers, box branch, target assignment and box losses; the
+class layer is gone, and a projection head embeds the class tower's features of selected boxes (paper, eq. 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.detectors.backbones import Backbone, build_backbone
+from aligndet.detectors.projection import ProjectionHead
+
+_IGNORED = Matcher.BETWEEN_THRESHOLDS
+
+
+def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
+    """Picks the boxes that take part in the contrast: assigned ones first, then background, at random.
+
+    Args:
+        proposal_ids: (M,) a proposal, BACKGROUND, or lower for a box that the detector ignores.
+        limit: Most boxes to pick.
+
+    Returns:
+        Indices, (min(limit, boxes not ignored),) int64.
+    """
+    priority = torch.rand(len(proposal_ids), device=proposal_ids.device) + (proposal_ids > BACKGROUND)
+    priority = priority.masked_fill(proposal_ids < BACKGROUND, -1.0)
+    return priority.topk(min(limit, int((priority >= 0).sum()))).indices
+
+
+class _ContrastiveHead(nn.Module):
+    """Mixed into a torchvision head, in front of it: embeddings in the place of class scores."""
+
+    classification_head: nn.Module
+    projection_head: ProjectionHead
+    max_boxes: int
+
+    def _add_projection(self, channels: int, num_anchors: int, embedding_dim: int, max_boxes: int) -> None:
+        del self.classification_head.cls_logits  # the class layer has no part in pre-training
+        self.projection_head = ProjectionHead(channels, embedding_dim, num_anchors)
+        self.max_boxes = max_boxes
+
+    def _class_features(self, pyramid: list[Tensor]) -> Tensor:
+        tower: Any = self.classification_head.conv
+        return torch.cat([tower(level).flatten(2) for level in pyramid], dim=2).mT  # (B, locations, C)
+
+    def _embed(self, class_features: Tensor, targets: list[dict[str, Tensor]], matched: list[Tensor]) -> dict[str, Tensor]:
+        """Turns torchvision's matches into proposal ids, selects boxes, and only then projects them."""
+        ids = []
+        for target, match in zip(targets, matched, strict=True):
+            known = target["labels"]  # (N,) ids across the batch
+            assigned = known[match.clamp(min=0)] if len(known) else match
+            ids.append(torch.where(match >= 0, assigned, match))  # BACKGROUND and ignored stay negative
+        proposal_ids = torch.cat(ids)  # (B * locations * anchors,)
+        chosen = sample_boxes(proposal_ids, self.max_boxes)
+        location = chosen // self.projection_head.num_anchors
+        anchor = chosen % self.projection_head.num_anchors
+        embeddings = self.projection_head(class_features.flatten(0, 1)[location], anchor)
+        return {"embeddings": embeddings, "proposal_ids": proposal_ids[chosen]}
+
+
+class _FcosHead(_ContrastiveHead, FCOSHead):
+    def __init__(self, channels: int, num_anchors: int, embedding_dim: int, max_boxes: int) -> None:
+        FCOSHead.__init__(self, channels, num_anchors, num_classes=1)
+        self._add_projection(channels, num_anchors, embedding_dim, max_boxes)
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        boxes, centerness = self.regression_head(x)
+        return {
+            "bbox_regression": boxes,
+            "bbox_ctrness": centerness,
+            "class_features": self._class_features(x),
+            # stands in for the class scores that FCOSHead.compute_loss wants to see; its loss is dropped
+            "cls_logits": torch.zeros_like(centerness),
+        }
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
+        if torch.is_grad_enabled():  # the momentum detector's losses are not used
+            one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+            losses = FCOSHead.compute_loss(self, one_class, head_outputs, anchors, matched_idxs)
+            result |= {"bbox_regression": losses["bbox_regression"], "bbox_ctrness": losses["bbox_ctrness"]}
+        return result
+
+
+class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
+    def __init__(self, channels: int, num_anchors: int, embedding_dim: int, max_boxes: int) -> None:
+        RetinaNetHead.__init__(self, channels, num_anchors, num_classes=1)
+        self._add_projection(channels, num_anchors, embedding_dim, max_boxes)
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {"bbox_regression": self.regression_head(x), "class_features": self._class_features(x)}
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
+        if torch.is_grad_enabled():
+            result["bbox_regression"] = self.regression_head.compute_loss(targets, head_outputs, anchors, matched_idxs)
+        return result
+
+
+class _DensePretraining(nn.Module):
+    """A dense detector in the protocol of `PretrainableDetector`."""
+
+    detector: nn.Module
+    prediction_layers: tuple[str, ...] = ("head.classification_head.cls_logits", "head.projection_head")
+
+    @staticmethod
+    def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
+        """Builds the backbone of this family: P3 to P7."""
+        if fpn_channels % 32:
+            raise ValueError(f"fpn_channels must be a multiple of 32 (group norm of the heads), not {fpn_channels}")
+        return build_backbone(trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels)
+
+    def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
+        targets, start = [], 0
+        for boxes in proposals:
+            ids = torch.arange(start, start + len(boxes), device=boxes.device)
+            targets.append({"boxes": boxes, "labels": ids})
+            start += len(boxes)
+        losses = self.detector(images, targets)
+        stage = BoxPredictions(losses.pop("embeddings"), losses.pop("proposal_ids"))
+        return PretrainOutput((stage,), losses)
+
+
+class FcosPretraining(_DensePretraining):
+    """FCOS: a location stands for the smallest proposal whose centre region it lies in (paper section 3.2, phi)."""
+
+    def __init__(self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any) -> None:
+        super().__init__()
+        head = _FcosHead(backbone.out_channels, 1, embedding_dim, max_boxes)
+        self.detector = FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
+
+    @staticmethod
+    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FCOS:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background, torchvision's way."""
+        # torchvision reports boxes above 0.2 only, fit for pictures; average precision wants the tail as well
+        return FCOS(backbone, num_classes, score_thresh=0.05, **transform)
+
+
+class RetinaNetPretraining(_DensePretraining):
+    """RetinaNet: an anchor stands for the proposal that it overlaps most, from IoU 0.5 on (paper section 3.2, phi)."""
+
+    def __init__(self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any) -> None:
+        super().__init__()
+        anchors = _retinanet_anchors()
+        head = _RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], embedding_dim, max_boxes)
+        self.detector = RetinaNet(
+            backbone, num_classes=1, anchor_generator=anchors, head=head, _skip_resize=True, **transform
+        )
+
+    @staticmethod
+    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> RetinaNet:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background, torchvision's way."""
+        return RetinaNet(backbone, num_classes, anchor_generator=_retinanet_anchors(), **transform)
+
+
+def _retinanet_anchors() -> AnchorGenerator:
+    """torchvision's own default: three sizes and three shapes a location."""
+    sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))

@@ -1,0 +1,33 @@
+"""The projection head: two linear layers with a ReLU, in the classifier's slot (paper section 3.2, after MoCo v2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ProjectionHead(nn.Module):
+    """Embeds the features of boxes for the contrastive loss.
+
+    A classifier of several anchors a location predicts each from weights of its own; so does this head: the
+    hidden layer is shared, the output layer has one slice an anchor.
+    """
+
+    def __init__(self, in_channels: int, embedding_dim: int = 128, num_anchors: int = 1) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(in_channels, in_channels)
+        self.output = nn.Linear(in_channels, num_anchors * embedding_dim)
+        self.num_anchors = num_anchors
+
+    def forward(self, features: Tensor, anchors: Tensor | None = None) -> Tensor:
+        """Projects box features.
+
+        Args:
+            features: (M, C).
+            anchors: (M,) which of the location's anchors each box belongs to; None if there is one only.
+
+        Returns:
+            Embeddings (M, D), not normalised.
+        """
+        embeddings = self.output(torch.relu(self.hidden(features))).unflatten(1, (self.num_anchors, -1))  # (M, A, D)
+        return embeddings[:, 0] if anchors is None else embeddings[torch.arange(len(anchors)), anchors]

@@ -1,0 +1,150 @@
+"""Weights on disk: a folder with ``model.safetensors`` and ``manifest.json``, and what moves between detectors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aligndet.boxes import PretrainableDetector
+from aligndet.detectors.build import build_detector
+
+MODULES = {
+    "trunk": ("backbone.body.",),
+    "neck": ("backbone.fpn.",),
+    "rpn": ("rpn.",),
+    "head": ("head.", "roi_heads."),
+}
+"""The parts of a detector by the names of the paper's table 9, as prefixes of torchvision's state dicts."""
+
+
+def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
+    """Everything that fine-tuning starts from: all but the projection head and the prediction layers.
+
+    Args:
+        adapter: A pre-trained detector.
+    """
+    left_out = tuple(f"{layer}." for layer in adapter.prediction_layers)
+    state = adapter.detector.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(left_out)}
+
+
+def initialise(
+    detector: nn.Module, state: dict[str, Tensor], modules: tuple[str, ...] = tuple(MODULES)
+) -> dict[str, str]:
+    """Loads pre-trained tensors into a plain detector.
+
+    Args:
+        detector: To be fine-tuned.
+        state: Of `pretrained_state`, or of a whole detector.
+        modules: Keys of `MODULES`: the parts to take from `state`; the others stay as they are.
+
+    Returns:
+        By module that holds parameters: "pre-trained" or "new".
+
+    Raises:
+        ValueError: If a module is unknown, or the tensors belong to another kind of detector.
+    """
+    unknown = set(modules) - set(MODULES)
+    if unknown:
+        raise ValueError(f"unknown module {sorted(unknown)[0]!r}; there are: {', '.join(MODULES)}")
+    prefixes = tuple(prefix for module in modules for prefix in MODULES[module])
+    wanted = detector.state_dict()
+    alien = [name for name in state if name not in wanted]
+    if alien:
+        raise ValueError(
+            f"these weights are of another detector or trunk: {len(alien)} of {len(state)} tensors have no place in"
+            f" it, the first is {alien[0]!r}"
+        )
+    taken = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+    for name, tensor in taken.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"these weights are of another class count or width: {name!r} is {tuple(tensor.shape)} there and"
+                f" {tuple(wanted[name].shape)} here"
+            )
+    detector.load_state_dict(taken, strict=False)
+    return _by_module(wanted, set(taken))
+
+
+def _by_module(names: dict[str, Tensor], pretrained: set[str]) -> dict[str, str]:
+    """One line for each layer of the neck and heads, one for the whole trunk."""
+    report: dict[str, set[str]] = {}
+    for name in names:
+        module = "backbone.body" if name.startswith("backbone.body.") else name.rpartition(".")[0]
+        report.setdefault(module, set()).add("pre-trained" if name in pretrained else "new")
+    return {module: "pre-trained" if origins == {"pre-trained"} else "new" for module, origins in report.items()}
+
+
+def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    """Writes weights and manifest; each file appears whole or not at all.
+
+    Args:
+        folder: Made if need be.
+        state: Named tensors.
+        manifest: What JSON can hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".model.safetensors.partial"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(folder / "model.safetensors")
+    partial = folder / ".manifest.json.partial"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    partial.replace(folder / "manifest.json")
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_weights` has written.
+
+    Args:
+        folder: Of the weights, or a run that holds them in ``model`` or ``pretrained``.
+
+    Raises:
+        ValueError: Naming the file that is missing or broken.
+    """
+    candidates = [folder, folder / "model", folder / "pretrained"]
+    folder = next((c for c in candidates if (c / "manifest.json").is_file()), folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        state = dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder}: holds no weights (model.safetensors and manifest.json, as `aligndet pretrain`, `export` and"
+            f" `finetune` write them): {error}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: broken weights or manifest: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("architecture"), dict):
+        raise ValueError(f"{folder / 'manifest.json'}: does not say the architecture")
+    return state, manifest
+
+
+def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a fine-tuned or exported detector and loads its weights.
+
+    Args:
+        folder: As for `load_weights`.
+
+    Returns:
+        The plain torchvision detector in eval mode, and its manifest.
+
+    Raises:
+        ValueError: If the folder holds no whole detector.
+    """
+    state, manifest = load_weights(folder)
+    architecture = manifest["architecture"]
+    if "num_classes" not in architecture:
+        raise ValueError(f"{folder}: holds pre-trained parts, not a whole detector; `aligndet export` completes it")
+    try:
+        detector = build_detector(**architecture)
+        detector.load_state_dict(state, strict=True)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: the weights do not fit the architecture of the manifest: {error}") from error
+    return detector.eval(), manifest

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning of a plain torchvision detector (paper section 4.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from aligndet.data.labelled import Labelled
+from aligndet.evaluation.coco import CocoEvaluator
+from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
+
+
+class Finetuning(TrainingModule):
+    """Trains a detector on its own losses and measures average precision on the way."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        *,
+        steps: int,
+        evaluator: CocoEvaluator | None = None,
+        freeze_batch_norm: bool = True,
+        trunk_factor: float = 0.1,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        schedule: ScheduleName = "cosine",
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.detector, self.evaluator, self.freeze_batch_norm = detector, evaluator, freeze_batch_norm
+        self.trunk_factor, self.seed = trunk_factor, seed
+        self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+        self._frozen_norms = (
+            [m for m in self._trunk().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            if freeze_batch_norm
+            else []
+        )
+        for norm in self._frozen_norms:
+            norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Finetuning:
+        """Keeps frozen batch norms in eval mode."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
+
+    def training_step(self, batch: list[Labelled], batch_idx: int) -> Tensor:
+        """The detector's own losses."""
+        images = [item.image.float() / 255 for item in batch]
+        losses = self.detector(images, [{"boxes": item.boxes, "labels": item.labels} for item in batch])
+        return self.total_loss(losses, [item.file_name for item in batch])
+
+    def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:
+        """Collects predictions."""
+        if self.evaluator is not None:
+            images = [image.float() / 255 for image, _ in batch]
+            self.evaluator.update(self.detector(images), [target for _, target in batch])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs average precision."""
+        if self.evaluator is not None:
+            result = self.evaluator.compute()
+            self.evaluator.reset()
+            figures = {name: float(result.to_dict()[name]) for name in ("AP", "AP50", "AP75")}
+            self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=False)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer with a smaller learning rate for the trunk, and the schedule."""
+        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
+        trunk = {id(p) for p in self._trunk().parameters()}
+        groups = [
+            ([p for p in self.detector.parameters() if id(p) not in trunk], 1.0),
+            (self._trunk().parameters(), self.trunk_factor),
+        ]
+        optimizer = build_optimizer(groups, name, learning_rate, weight_decay)
+        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _trunk(self) -> nn.Module:
+        return self.detector.backbone.body  # type: ignore[union-attr, return-value]
