@@ -63,11 +63,11 @@ class LabelledDataset(Dataset[Labelled]):
             boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                image, boxes, labels = self.augment(tv_tensors.Image(image), boxes, target["labels"])
+                image, target = self.augment(tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]})
             return Labelled(
                 image.as_subclass(Tensor),
-                boxes.as_subclass(Tensor),
-                labels,
+                target["boxes"].as_subclass(Tensor),
+                target["labels"],
                 self.file_names[position],
                 tuple(skipped),
             )

@@ -138,7 +138,7 @@ class TwoViewDataset(Dataset[TwoViews]):
             chosen = torch.arange(len(boxes)) if self.top_proposals else torch.randperm(len(boxes))
             boxes = boxes[chosen[: self.max_proposals]]
         # the table knows the image's size from when the proposals were made
-        width, height = self.table.sizes[index]
+        width, height = self.table.sizes[index].tolist()
         scale = torch.tensor([image.shape[2] / width, image.shape[1] / height]).repeat(2)
         online, momentum = (self._view(image, boxes * scale) for _ in range(2))
         return TwoViews(online, momentum, self.table.file_names[index], skipped)

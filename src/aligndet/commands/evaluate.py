@@ -1,0 +1,79 @@
+"""`aligndet evaluate`: COCO's figures of a detector on labelled images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from aligndet.data.coco import Category, CocoDetection, read_coco
+from aligndet.data.files import atomic_write
+from aligndet.data.images import ImageError
+from aligndet.detectors.weights import load_detector
+from aligndet.evaluation.coco import CocoEvaluator, CocoResult
+from aligndet.evaluation.inference import predict_images, resolve_device
+
+
+def evaluate(
+    model: Path,
+    annotations: Path,
+    *,
+    images: Path | None = None,
+    output: Path | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    strict: bool = False,
+) -> CocoResult:
+    """Measures a detector: COCO's twelve figures and average precision by class.
+
+    Args:
+        model: Folder of `aligndet finetune`, or an export.
+        annotations: COCO JSON with the classes that the detector was trained on.
+        images: Folder of the images; by default looked for beside the JSON.
+        output: JSON file for the figures.
+        batch_size: Images at a time.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        strict: A broken image or box is an error; by default it is left out, counted and named.
+
+    Returns:
+        The figures in 0..1.
+
+    Raises:
+        ValueError: If the detector's classes are not those of the JSON, or a file is missing or broken.
+    """
+    detector, manifest = load_detector(model)
+    if not manifest.get("class_names"):
+        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    categories = [Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)]
+    coco = read_coco(annotations, images, strict=strict, categories=categories)
+    dataset = CocoDetection(coco, crowds=True)
+    targets: list[dict[str, Tensor]] = []
+    broken: list[str] = []
+
+    def readable() -> Iterator[Tensor]:
+        for index in range(len(dataset)):
+            try:
+                image, target = dataset[index]
+            except ImageError as error:
+                if strict:
+                    raise
+                broken.append(str(error))
+                continue
+            targets.append(target)
+            yield image
+
+    evaluator = CocoEvaluator(categories)
+    predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
+    for index, prediction in enumerate(tqdm(predictions, total=len(dataset), desc="evaluate", unit="image")):
+        evaluator.update([prediction], [targets[index]])
+    result = evaluator.compute()
+    print(result.table())
+    for message in broken[:10]:
+        print(f"skipped: {message}")
+    print(f"{result.images} images, {len(broken)} skipped")
+    if output is not None:
+        atomic_write(output, json.dumps({**result.to_dict(), "skipped": broken}, indent=2) + "\n")
+    return result

@@ -1,0 +1,221 @@
+"""COCO JSON: read, checked, and kept in plain arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aligndet.data.images import read_image
+from aligndet.proposals.storage import safe_name
+
+
+class Category(NamedTuple):
+    """A class of objects; its label is its position among the categories plus one, 0 being the background."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    """Images, boxes and classes of a COCO JSON; one entry an image in every list."""
+
+    folder: Path
+    file_names: list[str]
+    image_ids: list[int]
+    sizes: npt.NDArray[np.int32]  # (images, 2) width, height
+    categories: tuple[Category, ...]  # sorted by id
+    boxes: list[npt.NDArray[np.float32]]  # (n, 4) xyxy pixels
+    labels: list[npt.NDArray[np.int64]]  # (n,) from 1
+    iscrowd: list[npt.NDArray[np.bool_]]  # (n,)
+    areas: list[npt.NDArray[np.float32]]  # (n,) of the masks if there are any, else of the boxes
+    warnings: tuple[str, ...]  # what was dropped or clipped, by name
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.file_names)
+
+    def subset(self, indices: Sequence[int]) -> CocoDataset:
+        """Some of the images.
+
+        Args:
+            indices: Of the images to keep.
+        """
+        lists = ("file_names", "image_ids", "boxes", "labels", "iscrowd", "areas")
+        chosen: dict[str, Any] = {name: [getattr(self, name)[i] for i in indices] for name in lists}
+        return replace(self, sizes=self.sizes[list(indices)], **chosen)
+
+
+def read_coco(
+    annotations: Path,
+    images: Path | None = None,
+    *,
+    strict: bool = False,
+    categories: Sequence[Category] | None = None,
+) -> CocoDataset:
+    """Reads and checks a COCO JSON.
+
+    An image whose file is missing and a box of no size or not finite are left out, a box that reaches beyond its
+    image is clipped; each is counted and named in ``warnings``, and the first ones are printed.
+
+    Args:
+        annotations: The JSON.
+        images: Folder of the images; by default a folder named like the JSON, "images", or the JSON's own.
+        strict: Make every warning an error.
+        categories: What the categories have to be (those of the training images).
+
+    Raises:
+        ValueError: If the file is no COCO JSON, contradicts itself (an id twice, an unknown image or category),
+            holds other categories, or none of its images is there; the message names the file and the value.
+    """
+    document = _load(annotations)
+    folder = images if images is not None else _guess_folder(annotations)
+    found = _categories(annotations, document, categories)
+    label = {category.id: position + 1 for position, category in enumerate(found)}
+    warnings: list[str] = []
+
+    entries: dict[int, dict[str, Any]] = {}
+    for image in document["images"]:
+        if image["id"] in entries:
+            raise ValueError(f"{annotations}: image id {image['id']} occurs twice")
+        entries[image["id"]] = image
+    rows: dict[int, list[tuple[list[float], int, bool, float]]] = {key: [] for key in entries}
+    seen: set[Any] = set()
+    for annotation in document["annotations"]:
+        key = annotation["id"]
+        if key in seen:
+            raise ValueError(f"{annotations}: annotation id {key} occurs twice")
+        seen.add(key)
+        if annotation["image_id"] not in entries:
+            raise ValueError(f"{annotations}: annotation {key} is of image {annotation['image_id']}, which is not listed")
+        if annotation["category_id"] not in label:
+            raise ValueError(f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}")
+        image = entries[annotation["image_id"]]
+        box, note = _box(annotation["bbox"], image["width"], image["height"])
+        if note:
+            warnings.append(f"annotation {key} of {image['file_name']}: {note}")
+        if box is not None:
+            area = float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1]))
+            rows[image["id"]].append((box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area))
+
+    present = []
+    for key, image in entries.items():
+        if (folder / safe_name(image["file_name"], annotations)).is_file():
+            present.append(key)
+        else:
+            warnings.append(f"image {image['file_name']}: not in {folder}")
+    if not present:
+        raise ValueError(f"{annotations}: none of its {len(entries)} images is in {folder}")
+    if warnings and strict:
+        raise ValueError(f"{annotations}: {warnings[0]} (and {len(warnings) - 1} more)")
+    for note in warnings[:5]:
+        print(f"{annotations.name}: {note}")
+    if len(warnings) > 5:
+        print(f"{annotations.name}: {len(warnings) - 5} more of the like")
+    return CocoDataset(
+        folder,
+        [entries[key]["file_name"] for key in present],
+        present,
+        np.array([(entries[key]["width"], entries[key]["height"]) for key in present], np.int32),
+        found,
+        [np.array([row[0] for row in rows[key]], np.float32).reshape(-1, 4) for key in present],
+        [np.array([row[1] for row in rows[key]], np.int64) for key in present],
+        [np.array([row[2] for row in rows[key]], np.bool_) for key in present],
+        [np.array([row[3] for row in rows[key]], np.float32) for key in present],
+        tuple(warnings),
+    )
+
+
+class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Decoded images with torchvision's targets."""
+
+    def __init__(self, coco: CocoDataset, *, crowds: bool = False) -> None:
+        """Prepares the data set.
+
+        Args:
+            coco: Images and boxes.
+            crowds: Keep crowd regions, which evaluation ignores and training must not see.
+        """
+        self.coco, self.crowds = coco, crowds
+
+    def __len__(self) -> int:
+        return len(self.coco)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,) and image_id ()."""
+        coco = self.coco
+        image = read_image(coco.folder / coco.file_names[index])
+        kept = np.ones(len(coco.labels[index]), np.bool_) if self.crowds else ~coco.iscrowd[index]
+        return image, {
+            "boxes": torch.from_numpy(coco.boxes[index][kept]),
+            "labels": torch.from_numpy(coco.labels[index][kept]),
+            "iscrowd": torch.from_numpy(coco.iscrowd[index][kept]).long(),
+            "area": torch.from_numpy(coco.areas[index][kept]),
+            "image_id": torch.tensor(coco.image_ids[index]),
+        }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file of annotations") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    required = {
+        "images": ("id", "file_name", "width", "height"),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    for section, keys in required.items():
+        if not isinstance(document, dict) or not isinstance(document.get(section), list):
+            raise ValueError(f"{path}: is no COCO JSON: it has no list {section!r}")
+        for entry in document[section]:
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise ValueError(f"{path}: an entry of {section!r} has no {lacking[0]!r}: {str(entry)[:200]}")
+    return document
+
+
+def _guess_folder(annotations: Path) -> Path:
+    stem = annotations.stem.removeprefix("instances_")
+    candidates = [annotations.with_name(stem), annotations.with_name("images"), annotations.parent.parent / stem]
+    return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
+
+
+def _categories(
+    path: Path, document: dict[str, Any], expected: Sequence[Category] | None
+) -> tuple[Category, ...]:
+    found = tuple(sorted(Category(int(c["id"]), str(c["name"])) for c in document["categories"]))
+    if not found:
+        raise ValueError(f"{path}: has no categories")
+    if len({category.id for category in found}) < len(found):
+        raise ValueError(f"{path}: a category id occurs twice")
+    if expected is not None and found != tuple(expected):
+        other = next((c for c in found if c not in expected), None) or next(c for c in expected if c not in found)
+        raise ValueError(f"{path}: its categories are not those of the detector; the first that differs: {other}")
+    return found
+
+
+def _box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
+    """From xywh to clipped xyxy, with a note of what was wrong."""
+    try:
+        x, y, w, h = (float(value) for value in bbox)
+    except (TypeError, ValueError):
+        return None, f"dropped the box {bbox!r}, which is not four numbers"
+    if not np.isfinite([x, y, w, h]).all() or w <= 0 or h <= 0:
+        return None, f"dropped the box {[x, y, w, h]} (xywh), which has no size"
+    box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return None, f"dropped the box {[x, y, w, h]} (xywh), which is outside of the {width}x{height} image"
+    beyond = max(-x, -y, x + w - width, y + h - height)
+    return box, f"clipped the box {[x, y, w, h]} (xywh) to the {width}x{height} image" if beyond > 1 else None

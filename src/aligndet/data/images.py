@@ -1,0 +1,135 @@
+"""Reading image files as they come: any mode, any depth, any orientation, and broken ones with a clear word."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+MIN_SIDE = 8
+MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses from twice this on
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file and the reason."""
+
+
+def list_images(folder: Path) -> list[str]:
+    """Finds the images of a folder and its subfolders; hidden files and folders are left out.
+
+    Args:
+        folder: To search.
+
+    Returns:
+        Paths relative to the folder, with slashes, sorted.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of images")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not names:
+        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+    return names
+
+
+def read_image(path: Path) -> Tensor:
+    """Decodes an image to RGB, upright.
+
+    EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their own
+    range's 8 bits, of an animation the first frame is taken.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        (3, H, W) uint8.
+
+    Raises:
+        ImageError: If the file is missing, empty, truncated, no image, too small or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
+            with Image.open(path) as file:
+                _check_size(path, file.size)
+                image = ImageOps.exif_transpose(file)
+                array = _to_rgb(image)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such image") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Reads width and height of the upright image from the file's header.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ImageError: As for `read_image`, as far as the header tells.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                _check_size(path, image.size)
+                width, height = image.size
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such image") from error
+    except Exception as error:
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    return (height, width) if turned else (width, height)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        # 16-bit grey comes as "I;16" or, from PNG, as "I"; both span 0..65535
+        top = 255.0 if values.max(initial=0.0) <= 255 and image.mode == "I" else 65535.0
+        if image.mode == "F":
+            top = float(values.max(initial=0.0)) or 1.0
+        grey = np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIDE:
+        raise ImageError(f"{path}: {size[0]}x{size[1]} pixels is too small to hold an object")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"{path}: {size[0]}x{size[1]} pixels is too large; scale it down first")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return "is a folder, not an image"
+    if path.stat().st_size == 0:
+        return "is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is no image that Pillow knows"
+    return f"broken or truncated image ({error})"

@@ -1,0 +1,49 @@
+"""Predictions of a plain detector on images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+
+def resolve_device(device: str) -> torch.device:
+    """From a name to a device.
+
+    Args:
+        device: Of torch, or "auto": a GPU if there is one.
+
+    Raises:
+        ValueError: If torch knows no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, ...") from error
+
+
+def predict_images(
+    detector: nn.Module, images: Iterable[Tensor], *, device: torch.device, batch_size: int = 8
+) -> Iterator[dict[str, Tensor]]:
+    """Predicts image by image, computing batch by batch.
+
+    Args:
+        detector: A torchvision detector; put into eval mode and onto the device.
+        images: (3, H, W) uint8 each.
+        device: To compute on.
+        batch_size: Images at a time.
+
+    Yields:
+        Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), on the CPU.
+    """
+    detector.eval().to(device)
+    remaining = iter(images)
+    while batch := list(islice(remaining, batch_size)):
+        with torch.inference_mode():
+            predictions = detector([image.to(device).float() / 255 for image in batch])
+        for prediction in predictions:
+            yield {name: value.cpu() for name, value in prediction.items()}
