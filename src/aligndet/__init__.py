@@ -1,1 +1,44 @@
+"""AlignDet: pre-train every module of an object detector on your own unlabelled images.
+
+The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain``, ``aligndet.export``,
+``aligndet.finetune``, ``aligndet.evaluate``, ``aligndet.predict``, ``aligndet.sample_data`` and
+``aligndet.quickstart``; ``aligndet.load_detector`` reads what they write.
+"""
+
 from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligndet.commands.evaluate import evaluate
+    from aligndet.commands.export import export
+    from aligndet.commands.finetune import finetune
+    from aligndet.commands.predict import predict
+    from aligndet.commands.pretrain import pretrain
+    from aligndet.commands.propose import propose
+    from aligndet.commands.quickstart import quickstart
+    from aligndet.commands.sample_data import sample_data
+    from aligndet.detectors.weights import load_detector
+
+__all__ = [
+    "evaluate",
+    "export",
+    "finetune",
+    "load_detector",
+    "predict",
+    "pretrain",
+    "propose",
+    "quickstart",
+    "sample_data",
+]
+__version__ = version("aligndet")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a command when it is asked for: ``import aligndet`` itself does not load torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'aligndet' has no attribute {name!r}")
+    home = "aligndet.detectors.weights" if name == "load_detector" else f"aligndet.commands.{name}"
+    return getattr(import_module(home), name)

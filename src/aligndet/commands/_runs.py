@@ -56,7 +56,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 raise ValueError(f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former")
         elif first and used:
             raise ValueError(
-                f"{output}: is not empty; give --resume true to go on with its run, --overwrite true to start anew,"
+                f"{output}: is not empty; give --resume to go on with its run, --overwrite to start anew,"
                 " or another output"
             )
         if first:

@@ -45,7 +45,7 @@ def export(
         ValueError: If the run holds no pre-trained weights, or the output is taken.
     """
     if (output / "model.safetensors").exists() and not overwrite:
-        raise ValueError(f"{output}: holds weights already; give --overwrite true or another output")
+        raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
     architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels")}
     architecture |= {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}

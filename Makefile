@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine, installation included: `make quickstart` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/
+
+.PHONY: help install quickstart test test-slow lint types format clean
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## a virtual environment with everything in it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)pip install --quiet --constraint constraints.txt torch torchvision
+	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install ## the main job on built-in data: does pre-training help?
+	$(RUN)aligndet quickstart quickstart
+
+test: lint types ## lint, types and the fast tests
+	$(RUN)pytest --durations=8
+
+test-slow: install ## the tests that take minutes
+	$(RUN)pytest -m slow --durations=8
+
+lint: install ## style, and that imports point down only
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)lint-imports
+
+types: install ## mypy, strict
+	$(RUN)mypy
+
+format: install ## mends what can be mended
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+clean: ## removes the environment and all caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info

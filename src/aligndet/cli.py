@@ -1,0 +1,126 @@
+"""The command line: parse, then call one function of `aligndet.commands`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from aligndet import __version__
+
+COMMANDS = {
+    "quickstart": "the main job on built-in data in minutes: does pre-training help?",
+    "sample-data": "write a small data set of photographic objects, labelled",
+    "propose": "find boxes in images without labels (selective search)",
+    "pretrain": "pre-train neck and heads on these images and boxes",
+    "export": "plain torchvision weights out of a pre-training run",
+    "finetune": "train on labelled images, from pre-trained parts or from scratch",
+    "evaluate": "COCO's figures of a detector on labelled images",
+    "predict": "boxes and pictures for images without labels",
+}
+
+_DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own unlabelled images.
+
+  aligndet propose images/ --output proposals                            1. boxes, no labels (once)
+  aligndet pretrain images/ --proposals proposals --output pretrained    2. neck and heads learn
+  aligndet finetune train.json --init_from pretrained --output tuned     3. your labels
+  aligndet evaluate tuned val.json                                       4. average precision
+  aligndet predict tuned new_images/ --output predictions                5. boxes and pictures
+
+commands:
+{chr(10).join(f"  {name:<13}{line}" for name, line in COMMANDS.items())}
+
+aligndet COMMAND --help tells all options of a command; every one can also stand in a YAML file
+(--config file.yaml; --print_config writes one with the defaults).
+Set ALIGNDET_DEBUG=1 to see where an error came from."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Without the program's name; by default of this process.
+
+    Returns:
+        The exit status: 0, 2 for a mistake in the input, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_DESCRIPTION)
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"aligndet: unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("aligndet: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if os.environ.get("ALIGNDET_DEBUG"):
+            raise
+        print(f"aligndet {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(command: str, arguments: Sequence[str]) -> Any:
+    """Calls one command's function with arguments in the form of the command line.
+
+    Args:
+        command: A key of `COMMANDS`.
+        arguments: What follows it.
+
+    Returns:
+        What the function returns.
+    """
+    function, parser = parser_of(command)
+    values = parser.instantiate_classes(parser.parse_args(_as_options(function, arguments)))
+    values.pop("config", None)
+    return function(**values.as_dict())
+
+
+def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
+    """Lets options be written as people do: --batch-size for --batch_size, --resume for --resume=true."""
+    switches = {f"--{name}" for name, p in signature(function).parameters.items() if p.annotation in (bool, "bool")}
+    options = []
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            following = arguments[position + 1 : position + 2]
+            if name in switches and not equals and following not in (["true"], ["false"]):
+                equals, value = "=", "true"
+        options.append(name + equals + value)
+    return options
+
+
+def parser_of(command: str) -> tuple[Any, Any]:
+    """Builds a command's parser from the signature and docstring of its function.
+
+    Args:
+        command: A key of `COMMANDS`.
+
+    Returns:
+        The function and the parser.
+    """
+    from jsonargparse import ArgumentParser  # takes a moment; `aligndet --help` does without
+
+    name = command.replace("-", "_")
+    function = getattr(import_module(f"aligndet.commands.{name}"), name)
+    summary, _, rest = (function.__doc__ or "").partition("\n\n")
+    details = rest.partition("Args:")[0]
+    parser = ArgumentParser(prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_function_arguments(function, as_positional=True)
+    return function, parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

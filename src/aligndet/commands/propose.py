@@ -1,0 +1,238 @@
+"""`aligndet propose`: boxes for images without labels, once and offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from aligndet.data.coco import read_coco
+from aligndet.data.files import atomic_write, locked
+from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.proposals.filters import best_overlaps, filter_boxes
+from aligndet.proposals.selective_search import Mode, selective_search
+from aligndet.proposals.storage import ImageProposals, clean, read_shard, write_coco, write_shard
+
+_EXPLANATION = """Proposals of `aligndet propose`.
+
+manifest.json    parameters, versions, counts; status "complete" or "in progress"
+part-*.parquet   an image a row: file_name (relative to the folder of images), width, height,
+                 boxes (flat xyxy pixels, best first), skipped (why there are none, or null)
+
+The same command goes on where it was stopped. `aligndet pretrain --proposals THIS_FOLDER` reads it.
+"""
+
+
+class ProposeSummary(NamedTuple):
+    """What came out."""
+
+    output: Path
+    images: int  # with proposals looked for
+    skipped: dict[str, str]  # file name -> reason
+    boxes: int
+    without: int  # images in which nothing was found
+    recall: dict[str, float] | None  # "recall50", "recall75" is not COCO's: "recall50", "recall70", "AR"
+
+
+def propose(
+    images: Path,
+    *,
+    output: Path,
+    mode: Mode = "fast",
+    resolution: int | None = 400,
+    max_aspect_ratio: float = 3.0,
+    min_area: float = 0.008,
+    max_area: float = 0.81,
+    nms_iou: float = 0.5,
+    max_proposals: int | None = 200,
+    workers: int | None = None,
+    shard_size: int = 256,
+    annotations: Path | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> ProposeSummary:
+    """Finds boxes around whatever coheres in each image, by selective search (paper section 3.2).
+
+    Done once, before pre-training; a stopped run goes on where it was when the same command is given again.
+
+    Args:
+        images: Folder of images, searched with its subfolders.
+        output: Folder for Parquet files, or a ``.json`` file for COCO style (one category).
+        mode: "fast", or "quality" (about five times as slow).
+        resolution: Longest side at which to run; null for full size.
+        max_aspect_ratio: Longer to shorter side of a box at most.
+        min_area: Share of the image that a box covers at least.
+        max_area: Share of the image that a box covers at most.
+        nms_iou: A box that overlaps a better one by more is dropped.
+        max_proposals: Most boxes an image, best first; null for all.
+        workers: Processes; by default one a core.
+        shard_size: Images a Parquet file, which is also what a stopped run loses at most for each process.
+        annotations: COCO JSON of the objects in these images, to measure how many the boxes find.
+        strict: A broken image is an error; by default it is skipped, counted and named.
+        overwrite: Throw away what output holds.
+
+    Returns:
+        Counts, skipped images with the reason, and recall if annotations were given.
+
+    Raises:
+        ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
+    """
+    names = list_images(images)
+    parameters: dict[str, Any] = {
+        "mode": mode,
+        "resolution": resolution,
+        "max_aspect_ratio": max_aspect_ratio,
+        "min_area": min_area,
+        "max_area": max_area,
+        "nms_iou": nms_iou,
+        "max_proposals": max_proposals,
+        "shard_size": shard_size,
+        "images": len(names),
+        "image_list": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+    as_json = output.suffix == ".json"
+    if as_json and output.exists() and not overwrite:
+        raise ValueError(f"{output}: is there already; give --overwrite or another output")
+    folder = output.with_name(f".{output.name}.partial") if as_json else output
+    with locked(folder):
+        _check_folder(folder, parameters, overwrite)
+        work = partial(
+            _propose_image,
+            images,
+            mode=mode,
+            resolution=resolution,
+            filters={k: parameters[k] for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")},
+        )
+        shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
+        paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
+        done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
+        with tqdm(total=len(names), initial=done, desc="propose", unit="image") as progress, ExitStack() as stack:
+            rows_of = _pool(stack, workers, work)
+            for shard, path in zip(shards, paths, strict=True):
+                if path.is_file():
+                    continue
+                rows = []
+                for row in rows_of(shard):
+                    if row.skipped is not None and strict:
+                        raise ValueError(row.skipped)
+                    rows.append(row)
+                    progress.update()
+                write_shard(path, rows)
+        rows = [row for path in paths for row in read_shard(path)]
+        summary = _summarise(output, rows, images, annotations)
+        if as_json:
+            write_coco(output, rows)
+            for path in (*paths, folder / "manifest.json", folder / "README.txt", folder / ".lock"):
+                path.unlink(missing_ok=True)
+        else:
+            counts = {"done": summary.images, "boxes": summary.boxes, "skipped": summary.skipped, "recall": summary.recall}
+            _write_manifest(folder, parameters, "complete", counts)
+    if as_json:
+        folder.rmdir()
+    _print(summary)
+    return summary
+
+
+def _pool(stack: ExitStack, workers: int | None, work: partial[ImageProposals]) -> Any:
+    """One process a core; every process one thread, or they fight over the cores."""
+    count = workers or len(os.sched_getaffinity(0))
+    pool = stack.enter_context(get_context("spawn").Pool(count, initializer=_one_thread))
+    return lambda shard: pool.imap(work, shard, chunksize=4)
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _propose_image(
+    folder: Path, name: str, *, mode: Mode, resolution: int | None, filters: dict[str, Any]
+) -> ImageProposals:
+    try:
+        image = read_image(folder / name).permute(1, 2, 0).numpy()
+    except ImageError as error:
+        return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
+    height, width = image.shape[:2]
+    boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
+    return ImageProposals(name, width, height, filter_boxes(boxes, width, height, **filters))
+
+
+def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
+    manifest = folder / "manifest.json"
+    used = [path for path in folder.iterdir() if path.name != ".lock"]
+    if overwrite and manifest.is_file():
+        for path in [*folder.glob("part-*.parquet"), manifest]:
+            path.unlink()
+    elif manifest.is_file():
+        before = json.loads(manifest.read_text())["parameters"]
+        changed = next((key for key in parameters if before.get(key) != parameters[key]), None)
+        if changed == "image_list" or changed == "images":
+            raise ValueError(f"{folder}: was made of other images; give --overwrite or another output")
+        if changed:
+            raise ValueError(
+                f"{folder}: was made with {changed}={before.get(changed)!r}, now {parameters[changed]!r};"
+                " give the former, --overwrite, or another output"
+            )
+        return
+    elif used:
+        raise ValueError(f"{folder}: holds {used[0].name!r} and no proposals; give another output")
+    atomic_write(folder / "README.txt", _EXPLANATION)
+    _write_manifest(folder, parameters, "in progress", {})
+
+
+def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, counts: dict[str, Any]) -> None:
+    versions = {"aligndet": version("aligndet"), "opencv": cv2.__version__}
+    document = {"status": status, "parameters": parameters, "versions": versions, **counts}
+    atomic_write(folder / "manifest.json", json.dumps(document, indent=2) + "\n")
+
+
+def _summarise(
+    output: Path, rows: Iterable[ImageProposals], images: Path, annotations: Path | None
+) -> ProposeSummary:
+    rows = list(rows)
+    skipped = {row.file_name: row.skipped for row in rows if row.skipped is not None}
+    kept = {row.file_name: row.boxes for row in rows if row.skipped is None}
+    recall = None
+    if annotations is not None:
+        coco = read_coco(annotations, images)
+        covered = [
+            best_overlaps(kept[name], boxes[~crowd])
+            for name, boxes, crowd in zip(coco.file_names, coco.boxes, coco.iscrowd, strict=True)
+            if name in kept
+        ]
+        overlaps = np.concatenate([np.zeros(0, np.float32), *covered])
+        if not len(overlaps):
+            raise ValueError(f"{annotations}: has no object in the images of {images}")
+        at = {f"recall{round(100 * t)}": float((overlaps >= t).mean()) for t in (0.5, 0.7)}
+        recall = {**at, "AR": float(np.mean([(overlaps >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
+    counts = [len(boxes) for boxes in kept.values()]
+    return ProposeSummary(output, len(kept), skipped, sum(counts), counts.count(0), recall)
+
+
+def _print(summary: ProposeSummary) -> None:
+    for line in _lines(summary):
+        print(line)
+
+
+def _lines(summary: ProposeSummary) -> Iterator[str]:
+    mean = summary.boxes / max(1, summary.images)
+    yield f"{summary.images} images, {mean:.1f} proposals an image, {summary.without} images without any"
+    for reason in list(summary.skipped.values())[:10]:
+        yield f"skipped: {reason}"
+    if summary.skipped:
+        yield f"{len(summary.skipped)} images skipped"
+    if summary.recall:
+        yield "objects found: " + ", ".join(f"{name} {value:.3f}" for name, value in summary.recall.items())
+    yield f"proposals: {summary.output}"

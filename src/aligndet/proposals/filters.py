@@ -1,0 +1,61 @@
+"""Which of selective search's boxes become proposals."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.ops import box_iou, nms
+
+
+def filter_boxes(
+    boxes: npt.NDArray[np.float32],
+    width: int,
+    height: int,
+    *,
+    max_aspect_ratio: float = 3.0,
+    min_area: float = 0.008,
+    max_area: float = 0.81,
+    nms_iou: float = 0.5,
+    max_proposals: int | None = None,
+) -> npt.NDArray[np.float32]:
+    """Keeps boxes of a sensible shape and size that do not repeat a better one.
+
+    The upper bound of the area is not in the paper: selective search nearly always returns the whole image, which
+    is no object.
+
+    Args:
+        boxes: (N, 4) xyxy pixels, best first.
+        width: Of the image.
+        height: Of the image.
+        max_aspect_ratio: Longer to shorter side at most.
+        min_area: Share of the image at least.
+        max_area: Share of the image at most.
+        nms_iou: A box that overlaps a better one by more is dropped.
+        max_proposals: Most boxes to keep, the first ones.
+
+    Returns:
+        (M, 4), M <= N, in the same order.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = sides.prod(axis=1) / (width * height)
+    shape = sides.max(axis=1, initial=0.0) <= max_aspect_ratio * sides.min(axis=1, initial=np.inf)
+    kept = boxes[shape & (area >= min_area) & (area <= max_area)]
+    order = nms(torch.from_numpy(kept), torch.arange(len(kept), 0, -1, dtype=torch.float32), nms_iou)
+    return kept[order.numpy()[:max_proposals]]
+
+
+def best_overlaps(proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How well each object is covered by its best proposal.
+
+    Args:
+        proposals: (N, 4) xyxy pixels.
+        objects: (M, 4) xyxy pixels.
+
+    Returns:
+        (M,) intersection over union, 0 where there is no proposal.
+    """
+    if not len(proposals) or not len(objects):
+        return np.zeros(len(objects), np.float32)
+    overlaps = box_iou(torch.from_numpy(objects).float(), torch.from_numpy(proposals).float())
+    return overlaps.max(dim=1).values.numpy()

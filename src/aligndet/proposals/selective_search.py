@@ -1,0 +1,41 @@
+"""Selective search (Uijlings et al., 2013) through OpenCV: boxes around whatever coheres."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Mode = Literal["fast", "quality"]
+
+
+def selective_search(
+    image: npt.NDArray[np.uint8], *, mode: Mode = "fast", resolution: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Proposes boxes.
+
+    Args:
+        image: (H, W, 3) RGB.
+        mode: "fast", or "quality": more segmentations, about five times as slow.
+        resolution: Longest side to run at; a larger image is scaled down first. None: as it is.
+
+    Returns:
+        (N, 4) xyxy pixels of the image, best first, as OpenCV ranks them.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, resolution / max(height, width)) if resolution else 1.0
+    if scale < 1.0:
+        size = (max(8, round(width * scale)), max(8, round(height * scale)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+    cv2.setRNGSeed(0)  # the ranking is drawn at random; the same image shall give the same order
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
+    if mode == "fast":
+        search.switchToSelectiveSearchFast()
+    else:
+        search.switchToSelectiveSearchQuality()
+    boxes = np.asarray(search.process(), np.float32).reshape(-1, 4)  # xywh
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes * np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
