@@ -21,8 +21,8 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 
-TRUNK = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled", "fpn_channels": 128}
-SIZE = {"min_size": (192, 256), "max_size": 256}
+TRUNK: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled", "fpn_channels": 128}
+SIZE: dict[str, Any] = {"min_size": (192, 256), "max_size": 256}
 
 
 def labelled_part(data: Path, output: Path, images: int) -> Path:
@@ -30,16 +30,27 @@ def labelled_part(data: Path, output: Path, images: int) -> Path:
     path = output / f"train_{images}.json"
     if not path.is_file():
         document = json.loads((data / "train.json").read_text())
-        document["images"] = random.Random(0).sample(sorted(document["images"], key=lambda i: int(i["id"])), images)
+        document["images"] = random.Random(0).sample(
+            sorted(document["images"], key=lambda i: int(i["id"])), images
+        )
         kept = {image["id"] for image in document["images"]}
         document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
         path.write_text(json.dumps(document))
     return path
 
 
-def cell(args: argparse.Namespace, detector: str, pretrain_steps: int, seed: int, learning_rate: float) -> dict[str, float]:
+def cell(
+    args: argparse.Namespace, detector: str, pretrain_steps: int, seed: int, learning_rate: float
+) -> dict[str, float]:
     """Runs one cell, or reads what it gave."""
-    common: dict[str, Any] = {**SIZE, "batch_size": 8, "seed": seed, "workers": 1, "precision": args.precision, "accelerator": "auto"}
+    common: dict[str, Any] = {
+        **SIZE,
+        "batch_size": 8,
+        "seed": seed,
+        "workers": 1,
+        "precision": args.precision,
+        "accelerator": "auto",
+    }
     folder: Path = args.output / detector
     init_from = None
     if pretrain_steps:
@@ -51,7 +62,9 @@ def cell(args: argparse.Namespace, detector: str, pretrain_steps: int, seed: int
                 output=init_from,
                 detector=detector,
                 steps=pretrain_steps,
-                learning_rate=5e-4,
+                learning_rate=args.pretrain_learning_rate,
+                warmup_steps=args.warmup_steps,
+                decay=args.decay,
                 max_proposals=20,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
@@ -88,7 +101,10 @@ def table(args: argparse.Namespace) -> str:
         after, _, learning_rate = result.parent.name.removeprefix("finetune_after").split("_")
         figures = json.loads(result.read_text())
         cells.setdefault((result.parent.parent.name, int(after), learning_rate), []).append(figures)
-    lines = [f"{'detector':<12}{'pre-training':>14}{'lr':>10}{'seeds':>7}" + "".join(f"{n:>16}" for n in ("AP", "AP50", "AP75"))]
+    lines = [
+        f"{'detector':<12}{'pre-training':>14}{'lr':>10}{'seeds':>7}"
+        + "".join(f"{n:>16}" for n in ("AP", "AP50", "AP75"))
+    ]
     for (detector, after, learning_rate), results in sorted(cells.items()):
         line = f"{detector:<12}{after or 'none':>14}{learning_rate[2:]:>10}{len(results):>7}"
         for name in ("AP", "AP50", "AP75"):
@@ -100,8 +116,12 @@ def table(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.json, train/, val.json, val/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train.json, train/, val.json, val/"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/gain"))
     parser.add_argument("--detectors", nargs="+", default=["fcos", "retinanet"])
     parser.add_argument("--pretrain-steps", nargs="+", type=int, default=[0, 150], help="0: no pre-training")
@@ -109,6 +129,9 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=300, help="labelled images")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--pretrain-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
+    parser.add_argument("--decay", type=float, default=0.99, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()
@@ -122,7 +145,10 @@ def main() -> None:
             for steps in args.pretrain_steps:
                 for learning_rate in args.learning_rates:
                     figures = cell(args, detector, steps, seed, learning_rate)
-                    print(f"{detector} after {steps} steps, seed {seed}, lr {learning_rate:g}: {figures}", flush=True)
+                    print(
+                        f"{detector} after {steps} steps, seed {seed}, lr {learning_rate:g}: {figures}",
+                        flush=True,
+                    )
     print(table(args))
 
 

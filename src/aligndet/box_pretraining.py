@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainableDetector, PretrainOutput
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
@@ -22,7 +22,7 @@ class BoxPretraining(TrainingModule):
 
     def __init__(
         self,
-        online: PretrainableDetector,
+        online: Any,
         *,
         steps: int,
         temperature: float = 0.5,
@@ -38,8 +38,8 @@ class BoxPretraining(TrainingModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.online = cast(nn.Module, online)
-        self.trunk: nn.Module = online.detector.backbone.body  # type: ignore[union-attr, assignment]
+        self.online = online  # an nn.Module in the protocol of PretrainableDetector
+        self.trunk: nn.Module = online.detector.backbone.body
         self.trunk.requires_grad_(train_trunk)
         self.train_trunk = train_trunk
         self.momentum = momentum_copy(self.online, None if train_trunk else self.trunk)
@@ -79,7 +79,9 @@ class BoxPretraining(TrainingModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule from the settings."""
         (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
-        optimizer: Optimizer = build_optimizer([(self.online.parameters(), 1.0)], name, learning_rate, weight_decay)
+        optimizer: Optimizer = build_optimizer(
+            [(self.online.parameters(), 1.0)], name, learning_rate, weight_decay
+        )
         scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -89,9 +91,15 @@ def _unzip(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.no_grad()
-def _statistics(batch: list[TwoViews], online: BoxPredictions, momentum: BoxPredictions) -> dict[str, Tensor | float]:
-    """What to watch: a spread that falls to 0 means that all embeddings have become one (it starts near 1)."""
-    found = [torch.unique(stage.proposal_ids[stage.proposal_ids != BACKGROUND]) for stage in (online, momentum)]
+def _statistics(
+    batch: list[TwoViews], online: BoxPredictions, momentum: BoxPredictions
+) -> dict[str, Tensor | float]:
+    """What to watch: a spread that falls to 0 means that all embeddings have become one (it starts near
+    1).
+    """
+    found = [
+        torch.unique(stage.proposal_ids[stage.proposal_ids != BACKGROUND]) for stage in (online, momentum)
+    ]
     proposals = sum(len(item.online.proposals) for item in batch)
     directions = F.normalize(online.embeddings.float(), dim=1)
     spread = (directions.var(0, unbiased=False).sum()).sqrt() if len(directions) else directions.sum()

@@ -1,4 +1,6 @@
-"""The vocabulary that detectors, losses and training share: boxes, the proposal each stands for, and the protocol."""
+"""The vocabulary that detectors, losses and training share: boxes, the proposal each stands for, and the
+protocol.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ COMMANDS = {
     "predict": "boxes and pictures for images without labels",
 }
 
-_DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own unlabelled images.
+_DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own
+unlabelled images.
 
   aligndet propose images/ --output proposals                            1. boxes, no labels (once)
   aligndet pretrain images/ --proposals proposals --output pretrained    2. neck and heads learn
@@ -55,7 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"aligndet: unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"aligndet: unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     try:
         run(arguments[0], arguments[1:])
@@ -88,7 +91,9 @@ def run(command: str, arguments: Sequence[str]) -> Any:
 
 def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
     """Lets options be written as people do: --batch-size for --batch_size, --resume for --resume=true."""
-    switches = {f"--{name}" for name, p in signature(function).parameters.items() if p.annotation in (bool, "bool")}
+    switches = {
+        f"--{name}" for name, p in signature(function).parameters.items() if p.annotation in (bool, "bool")
+    }
     options = []
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -116,7 +121,9 @@ def parser_of(command: str) -> tuple[Any, Any]:
     function = getattr(import_module(f"aligndet.commands.{name}"), name)
     summary, _, rest = (function.__doc__ or "").partition("\n\n")
     details = rest.partition("Args:")[0]
-    parser = ArgumentParser(prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=True)
+    parser = ArgumentParser(
+        prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=True
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_function_arguments(function, as_positional=True)
     return function, parser

@@ -66,7 +66,9 @@ class Finetuning(TrainingModule):
             result = self.evaluator.compute()
             self.evaluator.reset()
             figures = {name: float(result.to_dict()[name]) for name in ("AP", "AP50", "AP75")}
-            self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=False)
+            self.log_dict(
+                {f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=False
+            )
 
     def configure_optimizers(self) -> Any:
         """Optimizer with a smaller learning rate for the trunk, and the schedule."""

@@ -11,7 +11,9 @@ from aligndet.boxes import BACKGROUND, BoxPredictions
 _NO_NEGATIVE = -1e4  # far below any similarity / temperature, yet finite: exp() is 0 and so are its gradients
 
 
-def box_contrastive_loss(online: BoxPredictions, momentum: BoxPredictions, temperature: float = 0.5) -> Tensor:
+def box_contrastive_loss(
+    online: BoxPredictions, momentum: BoxPredictions, temperature: float = 0.5
+) -> Tensor:
     """Pulls boxes of the same proposal together and pushes all others apart.
 
     A query is an online box that stands for a proposal. Its positives are the momentum boxes of the same
@@ -36,7 +38,9 @@ def box_contrastive_loss(online: BoxPredictions, momentum: BoxPredictions, tempe
         boxes = F.normalize(online.embeddings.float(), dim=1)  # (M, D)
         keys = F.normalize(momentum.embeddings.detach().float(), dim=1)  # (N, D)
 
-        is_query = torch.isin(online.proposal_ids, momentum.proposal_ids) & (online.proposal_ids != BACKGROUND)
+        is_query = torch.isin(online.proposal_ids, momentum.proposal_ids) & (
+            online.proposal_ids != BACKGROUND
+        )
         queries, ids = boxes[is_query], online.proposal_ids[is_query]  # (Q, D), (Q,)
         if len(queries) == 0:
             return online.embeddings.sum() * 0.0

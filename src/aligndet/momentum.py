@@ -1,4 +1,6 @@
-"""The momentum detector: a copy that shares the frozen trunk and follows the online one (paper section 3.2)."""
+"""The momentum detector: a copy that shares the frozen trunk and follows the online one (paper section
+3.2).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def momentum_copy(online: Module, shared: nn.Module | None = None) -> Module:
         shared: A submodule that both keep in common (the frozen trunk): no second copy in memory.
 
     Returns:
-        The copy, in the same train or eval mode. torchvision's dense detectors ignore targets in eval mode, so
-        the copy has to stay in train mode.
+        The copy, in the same train or eval mode. torchvision's dense detectors ignore targets in eval mode,
+        so the copy has to stay in train mode.
     """
     memo = {id(shared): shared} if shared is not None else {}
     momentum = copy.deepcopy(online, memo)
@@ -50,7 +52,8 @@ def update_momentum(
 ) -> None:
     """Moves every momentum parameter towards the online one: ``m = decay * m + (1 - decay) * o``.
 
-    Parameters only: buffers (batch norm statistics) stay each detector's own. Shared parameters are left alone.
+    Parameters only: buffers (batch norm statistics) stay each detector's own. Shared parameters are left
+    alone.
 
     Args:
         online: The trained detector.

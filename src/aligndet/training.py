@@ -1,4 +1,6 @@
-"""What box-domain pre-training, image-domain pre-training and fine-tuning share: data order, optimizer, trainer."""
+"""What box-domain pre-training, image-domain pre-training and fine-tuning share: data order, optimizer,
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ ScheduleName = Literal["cosine", "step", "constant"]
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed) for every step of a run, from any step on.
 
-    A run is one long pass: epoch after epoch in an order that depends on the seed alone, and with a seed for each
-    sample's augmentation. A resumed run therefore sees what the unbroken run would have seen, and `world`
-    processes together see what one process with a `world` times larger batch sees.
+    A run is one long pass: epoch after epoch in an order that depends on the seed alone, and with a seed for
+    each sample's augmentation. A resumed run therefore sees what the unbroken run would have seen, and
+    `world` processes together see what one process with a `world` times larger batch sees.
     """
 
     def __init__(
@@ -53,7 +55,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             rank: Of this process.
             world: Number of processes.
         """
-        self.length, self.batch_size, self.batches, self.seed, self.first = length, batch_size, batches, seed, first
+        self.length, self.batch_size, self.batches, self.seed, self.first = (
+            length,
+            batch_size,
+            batches,
+            seed,
+            first,
+        )
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
@@ -68,13 +76,18 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             for position in range(start, start + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + epoch))
+                    order = torch.randperm(
+                        self.length, generator=torch.Generator().manual_seed(self.seed + epoch)
+                    )
                 items.append((int(order[position % self.length]), self.seed * 2**32 + position))
             yield items
 
 
 def build_optimizer(
-    groups: Iterable[tuple[Iterable[nn.Parameter], float]], name: OptimizerName, learning_rate: float, weight_decay: float
+    groups: Iterable[tuple[Iterable[nn.Parameter], float]],
+    name: OptimizerName,
+    learning_rate: float,
+    weight_decay: float,
 ) -> Optimizer:
     """Builds AdamW, or SGD with momentum 0.9; biases and norms (one-dimensional parameters) do not decay.
 
@@ -87,7 +100,10 @@ def build_optimizer(
     settings = []
     for parameters, factor in groups:
         trainable = [p for p in parameters if p.requires_grad]
-        for chosen, decay in (([p for p in trainable if p.ndim > 1], weight_decay), ([p for p in trainable if p.ndim <= 1], 0.0)):
+        for chosen, decay in (
+            ([p for p in trainable if p.ndim > 1], weight_decay),
+            ([p for p in trainable if p.ndim <= 1], 0.0),
+        ):
             if chosen:
                 settings.append({"params": chosen, "lr": learning_rate * factor, "weight_decay": decay})
     if not settings:
@@ -115,7 +131,9 @@ def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_
     return LambdaLR(optimizer, factor)
 
 
-def build_loader(dataset: Dataset[Any], sampler: StepSampler, collate: Callable[..., Any], workers: int) -> DataLoader[Any]:
+def build_loader(
+    dataset: Dataset[Any], sampler: StepSampler, collate: Callable[..., Any], workers: int
+) -> DataLoader[Any]:
     """Loads the batches of a run.
 
     Args:
@@ -163,7 +181,9 @@ def load_state(module: LightningModule, checkpoint: Path) -> None:
 
 
 class TrainingModule(LightningModule):
-    """A LightningModule whose randomness depends on (seed, step, process) alone, and that names what went wrong."""
+    """A LightningModule whose randomness depends on (seed, step, process) alone, and that names what went
+    wrong.
+    """
 
     seed: int = 0
 
@@ -185,8 +205,8 @@ class TrainingModule(LightningModule):
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
             raise FloatingPointError(
-                f"step {self.global_step}: the loss is not finite ({values}) on the images {', '.join(names)};"
-                " lower the learning rate, clip gradients or look at these images"
+                f"step {self.global_step}: the loss is not finite ({values}) on the images"
+                f" {', '.join(names)}; lower the learning rate, clip gradients or look at these images"
             )
         for name, value in losses.items():
             self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3)
@@ -202,7 +222,9 @@ class Throughput(Callback):
         self._waited = self._worked = 0.0
         self._images = 0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Ends the wait for data."""
         self._started = time.perf_counter()
         self._waited += self._started - self._ended
@@ -249,7 +271,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     Lightning's own renames as well, but does not flush: after a power cut the name may stand for half a file.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Saves whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

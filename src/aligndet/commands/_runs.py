@@ -16,7 +16,17 @@ from typing import Any
 
 from aligndet.data.files import atomic_write, locked
 
-_MAY_CHANGE = {"output", "resume", "overwrite", "devices", "nodes", "strategy", "accelerator", "workers", "log_every"}
+_MAY_CHANGE = {
+    "output",
+    "resume",
+    "overwrite",
+    "devices",
+    "nodes",
+    "strategy",
+    "accelerator",
+    "workers",
+    "log_every",
+}
 
 
 @contextmanager
@@ -31,8 +41,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
         The checkpoint to go on from, or None.
 
     Raises:
-        ValueError: If the folder is not empty and neither resume nor overwrite was asked for, if a resumed run
-            has other settings than before, or if another process uses the folder.
+        ValueError: If the folder is not empty and neither resume nor overwrite was asked for, if a resumed
+            run has other settings than before, or if another process uses the folder.
     """
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder
@@ -44,7 +54,9 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
         plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
         if first and used and settings["overwrite"]:
             if not record.is_file():
-                raise ValueError(f"{output}: holds {sorted(used)[0]!r} and no run of aligndet; it is not overwritten")
+                raise ValueError(
+                    f"{output}: holds {sorted(used)[0]!r} and no run of aligndet; it is not overwritten"
+                )
             for path in output.iterdir():
                 if not path.name.startswith("."):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -53,7 +65,9 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 k = changed[0]
-                raise ValueError(f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former")
+                raise ValueError(
+                    f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former"
+                )
         elif first and used:
             raise ValueError(
                 f"{output}: is not empty; give --resume to go on with its run, --overwrite to start anew,"

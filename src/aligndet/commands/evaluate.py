@@ -47,7 +47,9 @@ def evaluate(
     detector, manifest = load_detector(model)
     if not manifest.get("class_names"):
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
-    categories = [Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)]
+    categories = [
+        Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
+    ]
     coco = read_coco(annotations, images, strict=strict, categories=categories)
     dataset = CocoDetection(coco, crowds=True)
     targets: list[dict[str, Tensor]] = []

@@ -25,8 +25,8 @@ def export(
 ) -> Path:
     """Writes a plain torchvision state dict: pre-trained neck and heads, new prediction layers.
 
-    The file loads with torchvision alone, ``strict=True``; the manifest beside it says, module by module, what is
-    pre-trained and what is new.
+    The file loads with torchvision alone, ``strict=True``; the manifest beside it says, module by module,
+    what is pre-trained and what is new.
 
     Args:
         run: Folder of `aligndet pretrain`.
@@ -64,5 +64,8 @@ def export(
     }
     save_weights(output, detector.state_dict(), manifest)
     new = [name for name, origin in modules.items() if origin == "new"]
-    print(f"{output / 'model.safetensors'}: {len(modules) - len(new)} modules pre-trained; new: {', '.join(new)}")
+    print(
+        f"{output / 'model.safetensors'}: {len(modules) - len(new)} modules pre-trained;"
+        f" new: {', '.join(new)}"
+    )
     return output

@@ -35,9 +35,10 @@ SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 27
 _EXPLANATION = """A run of `aligndet finetune`.
 
 run.json       settings, command line and versions
-checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best average precision on the validation images
-logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
-model/         the result: model.safetensors and manifest.json (best if there are validation images, else last),
+checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best average precision on the validation
+images logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
+model/         the result: model.safetensors and manifest.json (best if there are validation images, else
+last),
                for `aligndet evaluate`, `aligndet predict` and aligndet.load_detector
 """
 
@@ -98,14 +99,14 @@ def finetune(
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos" or "retinanet".
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
-        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where init_from
-            brings the trunk.
+        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where
+            init_from brings the trunk.
         fpn_channels: Width of the feature pyramid.
-        min_size: Smallest and largest short side of a training image (multi-scale in steps of 32); predictions
-            are made at the largest.
+        min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
+            predictions are made at the largest.
         max_size: Bound of the long side.
-        schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16 images,
-            scaled with the batch size.
+        schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
+            images, scaled with the batch size.
         steps: Length of the run in steps; takes the place of schedule.
         batch_size: Images a batch on each device.
         accumulate: Batches a step of the optimizer.
@@ -174,7 +175,9 @@ def finetune(
             trunk_factor=trunk_factor,
             optimizer=optimizer,
             learning_rate=learning_rate or (1e-3 if adam else 1e-2) * (1.5 if pretrained else 1.0),
-            weight_decay=weight_decay if weight_decay is not None else (0.05 if adam else 1e-4) * (0.5 if pretrained else 1.0),
+            weight_decay=weight_decay
+            if weight_decay is not None
+            else (0.05 if adam else 1e-4) * (0.5 if pretrained else 1.0),
             schedule=decay,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
@@ -218,7 +221,10 @@ def finetune(
                 "architecture": architecture,
                 "class_names": [category.name for category in coco.categories],
                 "category_ids": [category.id for category in coco.categories],
-                "initialised_from": {"weights": str(init_from) if state else trunk_weights, "modules": origins},
+                "initialised_from": {
+                    "weights": str(init_from) if state else trunk_weights,
+                    "modules": origins,
+                },
                 **provenance(),
             }
             save_weights(output / "model", module.detector.state_dict(), manifest)
@@ -233,7 +239,9 @@ def _callbacks(output: Path, validated: bool, patience: int | None, ema: float |
     if validated:
         folder = output / "checkpoints"
         callbacks.append(
-            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False)
+            ModelCheckpoint(
+                folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False
+            )
         )
         if patience is not None:
             callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience))

@@ -13,7 +13,14 @@ from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.proposals.storage import read_proposals
-from aligndet.training import OptimizerName, ScheduleName, StepSampler, build_loader, build_trainer, steps_done
+from aligndet.training import (
+    OptimizerName,
+    ScheduleName,
+    StepSampler,
+    build_loader,
+    build_trainer,
+    steps_done,
+)
 
 _EXPLANATION = """A run of `aligndet pretrain`.
 
@@ -67,8 +74,8 @@ def pretrain(
 ) -> Path:
     """Pre-trains neck and heads of a detector on images without labels.
 
-    Two augmented views of each image go through an online and a momentum detector on one frozen trunk; boxes of
-    the same proposal are pulled together, all others apart, while the detector's own box losses run
+    Two augmented views of each image go through an online and a momentum detector on one frozen trunk; boxes
+    of the same proposal are pulled together, all others apart, while the detector's own box losses run
     (paper section 3.2).
 
     Args:
@@ -125,7 +132,9 @@ def pretrain(
         )
         missing = [name for name in table.file_names if not (images / name).is_file()]
         if len(missing) == len(table):
-            raise ValueError(f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}")
+            raise ValueError(
+                f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}"
+            )
         world = devices * nodes
         total = steps_of(steps, epochs, len(dataset), batch_size * world * accumulate)
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}

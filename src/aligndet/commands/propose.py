@@ -113,12 +113,18 @@ def propose(
             images,
             mode=mode,
             resolution=resolution,
-            filters={k: parameters[k] for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")},
+            filters={
+                k: parameters[k]
+                for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")
+            },
         )
         shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
         paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
         done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
-        with tqdm(total=len(names), initial=done, desc="propose", unit="image") as progress, ExitStack() as stack:
+        with (
+            tqdm(total=len(names), initial=done, desc="propose", unit="image") as progress,
+            ExitStack() as stack,
+        ):
             rows_of = _pool(stack, workers, work)
             for shard, path in zip(shards, paths, strict=True):
                 if path.is_file():
@@ -137,7 +143,12 @@ def propose(
             for path in (*paths, folder / "manifest.json", folder / "README.txt", folder / ".lock"):
                 path.unlink(missing_ok=True)
         else:
-            counts = {"done": summary.images, "boxes": summary.boxes, "skipped": summary.skipped, "recall": summary.recall}
+            counts = {
+                "done": summary.images,
+                "boxes": summary.boxes,
+                "skipped": summary.skipped,
+                "recall": summary.recall,
+            }
             _write_manifest(folder, parameters, "complete", counts)
     if as_json:
         folder.rmdir()

@@ -64,8 +64,8 @@ def read_coco(
 ) -> CocoDataset:
     """Reads and checks a COCO JSON.
 
-    An image whose file is missing and a box of no size or not finite are left out, a box that reaches beyond its
-    image is clipped; each is counted and named in ``warnings``, and the first ones are printed.
+    An image whose file is missing and a box of no size or not finite are left out, a box that reaches beyond
+    its image is clipped; each is counted and named in ``warnings``, and the first ones are printed.
 
     Args:
         annotations: The JSON.
@@ -74,8 +74,9 @@ def read_coco(
         categories: What the categories have to be (those of the training images).
 
     Raises:
-        ValueError: If the file is no COCO JSON, contradicts itself (an id twice, an unknown image or category),
-            holds other categories, or none of its images is there; the message names the file and the value.
+        ValueError: If the file is no COCO JSON, contradicts itself (an id twice, an unknown image or
+            category), holds other categories, or none of its images is there; the message names the file and
+            the value.
     """
     document = _load(annotations)
     folder = images if images is not None else _guess_folder(annotations)
@@ -96,16 +97,22 @@ def read_coco(
             raise ValueError(f"{annotations}: annotation id {key} occurs twice")
         seen.add(key)
         if annotation["image_id"] not in entries:
-            raise ValueError(f"{annotations}: annotation {key} is of image {annotation['image_id']}, which is not listed")
+            raise ValueError(
+                f"{annotations}: annotation {key} is of image {annotation['image_id']}, which is not listed"
+            )
         if annotation["category_id"] not in label:
-            raise ValueError(f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}")
+            raise ValueError(
+                f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}"
+            )
         image = entries[annotation["image_id"]]
         box, note = _box(annotation["bbox"], image["width"], image["height"])
         if note:
             warnings.append(f"annotation {key} of {image['file_name']}: {note}")
         if box is not None:
             area = float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1]))
-            rows[image["id"]].append((box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area))
+            rows[image["id"]].append(
+                (box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area)
+            )
 
     present = []
     for key, image in entries.items():
@@ -151,7 +158,9 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.coco)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,) and image_id ()."""
+        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,) and
+        image_id ().
+        """
         coco = self.coco
         image = read_image(coco.folder / coco.file_names[index])
         kept = np.ones(len(coco.labels[index]), np.bool_) if self.crowds else ~coco.iscrowd[index]
@@ -188,7 +197,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _guess_folder(annotations: Path) -> Path:
     stem = annotations.stem.removeprefix("instances_")
-    candidates = [annotations.with_name(stem), annotations.with_name("images"), annotations.parent.parent / stem]
+    candidates = [
+        annotations.with_name(stem),
+        annotations.with_name("images"),
+        annotations.parent.parent / stem,
+    ]
     return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
 
 
@@ -201,8 +214,12 @@ def _categories(
     if len({category.id for category in found}) < len(found):
         raise ValueError(f"{path}: a category id occurs twice")
     if expected is not None and found != tuple(expected):
-        other = next((c for c in found if c not in expected), None) or next(c for c in expected if c not in found)
-        raise ValueError(f"{path}: its categories are not those of the detector; the first that differs: {other}")
+        other = next((c for c in found if c not in expected), None) or next(
+            c for c in expected if c not in found
+        )
+        raise ValueError(
+            f"{path}: its categories are not those of the detector; the first that differs: {other}"
+        )
     return found
 
 

@@ -46,7 +46,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder}: is in use by another process; wait for it or give another output") from error
+            raise ValueError(
+                f"{folder}: is in use by another process; wait for it or give another output"
+            ) from error
         try:
             yield
         finally:

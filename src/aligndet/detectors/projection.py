@@ -1,4 +1,6 @@
-"""The projection head: two linear layers with a ReLU, in the classifier's slot (paper section 3.2, after MoCo v2)."""
+"""The projection head: two linear layers with a ReLU, in the classifier's slot (paper section 3.2, after
+MoCo v2).
+"""
 
 from __future__ import annotations
 
@@ -29,5 +31,7 @@ class ProjectionHead(nn.Module):
         Returns:
             Embeddings (M, D), not normalised.
         """
-        embeddings = self.output(torch.relu(self.hidden(features))).unflatten(1, (self.num_anchors, -1))  # (M, A, D)
+        embeddings = self.output(torch.relu(self.hidden(features))).unflatten(
+            1, (self.num_anchors, -1)
+        )  # (M, A, D)
         return embeddings[:, 0] if anchors is None else embeddings[torch.arange(len(anchors)), anchors]

@@ -1,4 +1,6 @@
-"""Weights on disk: a folder with ``model.safetensors`` and ``manifest.json``, and what moves between detectors."""
+"""Weights on disk: a folder with ``model.safetensors`` and ``manifest.json``, and what moves between
+detectors.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +60,15 @@ def initialise(
     alien = [name for name in state if name not in wanted]
     if alien:
         raise ValueError(
-            f"these weights are of another detector or trunk: {len(alien)} of {len(state)} tensors have no place in"
-            f" it, the first is {alien[0]!r}"
+            f"these weights are of another detector or trunk: {len(alien)} of {len(state)} tensors have"
+            f" no place in it, the first is {alien[0]!r}"
         )
     taken = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
     for name, tensor in taken.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
-                f"these weights are of another class count or width: {name!r} is {tuple(tensor.shape)} there and"
-                f" {tuple(wanted[name].shape)} here"
+                f"these weights are of another class count or width: {name!r} is {tuple(tensor.shape)}"
+                f" there and {tuple(wanted[name].shape)} here"
             )
     detector.load_state_dict(taken, strict=False)
     return _by_module(wanted, set(taken))
@@ -78,7 +80,9 @@ def _by_module(names: dict[str, Tensor], pretrained: set[str]) -> dict[str, str]
     for name in names:
         module = "backbone.body" if name.startswith("backbone.body.") else name.rpartition(".")[0]
         report.setdefault(module, set()).add("pre-trained" if name in pretrained else "new")
-    return {module: "pre-trained" if origins == {"pre-trained"} else "new" for module, origins in report.items()}
+    return {
+        module: "pre-trained" if origins == {"pre-trained"} else "new" for module, origins in report.items()
+    }
 
 
 def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
@@ -116,8 +120,8 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"{folder}: holds no weights (model.safetensors and manifest.json, as `aligndet pretrain`, `export` and"
-            f" `finetune` write them): {error}"
+            f"{folder}: holds no weights (model.safetensors and manifest.json, as `aligndet pretrain`,"
+            f" `export` and `finetune` write them): {error}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: broken weights or manifest: {error}") from error
@@ -141,10 +145,14 @@ def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     state, manifest = load_weights(folder)
     architecture = manifest["architecture"]
     if "num_classes" not in architecture:
-        raise ValueError(f"{folder}: holds pre-trained parts, not a whole detector; `aligndet export` completes it")
+        raise ValueError(
+            f"{folder}: holds pre-trained parts, not a whole detector; `aligndet export` completes it"
+        )
     try:
         detector = build_detector(**architecture)
         detector.load_state_dict(state, strict=True)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder}: the weights do not fit the architecture of the manifest: {error}") from error
+        raise ValueError(
+            f"{folder}: the weights do not fit the architecture of the manifest: {error}"
+        ) from error
     return detector.eval(), manifest

@@ -40,7 +40,11 @@ class CocoResult:
     def to_dict(self) -> dict[str, Any]:
         """All figures, what JSON can hold; nan becomes None."""
         by_class = {name: _known(value) for name, value in self.ap_by_class.items()}
-        return {**{k: _known(v) for k, v in self.figures.items()}, "AP_by_class": by_class, "images": self.images}
+        return {
+            **{k: _known(v) for k, v in self.figures.items()},
+            "AP_by_class": by_class,
+            "images": self.images,
+        }
 
     def table(self) -> str:
         """The figures in percent, as text."""
@@ -93,7 +97,9 @@ class CocoEvaluator:
             raise ValueError("no image was evaluated")
         result = self._metric.compute()
         figures = {name: _figure(result[key]) for name, key in FIGURES.items()}
-        by_label = dict(zip(result["classes"].flatten().tolist(), result["map_per_class"].flatten().tolist(), strict=True))
+        by_label = dict(
+            zip(result["classes"].flatten().tolist(), result["map_per_class"].flatten().tolist(), strict=True)
+        )
         by_class = {
             category.name: _figure(torch.tensor(by_label.get(position + 1, -1.0)))
             for position, category in enumerate(self.categories)

@@ -21,8 +21,8 @@ def filter_boxes(
 ) -> npt.NDArray[np.float32]:
     """Keeps boxes of a sensible shape and size that do not repeat a better one.
 
-    The upper bound of the area is not in the paper: selective search nearly always returns the whole image, which
-    is no object.
+    The upper bound of the area is not in the paper: selective search nearly always returns the whole image,
+    which is no object.
 
     Args:
         boxes: (N, 4) xyxy pixels, best first.
@@ -45,7 +45,9 @@ def filter_boxes(
     return kept[order.numpy()[:max_proposals]]
 
 
-def best_overlaps(proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def best_overlaps(
+    proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
     """How well each object is covered by its best proposal.
 
     Args:

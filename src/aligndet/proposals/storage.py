@@ -81,8 +81,8 @@ def read_proposals(path: Path) -> ProposalTable:
     """Reads the proposals of a data set.
 
     Args:
-        path: A folder that `aligndet propose` has written, a Parquet file, or a COCO-style JSON (one category,
-            ``bbox`` xywh) of any origin.
+        path: A folder that `aligndet propose` has written, a Parquet file, or a COCO-style JSON (one
+            category, ``bbox`` xywh) of any origin.
 
     Raises:
         ValueError: If there are none, or the file is broken; the message names it.
@@ -93,7 +93,9 @@ def read_proposals(path: Path) -> ProposalTable:
             raise ValueError(f"{path}: holds no proposals (part-*.parquet); run `aligndet propose` first")
         manifest = path / "manifest.json"
         if manifest.is_file() and json.loads(manifest.read_text()).get("status") != "complete":
-            raise ValueError(f"{path}: these proposals are not complete; run the same `aligndet propose` again to finish")
+            raise ValueError(
+                f"{path}: these proposals are not complete; run the same `aligndet propose` again to finish"
+            )
         rows = [row for shard in shards for row in read_shard(shard)]
     elif not path.is_file():
         raise ValueError(f"{path}: no such file or folder of proposals")
@@ -122,12 +124,18 @@ def read_shard(path: Path) -> list[ImageProposals]:
     try:
         columns = pq.read_table(path).cast(SCHEMA).to_pydict()
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again") from error
+        raise ValueError(
+            f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again"
+        ) from error
     rows = []
     for name, width, height, flat, skipped in zip(*columns.values(), strict=True):
         if len(flat) % 4:
             raise ValueError(f"{path}: the boxes of {name} are not in fours")
-        boxes = clean(np.array(flat, np.float32).reshape(-1, 4), width, height) if skipped is None else np.zeros((0, 4), np.float32)
+        boxes = (
+            clean(np.array(flat, np.float32).reshape(-1, 4), width, height)
+            if skipped is None
+            else np.zeros((0, 4), np.float32)
+        )
         rows.append(ImageProposals(safe_name(name, path), width, height, boxes, skipped))
     return rows
 
@@ -163,7 +171,9 @@ def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:
     for row in rows:
         if row.skipped is not None:
             continue
-        images.append({"id": len(images) + 1, "file_name": row.file_name, "width": row.width, "height": row.height})
+        images.append(
+            {"id": len(images) + 1, "file_name": row.file_name, "width": row.width, "height": row.height}
+        )
         for x0, y0, x1, y1 in row.boxes.astype(float).tolist():
             annotations.append(
                 {

@@ -1,0 +1,126 @@
+"""`aligndet predict`: boxes and pictures for images without labels."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from aligndet.data.files import atomic_write
+from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.detectors.weights import load_detector
+from aligndet.evaluation.drawing import draw_detections
+from aligndet.evaluation.inference import predict_images, resolve_device
+
+
+def predict(
+    model: Path,
+    images: Path,
+    *,
+    output: Path,
+    score: float = 0.3,
+    batch_size: int = 8,
+    device: str = "auto",
+    draw: bool = True,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Finds objects in an image or in a folder of images.
+
+    Args:
+        model: Folder of `aligndet finetune`.
+        images: An image, or a folder that is searched with its subfolders.
+        output: Folder for predictions.json (COCO: images, categories, and annotations with scores) and
+            pictures/.
+        score: Boxes below are left out.
+        batch_size: Images at a time.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        draw: Write pictures with the boxes.
+        strict: A broken image is an error; by default it is skipped, counted and named.
+        overwrite: Replace predictions that are there.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: If the model is not fine-tuned, there are no images, or the output is taken.
+    """
+    if (output / "predictions.json").exists() and not overwrite:
+        raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
+    detector, manifest = load_detector(model)
+    names: list[str] | None = manifest.get("class_names")
+    if not names:
+        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
+    read: list[tuple[str, Tensor]] = []  # the images of the running batch only
+    broken: list[str] = []
+
+    def readable() -> Iterator[Tensor]:
+        for name in files:
+            try:
+                image = read_image(folder / name)
+            except ImageError as error:
+                if strict:
+                    raise
+                broken.append(str(error))
+                continue
+            read.append((name, image))
+            yield image
+
+    categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
+    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
+    for prediction in tqdm(predictions, total=len(files), desc="predict", unit="image"):
+        name, image = read.pop(0)
+        _add(document, name, image, prediction, manifest["category_ids"], score)
+        if draw:
+            drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names, score)
+            buffer = io.BytesIO()
+            Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
+            atomic_write(output / "pictures" / Path(name).with_suffix(".jpg"), buffer.getvalue())
+    atomic_write(output / "predictions.json", json.dumps(document))
+    for message in broken[:10]:
+        print(f"skipped: {message}")
+    print(
+        f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
+        f" {len(broken)} skipped: {output}"
+    )
+    return output
+
+
+def _add(
+    document: dict[str, list[dict[str, Any]]],
+    name: str,
+    image: Tensor,
+    prediction: dict[str, Tensor],
+    category_ids: list[int],
+    score: float,
+) -> None:
+    image_id = len(document["images"]) + 1
+    document["images"].append(
+        {"id": image_id, "file_name": name, "width": image.shape[2], "height": image.shape[1]}
+    )
+    for box, label, confidence in zip(
+        prediction["boxes"].tolist(),
+        prediction["labels"].tolist(),
+        prediction["scores"].tolist(),
+        strict=True,
+    ):
+        if confidence >= score:
+            x0, y0, x1, y1 = box
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[label - 1],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "score": confidence,
+                }
+            )

@@ -1,0 +1,39 @@
+"""Boxes drawn over images, by supervision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import supervision as sv
+from torch import Tensor
+
+
+def draw_detections(
+    image: npt.NDArray[np.uint8],
+    prediction: dict[str, Tensor],
+    class_names: Sequence[str],
+    score: float = 0.0,
+) -> npt.NDArray[np.uint8]:
+    """Draws boxes with class and score.
+
+    Args:
+        image: (H, W, 3) RGB.
+        prediction: Boxes (n, 4) xyxy pixels, labels (n,) from 1, and scores (n,).
+        class_names: In label order.
+        score: Boxes below are left out.
+
+    Returns:
+        A copy, (H, W, 3) RGB.
+    """
+    kept = prediction["scores"] >= score
+    if not kept.any():
+        return image.copy()
+    classes, scores = prediction["labels"][kept].numpy() - 1, prediction["scores"][kept].numpy()
+    detections = sv.Detections(prediction["boxes"][kept].numpy(), class_id=classes, confidence=scores)
+    texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
+    wide = max(image.shape[:2])
+    picture = sv.BoxAnnotator(thickness=max(1, wide // 300)).annotate(image[:, :, ::-1].copy(), detections)
+    labels = sv.LabelAnnotator(text_scale=max(0.3, wide / 1500), text_padding=2)
+    return labels.annotate(picture, detections, labels=texts)[:, :, ::-1]

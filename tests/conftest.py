@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from aligndet.commands.propose import propose
+from aligndet.commands.sample_data import sample_data
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve labelled images of 128 pixels, four of them for validation."""
+    return sample_data(tmp_path_factory.mktemp("sample") / "data", train_images=12, val_images=4, size=128)
+
+
+@pytest.fixture(scope="session")
+def proposals(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("proposed") / "proposals"
+    propose(sample / "train", output=output, workers=1, shard_size=5)
+    return output

@@ -1,0 +1,139 @@
+"""What every pre-trainable detector has to do: one parameter a detector."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
+from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
+from aligndet.losses import box_contrastive_loss
+from aligndet.momentum import momentum_copy
+
+ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 32}
+OBJECTS = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 120.0, 90.0], [5.0, 60.0, 40.0, 110.0]])
+
+
+def build(name: str) -> Any:
+    adapter: Any = build_pretrainable(name, **ARCHITECTURE)
+    adapter.detector.backbone.body.requires_grad_(False).eval()
+    return adapter
+
+
+def images(*sizes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(3, *size, generator=generator) for size in sizes]
+
+
+@pytest.fixture(params=sorted(DETECTORS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_assigns_embeds_and_learns(name: str) -> None:
+    adapter = build(name)
+    output: PretrainOutput = adapter(images((128, 160), (96, 128)), [OBJECTS, OBJECTS[:2] * 0.75])
+    for stage in output.stages:
+        assert stage.embeddings.shape[0] == stage.proposal_ids.shape[0]
+        assert stage.embeddings.isfinite().all()
+        assert set(stage.proposal_ids.tolist()) <= {BACKGROUND, 0, 1, 2, 3, 4}
+        assert len(set(stage.proposal_ids.tolist()) - {BACKGROUND}) >= 4  # both images' proposals are found
+    contrast = sum(box_contrastive_loss(stage, stage) for stage in output.stages)
+    torch.stack([contrast, *output.losses.values()]).sum().backward()
+    untrained = [n for n, p in adapter.named_parameters() if p.requires_grad and p.grad is None]
+    assert not untrained
+    assert all(p.grad is None for p in adapter.detector.backbone.body.parameters())
+
+
+def test_the_momentum_copy_sees_the_same_assignment_without_a_graph(name: str) -> None:
+    adapter = build(name)
+    momentum: Any = momentum_copy(adapter, adapter.detector.backbone.body)
+    batch = images((128, 160)), [OBJECTS]
+    torch.manual_seed(1)
+    online = adapter(*batch)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        other = momentum(*batch)
+    for ours, theirs in zip(online.stages, other.stages, strict=True):
+        assert torch.equal(ours.proposal_ids, theirs.proposal_ids)
+        torch.testing.assert_close(ours.embeddings, theirs.embeddings)
+        assert not theirs.embeddings.requires_grad
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (0, 1)])
+def test_images_without_proposals(name: str, counts: tuple[int, int]) -> None:
+    adapter = build(name)
+    output = adapter(images((128, 160), (128, 128)), [OBJECTS[:n] for n in counts])
+    total = sum(box_contrastive_loss(stage, stage) for stage in output.stages) + sum(output.losses.values())
+    assert total.isfinite()
+    total.backward()
+    grads = [p.grad for p in adapter.parameters() if p.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+    if sum(counts) == 0:
+        assert all((stage.proposal_ids == BACKGROUND).all() for stage in output.stages)
+
+
+def test_pretrained_parts_fill_the_plain_detector(name: str) -> None:
+    adapter = build(name)
+    torch.manual_seed(5)
+    plain = build_detector(name, num_classes=4, **ARCHITECTURE)
+    fresh = copy.deepcopy(plain.state_dict())
+    origins = initialise(plain, pretrained_state(adapter))
+    source = adapter.detector.state_dict()
+    new = {module for module, origin in origins.items() if origin == "new"}
+    for key, value in plain.state_dict().items():
+        module = "backbone.body" if key.startswith("backbone.body.") else key.rpartition(".")[0]
+        torch.testing.assert_close(value, fresh[key] if module in new else source[key])
+    assert new == {layer for layer in adapter.prediction_layers if any(k.startswith(layer + ".") for k in fresh)}
+
+
+@pytest.mark.parametrize("modules", [("neck",), ("trunk", "head"), ()])
+def test_parts_are_taken_one_by_one(name: str, modules: tuple[str, ...]) -> None:
+    plain = build_detector(name, num_classes=4, **ARCHITECTURE)
+    origins = initialise(plain, pretrained_state(build(name)), modules)
+    assert (origins["backbone.body"] == "pre-trained") == ("trunk" in modules)
+    assert (origins["backbone.fpn.inner_blocks.0.0"] == "pre-trained") == ("neck" in modules)
+    assert any(o == "pre-trained" for m, o in origins.items() if m.startswith("head")) == ("head" in modules)
+
+
+def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
+    plain = build_detector(name, num_classes=4, **ARCHITECTURE, min_size=128, max_size=160).eval()
+    architecture = {"detector": name, **ARCHITECTURE, "num_classes": 4, "min_size": 128, "max_size": 160}
+    save_weights(tmp_path / "model", plain.state_dict(), {"architecture": architecture})
+    loaded, _ = load_detector(tmp_path)
+    with torch.inference_mode():
+        for ours, theirs in zip(plain(images((128, 160))), loaded(images((128, 160))), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_of_another_detector_are_refused(name: str) -> None:
+    other = next(n for n in DETECTORS if n != name)
+    with pytest.raises(ValueError, match="another"):
+        initialise(build_detector(other, num_classes=4, **ARCHITECTURE), pretrained_state(build(name)))
+
+
+class TwoPatches(nn.Module):
+    """A user's own detector becomes pre-trainable by three members."""
+
+    prediction_layers = ("classes",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector = nn.ModuleDict({"backbone": nn.Module(), "classes": nn.Linear(3, 2)})
+        self.projection = nn.Linear(3, 4)
+
+    def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
+        colours = torch.stack([image.mean((1, 2)) for image in images])  # one box, the whole image, for each
+        ids = torch.tensor([0 if len(boxes) else BACKGROUND for boxes in proposals])
+        return PretrainOutput((BoxPredictions(self.projection(colours), ids),), {})
+
+
+def test_a_detector_of_ones_own() -> None:
+    output = TwoPatches()(images((32, 32), (32, 40)), [OBJECTS, OBJECTS[:0]])
+    assert box_contrastive_loss(output.stages[0], output.stages[0]).isfinite()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchvision.models.detection import FCOS, RetinaNet
+
+from aligndet.boxes import BACKGROUND
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.dense import sample_boxes
+from aligndet.detectors.projection import ProjectionHead
+
+
+def test_sample_takes_assigned_boxes_first_and_ignored_ones_never() -> None:
+    ids = torch.tensor([BACKGROUND, 3, -2, 0, BACKGROUND, -2, 1])
+    assert sorted(sample_boxes(ids, 3).tolist()) == [1, 3, 6]
+    assert sorted(sample_boxes(ids, 100).tolist()) == [0, 1, 3, 4, 6]
+    four = set(sample_boxes(ids, 4).tolist())
+    assert {1, 3, 6} < four <= {0, 1, 3, 4, 6}
+    assert len(sample_boxes(ids, 2)) == 2
+    assert len(sample_boxes(ids[:0], 2)) == 0
+
+
+def test_each_anchor_of_a_location_has_output_weights_of_its_own() -> None:
+    head = ProjectionHead(8, embedding_dim=5, num_anchors=3)
+    features, anchors = torch.randn(4, 8), torch.tensor([2, 0, 1, 2])
+    hidden = torch.relu(features @ head.hidden.weight.T + head.hidden.bias)
+    for row, anchor in enumerate(anchors.tolist()):
+        part = slice(5 * anchor, 5 * anchor + 5)
+        expected = head.output.weight[part] @ hidden[row] + head.output.bias[part]
+        torch.testing.assert_close(head(features, anchors)[row], expected)
+
+
+def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same boxes through torchvision's own detector with the same weights, and through ours."""
+    plain.load_state_dict(adapter.detector.state_dict(), strict=False)
+    plain.train()
+    plain.backbone.body.eval()
+    adapter.detector.backbone.body.requires_grad_(False).eval()
+    images = [torch.rand(3, 128, 128), torch.rand(3, 128, 96)]
+    boxes = [torch.tensor([[8.0, 8.0, 70.0, 80.0], [30.0, 40.0, 120.0, 110.0]]), torch.tensor([[10.0, 20.0, 60.0, 90.0]])]
+    theirs = plain(images, [{"boxes": b, "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes])
+    return theirs, adapter(images, boxes).losses
+
+
+def test_fcos_keeps_torchvisions_box_losses() -> None:
+    plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False)
+    theirs, ours = box_losses_of_torchvision(plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=32))
+    assert isinstance(plain, FCOS)
+    assert set(ours) == {"bbox_regression", "bbox_ctrness"}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
+def test_retinanet_keeps_torchvisions_box_loss() -> None:
+    plain = build_detector("retinanet", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False)
+    theirs, ours = box_losses_of_torchvision(
+        plain, build_pretrainable("retinanet", trunk="resnet18", fpn_channels=32)
+    )
+    assert isinstance(plain, RetinaNet)
+    assert set(ours) == {"bbox_regression"}
+    torch.testing.assert_close(ours["bbox_regression"], theirs["bbox_regression"])

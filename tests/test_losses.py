@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aligndet.boxes import BACKGROUND, BoxPredictions
+from aligndet.losses import box_contrastive_loss
+
+
+def naive_loss(z1: Tensor, l1: list[int], z2: Tensor, l2: list[int], tau: float) -> Tensor:
+    """Equation 4 as it stands, one pair after the other."""
+
+    def sim(a: Tensor, b: Tensor) -> Tensor:
+        return torch.dot(a, b) / (a.norm() * b.norm()) / tau
+
+    proposals = []
+    for i in sorted({label for label in l1 if label != BACKGROUND} & set(l2)):
+        pairs = []
+        for q in (q for q, label in enumerate(l1) if label == i):
+            others = [z2[k] for k, label in enumerate(l2) if label != i]
+            others += [z1[k].detach() for k, label in enumerate(l1) if label != i]
+            below = sum((sim(z1[q], z).exp() for z in others), torch.zeros((), dtype=z1.dtype))
+            for k in (k for k, label in enumerate(l2) if label == i):
+                above = sim(z1[q], z2[k]).exp()
+                pairs.append(-(above / (above + below)).log())
+        proposals.append(torch.stack(pairs).mean())
+    return torch.stack(proposals).mean() if proposals else z1.sum() * 0
+
+
+def compare(l1: list[int], l2: list[int], tau: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z1, z2 = (torch.randn(len(ids), 5, generator=generator) for ids in (l1, l2))
+    fast, slow = z1.clone().requires_grad_(), z1.double().requires_grad_()
+    keys = z2.clone().requires_grad_()
+    ours = box_contrastive_loss(
+        BoxPredictions(fast, torch.tensor(l1, dtype=torch.int64)),
+        BoxPredictions(keys, torch.tensor(l2, dtype=torch.int64)),
+        tau,
+    )
+    theirs = naive_loss(slow, l1, z2.double(), l2, tau)
+    ours.backward()  # type: ignore[no-untyped-call]
+    theirs.backward()  # type: ignore[no-untyped-call]
+    assert fast.grad is not None
+    assert slow.grad is not None
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+    assert keys.grad is None
+
+
+ids = st.lists(st.integers(BACKGROUND, 4), max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(l1=ids, l2=ids, tau=st.sampled_from([0.1, 0.5, 1.0]), seed=st.integers(0, 1000))
+def test_equals_the_formula(l1: list[int], l2: list[int], tau: float, seed: int) -> None:
+    compare(l1, l2, tau, seed)
+
+
+@pytest.mark.parametrize(
+    ("l1", "l2"),
+    [([], []), ([0, 1], []), ([], [0, 1]), ([-1, -1], [-1]), ([0], [0]), ([0, 0], [0, 0, 0]), ([0, 1], [2, 3]), ([0, -1], [0, 1])],
+    ids=["no boxes", "no keys", "no queries", "background", "one pair", "one proposal", "none in both", "one in both"],
+)
+def test_edge_cases(l1: list[int], l2: list[int]) -> None:
+    compare(l1, l2, 0.5, seed=0)
+
+
+def test_a_known_value() -> None:
+    # the query meets its like (similarity 1), one opposite key and one opposite box of its own view
+    online = BoxPredictions(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, BACKGROUND]))
+    momentum = BoxPredictions(torch.tensor([[3.0, 0.0], [-2.0, 0.0]]), torch.tensor([0, 1]))
+    expected = -math.log(math.exp(2) / (math.exp(2) + 2 * math.exp(-2)))
+    assert box_contrastive_loss(online, momentum, 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    z, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, -1])
+    exact = box_contrastive_loss(BoxPredictions(z, labels), BoxPredictions(z.flip(1), labels))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = box_contrastive_loss(BoxPredictions(z, labels), BoxPredictions(z.flip(1), labels))
+    assert half.dtype == torch.float32
+    assert half == exact
