@@ -1,0 +1,160 @@
+"""Speed: our whole pre-training step against the bare network and against torchvision's fine-tuning step.
+
+    python benchmarks/step.py --detectors fcos retinanet
+
+(a) bare network: the trunk twice without gradient, momentum neck and head forward, online neck and head forward and
+    backward; nothing else
+(b) torchvision's own fine-tuning step: its detector with 91 classes, all losses, backward, AdamW
+(c) our step: assignment, selection, projection, both losses, statistics, backward, gradient clipping, AdamW, momentum
+
+Times alternate within one process and are medians; each peak of memory is of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
+
+from aligndet.box_pretraining import BoxPretraining
+from aligndet.data.views import TwoViews, View
+from aligndet.detectors.build import build_pretrainable
+from aligndet.momentum import update_momentum
+
+TORCHVISION = {"fcos": fcos_resnet50_fpn, "retinanet": retinanet_resnet50_fpn}
+Step = Callable[[], None]
+
+
+def batch(args: argparse.Namespace) -> list[TwoViews]:
+    items = []
+    for index in range(args.batch):
+        views = []
+        for _ in range(2):
+            image = torch.randint(0, 256, (3, args.size, args.size), dtype=torch.uint8)
+            corner = torch.rand(args.proposals, 2) * args.size * 0.7
+            sides = torch.rand(args.proposals, 2) * args.size * 0.25 + args.size * 0.05
+            views.append(View(image, torch.cat([corner, corner + sides], dim=1)))
+        items.append(TwoViews(views[0], views[1], str(index), ()))
+    return items
+
+
+def bare(detector: str, args: argparse.Namespace) -> Step:
+    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000)
+    module.train()
+    images = torch.rand(args.batch, 3, args.size, args.size)
+
+    def network(adapter: Any) -> list[Tensor]:
+        with torch.no_grad():
+            features = adapter.detector.backbone.body(images)
+        pyramid = list(adapter.detector.backbone.fpn(features).values())
+        head = adapter.detector.head
+        boxes = head.regression_head(pyramid)
+        towers = [head.classification_head.conv(level) for level in pyramid]
+        return [*(boxes if isinstance(boxes, tuple) else (boxes,)), *towers]
+
+    def step() -> None:
+        with torch.no_grad():
+            network(module.momentum)
+        outputs = network(module.online)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def finetuning(detector: str, args: argparse.Namespace) -> Step:
+    model = TORCHVISION[detector](
+        weights=None, weights_backbone=None, trainable_backbone_layers=3, min_size=args.size, max_size=args.size
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    items = batch(args)
+    images = [item.online.image.float() / 255 for item in items]
+    targets = [{"boxes": i.online.proposals, "labels": torch.ones(args.proposals, dtype=torch.int64)} for i in items]
+
+    def step() -> None:
+        losses = model(images, targets)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(detector: str, args: argparse.Namespace) -> Step:
+    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000, learning_rate=1e-6)
+    module.train()
+    optimizer: torch.optim.Optimizer = module.configure_optimizers()["optimizer"]
+    items = batch(args)
+
+    def step() -> None:
+        loss = module.training_step(items, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
+        optimizer.step()
+        update_momentum(module.online, module.momentum, 0.996)
+
+    return step
+
+
+PARTS = {"a": bare, "b": finetuning, "c": ours}
+
+
+def timings(detector: str, args: argparse.Namespace) -> dict[str, float]:
+    steps = {part: build(detector, args) for part, build in PARTS.items()}
+    taken: dict[str, list[float]] = {part: [] for part in steps}
+    for repeat in range(args.repeats + 2):
+        for part, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat >= 2:
+                taken[part].append(time.perf_counter() - start)
+    return {part: statistics.median(values) for part, values in taken.items()}
+
+
+def peak_of(detector: str, part: str, arguments: list[str]) -> float:
+    command = [sys.executable, __file__, *arguments, "--detectors", detector, "--memory-of", part]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", default=list(TORCHVISION))
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--proposals", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory-of", choices=list(PARTS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.memory_of:
+        step = PARTS[args.memory_of](args.detectors[0], args)
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    shape = [f"--{k}={v}" for k, v in vars(args).items() if k in ("size", "batch", "proposals", "threads")]
+    head = ("detector", "a: bare", "b: finetune", "c: ours", "c/a", "c/b", "peak a", "peak b", "peak c (GiB)")
+    print("".join(f"{name:>13}" for name in head))
+    for detector in args.detectors:
+        seconds = timings(detector, args)
+        peaks = [peak_of(detector, part, shape) for part in PARTS]
+        cells = [f"{seconds[part]:.3f} s" for part in PARTS]
+        cells += [f"{seconds['c'] / seconds['a']:.3f}", f"{seconds['c'] / seconds['b']:.3f}"]
+        print("".join(f"{cell:>13}" for cell in (detector, *cells, *(f"{peak:.2f}" for peak in peaks))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
