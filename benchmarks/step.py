@@ -2,12 +2,13 @@
 
     python benchmarks/step.py --detectors fcos retinanet
 
-(a) bare network: the trunk twice without gradient, momentum neck and head forward, online neck and head forward and
-    backward; nothing else
+(a) bare network: the trunk twice without gradient, momentum neck and head forward, online neck and head
+    forward and backward; nothing else
 (b) torchvision's own fine-tuning step: its detector with 91 classes, all losses, backward, AdamW
-(c) our step: assignment, selection, projection, both losses, statistics, backward, gradient clipping, AdamW, momentum
+(c) our step: assignment, selection, projection, both losses, statistics, backward, gradient clipping, AdamW,
+    momentum
 
-Times alternate within one process and are medians; each peak of memory is of a process of its own.
+Times alternate within one process and are medians; each peak of memory is one process's own.
 """
 
 from __future__ import annotations
@@ -74,12 +75,18 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
 
 def finetuning(detector: str, args: argparse.Namespace) -> Step:
     model = TORCHVISION[detector](
-        weights=None, weights_backbone=None, trainable_backbone_layers=3, min_size=args.size, max_size=args.size
+        weights=None,
+        weights_backbone=None,
+        trainable_backbone_layers=3,
+        min_size=args.size,
+        max_size=args.size,
     ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     items = batch(args)
     images = [item.online.image.float() / 255 for item in items]
-    targets = [{"boxes": i.online.proposals, "labels": torch.ones(args.proposals, dtype=torch.int64)} for i in items]
+    targets = [
+        {"boxes": i.online.proposals, "labels": torch.ones(args.proposals, dtype=torch.int64)} for i in items
+    ]
 
     def step() -> None:
         losses = model(images, targets)
@@ -128,7 +135,9 @@ def peak_of(detector: str, part: str, arguments: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--detectors", nargs="+", default=list(TORCHVISION))
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
@@ -153,7 +162,10 @@ def main() -> None:
         peaks = [peak_of(detector, part, shape) for part in PARTS]
         cells = [f"{seconds[part]:.3f} s" for part in PARTS]
         cells += [f"{seconds['c'] / seconds['a']:.3f}", f"{seconds['c'] / seconds['b']:.3f}"]
-        print("".join(f"{cell:>13}" for cell in (detector, *cells, *(f"{peak:.2f}" for peak in peaks))), flush=True)
+        print(
+            "".join(f"{cell:>13}" for cell in (detector, *cells, *(f"{peak:.2f}" for peak in peaks))),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -63,8 +63,26 @@ def test_equals_the_formula(l1: list[int], l2: list[int], tau: float, seed: int)
 
 @pytest.mark.parametrize(
     ("l1", "l2"),
-    [([], []), ([0, 1], []), ([], [0, 1]), ([-1, -1], [-1]), ([0], [0]), ([0, 0], [0, 0, 0]), ([0, 1], [2, 3]), ([0, -1], [0, 1])],
-    ids=["no boxes", "no keys", "no queries", "background", "one pair", "one proposal", "none in both", "one in both"],
+    [
+        ([], []),
+        ([0, 1], []),
+        ([], [0, 1]),
+        ([-1, -1], [-1]),
+        ([0], [0]),
+        ([0, 0], [0, 0, 0]),
+        ([0, 1], [2, 3]),
+        ([0, -1], [0, 1]),
+    ],
+    ids=[
+        "no boxes",
+        "no keys",
+        "no queries",
+        "background",
+        "one pair",
+        "one proposal",
+        "none in both",
+        "one in both",
+    ],
 )
 def test_edge_cases(l1: list[int], l2: list[int]) -> None:
     compare(l1, l2, 0.5, seed=0)

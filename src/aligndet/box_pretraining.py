@@ -46,6 +46,7 @@ class BoxPretraining(TrainingModule):
         self.steps, self.temperature, self.decay, self.seed = steps, temperature, decay, seed
         self.contrast_weight, self.box_weight = contrast_weight, box_weight
         self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+        self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> BoxPretraining:
         """Keeps the frozen trunk in eval mode (also its batch norms)."""

@@ -40,6 +40,7 @@ class Finetuning(TrainingModule):
         )
         for norm in self._frozen_norms:
             norm.requires_grad_(False)
+        self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> Finetuning:
         """Keeps frozen batch norms in eval mode."""

@@ -189,7 +189,8 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a resumed step draw what the unbroken run would have drawn."""
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 1_009 + self.global_rank)
+        position = batch_idx * self.trainer.world_size + self.global_rank  # of the batch among all processes'
+        torch.manual_seed(self.seed * 2**32 + position)
 
     def total_loss(self, losses: dict[str, Tensor], names: Sequence[str]) -> Tensor:
         """Adds up the losses, logs each, and stops the run at the first that is not finite.
@@ -209,8 +210,8 @@ class TrainingModule(LightningModule):
                 f" {', '.join(names)}; lower the learning rate, clip gradients or look at these images"
             )
         for name, value in losses.items():
-            self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3)
-        self.log("loss/total", total.detach(), prog_bar=True)
+            self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3, sync_dist=True)
+        self.log("loss/total", total.detach(), prog_bar=True, sync_dist=True)
         return total
 
 

@@ -90,7 +90,9 @@ def test_pretrained_parts_fill_the_plain_detector(name: str) -> None:
     for key, value in plain.state_dict().items():
         module = "backbone.body" if key.startswith("backbone.body.") else key.rpartition(".")[0]
         torch.testing.assert_close(value, fresh[key] if module in new else source[key])
-    assert new == {layer for layer in adapter.prediction_layers if any(k.startswith(layer + ".") for k in fresh)}
+    assert new == {
+        layer for layer in adapter.prediction_layers if any(k.startswith(layer + ".") for k in fresh)
+    }
 
 
 @pytest.mark.parametrize("modules", [("neck",), ("trunk", "head"), ()])

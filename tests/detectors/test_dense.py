@@ -38,14 +38,19 @@ def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any],
     plain.backbone.body.eval()
     adapter.detector.backbone.body.requires_grad_(False).eval()
     images = [torch.rand(3, 128, 128), torch.rand(3, 128, 96)]
-    boxes = [torch.tensor([[8.0, 8.0, 70.0, 80.0], [30.0, 40.0, 120.0, 110.0]]), torch.tensor([[10.0, 20.0, 60.0, 90.0]])]
+    boxes = [
+        torch.tensor([[8.0, 8.0, 70.0, 80.0], [30.0, 40.0, 120.0, 110.0]]),
+        torch.tensor([[10.0, 20.0, 60.0, 90.0]]),
+    ]
     theirs = plain(images, [{"boxes": b, "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes])
     return theirs, adapter(images, boxes).losses
 
 
 def test_fcos_keeps_torchvisions_box_losses() -> None:
     plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False)
-    theirs, ours = box_losses_of_torchvision(plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=32))
+    theirs, ours = box_losses_of_torchvision(
+        plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=32)
+    )
     assert isinstance(plain, FCOS)
     assert set(ours) == {"bbox_regression", "bbox_ctrness"}
     for name, value in ours.items():
@@ -53,7 +58,9 @@ def test_fcos_keeps_torchvisions_box_losses() -> None:
 
 
 def test_retinanet_keeps_torchvisions_box_loss() -> None:
-    plain = build_detector("retinanet", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False)
+    plain = build_detector(
+        "retinanet", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False
+    )
     theirs, ours = box_losses_of_torchvision(
         plain, build_pretrainable("retinanet", trunk="resnet18", fpn_channels=32)
     )

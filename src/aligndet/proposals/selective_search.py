@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+_C_LIBRARY = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
 Mode = Literal["fast", "quality"]
 
 
@@ -29,7 +32,7 @@ def selective_search(
     if scale < 1.0:
         size = (max(8, round(width * scale)), max(8, round(height * scale)))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
-    cv2.setRNGSeed(0)  # the ranking is drawn at random; the same image shall give the same order
+    _C_LIBRARY.srand(0)  # OpenCV ranks by chance, with C's rand(); the same image shall give the same order
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
     if mode == "fast":

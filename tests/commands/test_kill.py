@@ -1,0 +1,112 @@
+"""A run that is killed in the middle ends, resumed, in the same weights or proposals as one left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligndet.proposals.storage import read_proposals
+
+SMALL = [
+    *(
+        "--trunk=resnet18",
+        "--trunk-weights=none",
+        "--fpn-channels=32",
+        "--min-size=[64,96]",
+        "--max-size=128",
+    ),
+    *(
+        "--batch-size=2",
+        "--steps=9",
+        "--checkpoint-every=2",
+        "--workers=1",
+        "--warmup-steps=2",
+        "--accelerator=cpu",
+    ),
+]
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "aligndet", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that the kill reaches the loader's processes as well
+    )
+
+
+def finish(*arguments: str) -> None:
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors.decode()
+
+
+def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
+    process = start(*arguments)
+    for _ in range(2400):
+        if ready() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    ours, theirs = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = [
+        "pretrain",
+        str(sample / "train"),
+        f"--proposals={proposals}",
+        f"--detector={detector}",
+        *SMALL,
+    ]
+    finish(*command, f"--output={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "pretrained").exists()
+    finish(*command, f"--output={killed}", "--resume")
+    assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
+
+
+def test_finetune(sample: Path, tmp_path: Path) -> None:
+    command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
+    finish(*command, f"--output={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "model").exists()
+    finish(*command, f"--output={killed}", "--resume")
+    assert_same_weights(tmp_path / "whole" / "model", killed / "model")
+
+
+def test_propose(sample: Path, tmp_path: Path) -> None:
+    command = ["propose", str(sample / "train"), "--shard-size=2", "--workers=1"]
+    finish(*command, f"--output={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    kill_when((killed / "part-00001.parquet").is_file, *command, f"--output={killed}")
+    with pytest.raises(ValueError, match="not complete"):
+        read_proposals(killed)
+    finish(*command, f"--output={killed}")
+    ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(killed)
+    assert ours.file_names == theirs.file_names
+    np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+    np.testing.assert_array_equal(ours.offsets, theirs.offsets)

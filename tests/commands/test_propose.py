@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aligndet.commands.propose import propose
+from aligndet.data.files import locked
+from aligndet.proposals.storage import read_proposals
+
+
+@pytest.fixture
+def images(sample: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for name in ("00000.jpg", "more/00001.jpg"):
+        (folder / name).write_bytes((sample / "train" / Path(name).name).read_bytes())
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    Image.new("RGB", (64, 64), "white").save(folder / "white.png")
+    return folder
+
+
+def test_broken_images_are_skipped_counted_and_named(
+    images: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = propose(images, output=tmp_path / "out", workers=1, annotations=sample / "train.json")
+    assert summary.images == 3
+    assert set(summary.skipped) == {"broken.jpg", "tiny.png"}
+    assert summary.without == 1  # nothing to find in a white image
+    assert summary.recall is not None
+    assert 0.5 < summary.recall["recall50"] <= 1
+    assert summary.recall["recall70"] <= summary.recall["recall50"]
+    printed = capsys.readouterr().out
+    assert "broken.jpg" in printed
+    assert "2 images skipped" in printed
+    table = read_proposals(tmp_path / "out")
+    assert table.file_names == ["00000.jpg", "more/00001.jpg", "white.png"]
+    assert len(table.boxes_of(2)) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    with pytest.raises(ValueError, match="broken"):
+        propose(images, output=tmp_path / "strict", workers=1, strict=True)
+
+
+def test_json_and_parquet_hold_the_same(images: Path, tmp_path: Path) -> None:
+    propose(images, output=tmp_path / "out", workers=1, shard_size=2)
+    propose(images, output=tmp_path / "out.json", workers=1)
+    folder, file = read_proposals(tmp_path / "out"), read_proposals(tmp_path / "out.json")
+    assert folder.file_names == file.file_names
+    np.testing.assert_allclose(folder.boxes, file.boxes, atol=1e-3)
+    assert not list(tmp_path.glob(".out.json*"))
+    with pytest.raises(ValueError, match=r"out\.json: is there already"):
+        propose(images, output=tmp_path / "out.json", workers=1)
+
+
+def test_a_folder_of_other_parameters_or_another_owner_is_left_alone(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    propose(images, output=out, workers=1)
+    with pytest.raises(ValueError, match="max_proposals=200, now 5"):
+        propose(images, output=out, workers=1, max_proposals=5)
+    (images / "white.png").unlink()
+    with pytest.raises(ValueError, match="other images"):
+        propose(images, output=out, workers=1)
+    with locked(out), pytest.raises(ValueError, match="in use"):
+        propose(images, output=out, workers=1)
+    propose(images, output=out, workers=1, max_proposals=5, overwrite=True)
+    assert len(read_proposals(out)) == 2
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis\.txt"):
+        propose(images, output=tmp_path / "taken", workers=1, overwrite=True)

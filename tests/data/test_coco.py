@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aligndet.data.coco import Category, CocoDetection, read_coco
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30)).save(folder / "train" / name)
+    document: dict[str, Any] = {
+        "images": [
+            {"id": i + 1, "file_name": n, "width": 40, "height": 30} for i, n in enumerate(("a.png", "b.png"))
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 12], "area": 90, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 20], "iscrowd": 1},
+        ],
+        "categories": [{"id": 7, "name": "fish"}, {"id": 3, "name": "bird"}],
+    }
+    document.update(changes)
+    path = folder / "train.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def annotation(**changes: Any) -> list[dict[str, Any]]:
+    return [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 12], **changes}]
+
+
+def test_boxes_labels_and_crowds(tmp_path: Path) -> None:
+    coco = read_coco(write(tmp_path))
+    assert coco.categories == (Category(3, "bird"), Category(7, "fish"))
+    assert len(coco) == 2
+    np.testing.assert_array_equal(coco.boxes[0], [[2, 3, 12, 15], [5, 5, 25, 25]])
+    assert coco.labels[0].tolist() == [2, 1]
+    assert coco.areas[0].tolist() == [90, 400]
+    assert coco.warnings == ()
+    image, target = CocoDetection(coco)[0]
+    assert image.shape == (3, 30, 40)
+    assert target["labels"].tolist() == [2]  # the crowd is not for training
+    assert CocoDetection(coco, crowds=True)[0][1]["iscrowd"].tolist() == [0, 1]
+    assert coco.subset([1]).file_names == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "note"),
+    [
+        ([5, 5, 0, 10], "no size"),
+        ([5, 5, 10, -1], "no size"),
+        ([float("nan"), 5, 10, 10], "no size"),
+        ([100, 100, 10, 10], "outside"),
+        ([1, 2, 3], "four numbers"),
+        ("box", "four numbers"),
+    ],
+)
+def test_a_bad_box_is_dropped_and_named(bbox: Any, note: str, tmp_path: Path) -> None:
+    path = write(tmp_path, annotations=annotation(id=99, bbox=bbox))
+    coco = read_coco(path)
+    assert len(coco.boxes[0]) == 0
+    assert note in coco.warnings[0]
+    assert "annotation 99 of a.png" in coco.warnings[0]
+    with pytest.raises(ValueError, match="annotation 99"):
+        read_coco(path, strict=True)
+
+
+def test_a_box_that_reaches_out_is_clipped(tmp_path: Path) -> None:
+    coco = read_coco(write(tmp_path, annotations=annotation(bbox=[-5, 20, 20, 20])))
+    np.testing.assert_array_equal(coco.boxes[0], [[0, 20, 15, 30]])
+    assert "clipped" in coco.warnings[0]
+
+
+def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "train" / "b.png").unlink()
+    coco = read_coco(path)
+    assert coco.file_names == ["a.png"]
+    assert "b.png" in coco.warnings[0]
+    (tmp_path / "train" / "a.png").unlink()
+    with pytest.raises(ValueError, match="none of its 2 images"):
+        read_coco(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": annotation(category_id=5)}, "annotation 1 .*unknown category 5"),
+        ({"annotations": annotation(image_id=9)}, "annotation 1 is of image 9"),
+        ({"annotations": annotation() * 2}, "annotation id 1 occurs twice"),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}] * 2},
+            "image id 1 occurs twice",
+        ),
+        ({"categories": []}, "no categories"),
+        ({"categories": [{"id": 7, "name": "x"}, {"id": 7, "name": "y"}]}, "category id occurs twice"),
+        ({"categories": 3}, "no list 'categories'"),
+        ({"annotations": [{"id": 1}]}, "has no 'image_id'"),
+        (
+            {"images": [{"id": 1, "file_name": "../a.png", "width": 40, "height": 30}]},
+            "leads out of the folder",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "/etc/a.png", "width": 40, "height": 30}]},
+            "leads out of the folder",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_coco(write(tmp_path, **{"annotations": [], **changes}))
+
+
+def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(ValueError, match=r"x\.json: no such file"):
+        read_coco(path)
+    path.write_text("{broken")
+    with pytest.raises(ValueError, match=r"x\.json: is no JSON"):
+        read_coco(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is no COCO JSON"):
+        read_coco(path)
+
+
+def test_other_categories_than_the_detectors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not those of the detector"):
+        read_coco(write(tmp_path), categories=[Category(3, "bird"), Category(7, "cat")])

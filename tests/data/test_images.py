@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aligndet.data.images import ImageError, list_images, read_image, read_image_size
+
+
+def picture(width: int = 20, height: int = 12) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
+    picture().convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (3, 12, 20)
+    assert image.dtype == torch.uint8
+    assert image.float().std() > 10
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_is_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 12 * 20).reshape(12, 20).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / f"deep.{suffix}")
+    image = read_image(tmp_path / f"deep.{suffix}")
+    expected = torch.from_numpy((ramp / 65535 * 255).round().astype(np.uint8))
+    assert torch.equal(image, expected.expand(3, -1, -1))
+
+
+def test_transparent_pixels_are_black(tmp_path: Path) -> None:
+    clear = picture().convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").max() == 0
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    picture().save(path, exif=exif)
+    turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
+    upright = torch.from_numpy(np.rot90(np.asarray(picture()), turns).copy()).permute(2, 0, 1)
+    assert torch.equal(read_image(path), upright)
+    assert read_image_size(path) == (upright.shape[2], upright.shape[1])
+
+
+def broken(folder: Path) -> dict[str, Path]:
+    paths = {
+        name: folder / f"{name}.jpg" for name in ("empty", "text", "truncated", "tiny", "missing", "folder")
+    }
+    paths["empty"].write_bytes(b"")
+    paths["text"].write_text("no image at all")
+    picture(200, 200).save(paths["truncated"], "JPEG")
+    paths["truncated"].write_bytes(paths["truncated"].read_bytes()[:2000])
+    picture(1, 1).save(paths["tiny"])
+    paths["folder"].mkdir()
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty", "empty"),
+        ("text", "no image"),
+        ("truncated", "truncated"),
+        ("tiny", "too small"),
+        ("missing", "no such image"),
+        ("folder", "folder"),
+    ],
+)
+def test_a_broken_image_is_named_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=rf"{name}\.jpg.*{reason}"):
+        read_image(broken(tmp_path)[name])
+
+
+def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligndet.data.images.MAX_PIXELS", 100)
+    picture().save(tmp_path / "huge.png")
+    with pytest.raises(ImageError, match="too large"):
+        read_image(tmp_path / "huge.png")
+
+
+def test_list_images_is_recursive_sorted_and_leaves_hidden_ones_out(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/c.png", ".hidden/d.png", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert list_images(tmp_path) == ["a/c.png", "b.JPG"]
+    with pytest.raises(ValueError, match="no such folder"):
+        list_images(tmp_path / "nowhere")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        list_images(tmp_path / "none")

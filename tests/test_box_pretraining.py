@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aligndet.box_pretraining import BoxPretraining
+from aligndet.data.views import TwoViewDataset, TwoViews
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.finetuning import Finetuning
+from aligndet.proposals.storage import read_proposals
+
+
+@pytest.fixture
+def batch(sample: Path, proposals: Path) -> list[TwoViews]:
+    table = read_proposals(proposals)
+    dataset = TwoViewDataset(sample / "train", table, min_size=(64, 96), max_size=128, max_proposals=10)
+    return [dataset[index, index] for index in range(2)]
+
+
+def module(**settings: Any) -> BoxPretraining:
+    return BoxPretraining(build_pretrainable("fcos", trunk="resnet18", fpn_channels=32), steps=10, **settings)
+
+
+def test_the_trunk_is_frozen_and_in_eval_mode_from_the_start() -> None:
+    ours = module()
+    for _ in range(2):
+        assert not any(m.training for m in ours.trunk.modules())
+        assert not any(p.requires_grad for p in ours.trunk.parameters())
+        assert ours.online.detector.training
+        assert ours.momentum.detector.training
+        ours.train()
+    assert ours.momentum.detector.backbone.body is ours.trunk
+
+
+def test_a_trainable_trunk_has_a_momentum_copy_of_its_own(batch: list[TwoViews]) -> None:
+    ours = module(train_trunk=True)
+    assert ours.momentum.detector.backbone.body is not ours.trunk
+    ours.training_step(batch, 0).backward()
+    assert all(p.grad is not None for p in ours.trunk.parameters())
+    assert not any(p.requires_grad for p in ours.momentum.parameters())
+
+
+def test_a_step_changes_neck_and_heads_but_not_the_trunk(batch: list[TwoViews]) -> None:
+    ours = module()
+    before = {name: value.clone() for name, value in ours.online.state_dict().items()}
+    optimizer = ours.configure_optimizers()["optimizer"]
+    ours.training_step(batch, 0).backward()
+    optimizer.step()
+    changed = {name for name, value in ours.online.named_parameters() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("detector.backbone.body") for name in changed)
+    head = "detector.head"
+    assert {f"{head}.classification_head.conv.0.weight", f"{head}.regression_head.bbox_reg.weight"} <= changed
+    assert {
+        f"{head}.projection_head.output.weight",
+        "detector.backbone.fpn.inner_blocks.0.0.weight",
+    } <= changed
+    for name, value in ours.trunk.named_buffers():
+        assert torch.equal(value, before[f"detector.backbone.body.{name}"]), name
+
+
+@pytest.mark.parametrize("weights", [{"contrast_weight": 0.0}, {"box_weight": 0.0}])
+def test_each_loss_can_be_left_out(weights: dict[str, float], batch: list[TwoViews]) -> None:
+    torch.manual_seed(0)
+    both, part = module(), module(**weights)
+    part.load_state_dict(both.state_dict())
+    torch.manual_seed(1)
+    total = both.training_step(batch, 0)
+    torch.manual_seed(1)
+    assert 0 < part.training_step(batch, 0) < total
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: list[TwoViews]) -> None:
+    ours = module()
+    with torch.no_grad():
+        ours.online.detector.head.regression_head.bbox_reg.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0.*00000\.jpg"):
+        ours.training_step([item._replace(file_name="00000.jpg") for item in batch], 0)
+
+
+def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:
+    detector = build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=32)
+    ours = Finetuning(detector, steps=10)
+    norms = [m for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    for _ in range(2):
+        assert not any(norm.training for norm in norms)
+        assert not any(p.requires_grad for norm in norms for p in norm.parameters())
+        assert ours.detector.training
+        ours.train()
+    free = Finetuning(
+        build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=32),
+        steps=10,
+        freeze_batch_norm=False,
+    )
+    assert all(m.training for m in free.modules())

@@ -1,0 +1,39 @@
+"""Two processes do what one does that takes their batches one after the other."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.commands.test_kill import finish
+
+SMALL = [
+    *(
+        "--trunk=resnet18",
+        "--trunk-weights=none",
+        "--fpn-channels=32",
+        "--min-size=[64,96]",
+        "--max-size=128",
+    ),
+    *("--batch-size=2", "--steps=4", "--workers=0", "--warmup-steps=1", "--accelerator=cpu", "--log-every=1"),
+]
+
+
+def curve(run: Path) -> list[float]:
+    with (run / "logs" / "csv" / "metrics.csv").open() as file:
+        return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
+
+
+def test_two_processes(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = ["pretrain", str(sample / "train"), f"--proposals={proposals}", *SMALL]
+    # the contrast and the detector's normalisation are over a process's own boxes: what equals two processes
+    # is two batches for one step of the optimizer, not one batch of twice the size
+    finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")
+    finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
+    one, two = (load_file(tmp_path / run / "pretrained" / "model.safetensors") for run in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    assert len(curve(tmp_path / "two")) == 4
