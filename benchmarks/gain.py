@@ -22,7 +22,6 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 
 TRUNK: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled", "fpn_channels": 128}
-SIZE: dict[str, Any] = {"min_size": (192, 256), "max_size": 256}
 
 
 def labelled_part(data: Path, output: Path, images: int) -> Path:
@@ -44,7 +43,7 @@ def cell(
 ) -> dict[str, float]:
     """Runs one cell, or reads what it gave."""
     common: dict[str, Any] = {
-        **SIZE,
+        "max_size": 256,
         "batch_size": 8,
         "seed": seed,
         "workers": 1,
@@ -65,13 +64,15 @@ def cell(
                 learning_rate=args.pretrain_learning_rate,
                 warmup_steps=args.warmup_steps,
                 decay=args.decay,
-                max_proposals=20,
+                # the images are 4:3 and 256 long at most: a short side of 128 to 192 lets the views differ in scale
+                min_size=(128, 192),
+                max_proposals=args.proposals,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
                 **TRUNK,
                 **common,
             )
-    run = folder / f"finetune_after{pretrain_steps}_seed{seed}_lr{learning_rate:g}"
+    run = folder / f"finetune_after{pretrain_steps}_seed{seed}_lr{learning_rate:g}-{args.batch_norm}"
     result = run / "result.json"
     if not result.is_file():
         if not (run / "model" / "manifest.json").is_file():
@@ -83,6 +84,8 @@ def cell(
                 detector=detector,
                 steps=args.steps,
                 learning_rate=learning_rate,
+                min_size=(192, 256),
+                batch_norm=args.batch_norm,
                 weight_decay=0.05,
                 checkpoint_every=50,
                 resume=run.is_dir(),
@@ -102,11 +105,11 @@ def table(args: argparse.Namespace) -> str:
         figures = json.loads(result.read_text())
         cells.setdefault((result.parent.parent.name, int(after), learning_rate), []).append(figures)
     lines = [
-        f"{'detector':<12}{'pre-training':>14}{'lr':>10}{'seeds':>7}"
+        f"{'detector':<12}{'pre-training':>14}{'lr':>16}{'seeds':>7}"
         + "".join(f"{n:>16}" for n in ("AP", "AP50", "AP75"))
     ]
     for (detector, after, learning_rate), results in sorted(cells.items()):
-        line = f"{detector:<12}{after or 'none':>14}{learning_rate[2:]:>10}{len(results):>7}"
+        line = f"{detector:<12}{after or 'none':>14}{learning_rate[2:]:>16}{len(results):>7}"
         for name in ("AP", "AP50", "AP75"):
             values = [100 * r[name] for r in results]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -130,6 +133,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--pretrain-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
+    parser.add_argument(
+        "--batch-norm", default="frozen", choices=["frozen", "trained"], help="in fine-tuning"
+    )
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.99, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])

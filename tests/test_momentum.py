@@ -11,7 +11,8 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Linear(3, 3)
-        self.head = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.head = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
         self.query = nn.Parameter(torch.ones(2))
 
 
@@ -21,7 +22,7 @@ def test_the_copy_shares_the_trunk_and_nothing_else() -> None:
     assert momentum.trunk is online.trunk
     assert online.trunk.weight.requires_grad
     assert not any(p.requires_grad for p in momentum.head.parameters())
-    assert momentum.head[0].weight.data_ptr() != online.head[0].weight.data_ptr()
+    assert momentum.head.weight.data_ptr() != online.head.weight.data_ptr()
     assert momentum.training
 
 
@@ -31,7 +32,7 @@ def test_update_equals_the_formula_parameter_by_parameter() -> None:
     with torch.no_grad():
         for p in online.parameters():
             p.add_(torch.randn_like(p))
-        online.head[1].running_mean.add_(1.0)
+        online.get_buffer("norm.running_mean").add_(1.0)
     before = {name: p.clone() for name, p in momentum.named_parameters()}
     update_momentum(online, momentum, 0.9, copied={"query"})
     for (name, new), source in zip(momentum.named_parameters(), online.parameters(), strict=True):
@@ -39,9 +40,7 @@ def test_update_equals_the_formula_parameter_by_parameter() -> None:
             torch.testing.assert_close(new, source)
         else:
             torch.testing.assert_close(new, 0.9 * before[name] + 0.1 * source)
-    assert torch.equal(
-        momentum.head[1].running_mean, torch.zeros(2)
-    )  # buffers are the momentum detector's own
+    assert torch.equal(momentum.norm.running_mean, torch.zeros(2))  # buffers are the momentum detector's own
 
 
 def test_decay_goes_from_start_to_one() -> None:

@@ -84,7 +84,7 @@ def run(command: str, arguments: Sequence[str]) -> Any:
         What the function returns.
     """
     function, parser = parser_of(command)
-    values = parser.instantiate_classes(parser.parse_args(_as_options(function, arguments)))
+    values = parser.parse_args(_as_options(function, arguments))
     values.pop("config", None)
     return function(**values.as_dict())
 

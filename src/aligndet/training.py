@@ -325,7 +325,7 @@ def build_trainer(
     last = ModelCheckpoint(
         output / "checkpoints",
         filename="last",
-        every_n_train_steps=checkpoint_every,
+        every_n_train_steps=min(checkpoint_every, steps),
         save_top_k=1,
         enable_version_counter=False,
         save_on_train_epoch_end=False,

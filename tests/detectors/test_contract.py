@@ -44,8 +44,8 @@ def test_assigns_embeds_and_learns(name: str) -> None:
         assert stage.embeddings.isfinite().all()
         assert set(stage.proposal_ids.tolist()) <= {BACKGROUND, 0, 1, 2, 3, 4}
         assert len(set(stage.proposal_ids.tolist()) - {BACKGROUND}) >= 4  # both images' proposals are found
-    contrast = sum(box_contrastive_loss(stage, stage) for stage in output.stages)
-    torch.stack([contrast, *output.losses.values()]).sum().backward()
+    contrasts = [box_contrastive_loss(stage, stage) for stage in output.stages]
+    torch.stack([*contrasts, *output.losses.values()]).sum().backward()
     untrained = [n for n, p in adapter.named_parameters() if p.requires_grad and p.grad is None]
     assert not untrained
     assert all(p.grad is None for p in adapter.detector.backbone.body.parameters())

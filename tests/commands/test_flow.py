@@ -1,0 +1,195 @@
+"""From images without labels to pictures with boxes, and what stops on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import aligndet
+from aligndet.data.files import locked
+
+SMALL: dict[str, Any] = {
+    "trunk": "resnet18",
+    "trunk_weights": "none",
+    "fpn_channels": 32,
+    "min_size": (64, 96),
+    "max_size": 128,
+    "batch_size": 2,
+    "steps": 3,
+    "workers": 0,
+    "warmup_steps": 1,
+    "log_every": 1,
+    "accelerator": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def run(sample: Path, proposals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "pretrained"
+    return aligndet.pretrain(sample / "train", proposals=proposals, output=output, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tuned") / "tuned"
+    return aligndet.finetune(
+        sample / "train.json",
+        val_annotations=sample / "val.json",
+        output=output,
+        init_from=run,
+        ema=0.5,
+        **SMALL,
+    )
+
+
+def test_what_a_pretraining_run_leaves(run: Path) -> None:
+    assert {"README.txt", "run.json", "checkpoints", "logs", "pretrained"} <= {p.name for p in run.iterdir()}
+    with (run / "logs" / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    wanted = {"loss/total", "loss/contrast", "boxes/assigned", "proposals/in_both_views", "embedding_spread"}
+    assert wanted | {"speed/images_per_second", "speed/data_wait"} <= set(rows[0])
+    state = load_file(run / "pretrained" / "model.safetensors")
+    assert not [name for name in state if "projection" in name or "cls_logits" in name]
+
+
+def test_an_export_says_what_is_new(run: Path, tmp_path: Path) -> None:
+    output = aligndet.export(run, output=tmp_path / "exported", num_classes=5)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert [m for m, origin in manifest["modules"].items() if origin == "new"] == [
+        "head.classification_head.cls_logits"
+    ]
+    pretrained = load_file(run / "pretrained" / "model.safetensors")
+    exported = load_file(output / "model.safetensors")
+    for name, value in pretrained.items():
+        assert torch.equal(exported[name], value)
+    detector, _ = aligndet.load_detector(output)
+    assert len(detector([torch.rand(3, 64, 64)])) == 1
+
+
+def test_the_tuned_detector_is_measured_and_used(tuned: Path, sample: Path, tmp_path: Path) -> None:
+    result = aligndet.evaluate(tuned, sample / "val.json", output=tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["images"] == 4
+    assert figures["AP"] == pytest.approx(result.figures["AP"])
+    assert set(figures["AP_by_class"]) == {
+        "brick",
+        "leaf",
+        "stone",
+        "fur",
+        "tissue",
+        "page",
+        "retina",
+        "coin",
+    }
+    output = aligndet.predict(tuned, sample / "val", output=tmp_path / "predictions", score=0.0)
+    document = json.loads((output / "predictions.json").read_text())
+    assert len(document["images"]) == 4
+    assert len(list((output / "pictures").glob("*.jpg"))) == 4
+    names = {category["id"] for category in document["categories"]}
+    assert all(a["category_id"] in names and 0 <= a["score"] <= 1 for a in document["annotations"])
+    with pytest.raises(ValueError, match="holds predictions already"):
+        aligndet.predict(tuned, sample / "val", output=tmp_path / "predictions")
+
+
+def test_the_best_checkpoint_is_the_result(tuned: Path) -> None:
+    assert (tuned / "checkpoints" / "best.ckpt").is_file()
+    assert (tuned / "checkpoints" / "last.ckpt").is_file()
+    manifest = json.loads((tuned / "model" / "manifest.json").read_text())
+    assert manifest["initialised_from"]["modules"]["backbone.fpn.inner_blocks.0.0"] == "pre-trained"
+    assert manifest["class_names"][0] == "brick"
+
+
+def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    again = {"proposals": proposals, "output": run, **SMALL}
+    with pytest.raises(ValueError, match="is not empty; give --resume"):
+        aligndet.pretrain(sample / "train", **again)
+    with pytest.raises(ValueError, match=r"learning_rate=0\.0005, now 0\.1"):
+        aligndet.pretrain(sample / "train", **again, learning_rate=0.1, resume=True)
+    with locked(run), pytest.raises(ValueError, match="in use"):
+        aligndet.pretrain(sample / "train", **again, resume=True)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not overwritten"):
+        aligndet.pretrain(sample / "train", **{**again, "output": tmp_path}, overwrite=True)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_broken_images_do_not_end_a_run(
+    sample: Path, proposals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (sample / "train").glob("*.jpg"):
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "00003.jpg").write_bytes(b"")
+    (images / "00004.jpg").unlink()
+    aligndet.pretrain(images, proposals=proposals, output=tmp_path / "run", **{**SMALL, "steps": 6})
+    printed = capsys.readouterr().out
+    assert "00003.jpg: is empty" in printed
+    assert "00004.jpg: no such image" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"detector": "yolo"}, "unknown detector 'yolo'; there are: fcos"),
+        ({"trunk": "resnet5000"}, "unknown trunk 'resnet5000'"),
+        ({"trunk_weights": "nothing.pth"}, r"nothing\.pth: no such file"),
+        ({"trunk_weights": "bundled"}, "no bundled weights for trunk 'resnet18'"),
+        ({"fpn_channels": 40}, "multiple of 32"),
+        ({"min_size": (96, 64)}, "min_size"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_values_that_make_no_sense(
+    changes: dict[str, Any], message: str, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        aligndet.pretrain(
+            sample / "train", proposals=proposals, output=tmp_path / "run", **{**SMALL, **changes}
+        )
+
+
+def test_proposals_of_other_images(proposals: Path, sample: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of its 12 images"):
+        aligndet.pretrain(tmp_path, proposals=proposals, output=tmp_path / "run", **SMALL)
+
+
+def test_weights_of_another_detector(tuned: Path, run: Path, sample: Path, tmp_path: Path) -> None:
+    few = json.loads((sample / "train.json").read_text())
+    few["annotations"] = [a for a in few["annotations"] if a["category_id"] == 1]
+    few["categories"] = few["categories"][:1]
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(few))
+    with pytest.raises(ValueError, match="another class count"):
+        aligndet.finetune(path, images=sample / "train", output=tmp_path / "a", init_from=tuned, **SMALL)
+    with pytest.raises(ValueError, match="not those of the detector"):
+        aligndet.evaluate(tuned, path, images=sample / "train")
+    with pytest.raises(ValueError, match="not a whole detector"):
+        aligndet.evaluate(run, path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "manifest.json").write_text("{}")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="broken weights"):
+        aligndet.load_detector(tmp_path / "b")
+
+
+def test_weights_that_run_code_are_refused(tmp_path: Path, sample: Path, proposals: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match=r"bomb\.pth: not readable as weights"):
+        aligndet.pretrain(
+            sample / "train",
+            proposals=proposals,
+            output=tmp_path / "run",
+            **{**SMALL, "trunk_weights": str(tmp_path / "bomb.pth")},
+        )
+    assert not (tmp_path / "exploded").exists()
