@@ -64,7 +64,7 @@ def cell(
                 learning_rate=args.pretrain_learning_rate,
                 warmup_steps=args.warmup_steps,
                 decay=args.decay,
-                # the images are 4:3 and 256 long at most: a short side of 128 to 192 lets the views differ in scale
+                # the images are 4:3 and 256 long at most: short sides of 128 to 192 let views differ in scale
                 min_size=(128, 192),
                 max_proposals=args.proposals,
                 checkpoint_every=50,
@@ -134,11 +134,9 @@ def main() -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--pretrain-learning-rate", type=float, default=1e-3)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
-    parser.add_argument(
-        "--batch-norm", default="frozen", choices=["frozen", "trained"], help="in fine-tuning"
-    )
+    parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
-    parser.add_argument("--decay", type=float, default=0.99, help="of the momentum detector at the start")
+    parser.add_argument("--decay", type=float, default=0.996, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()

@@ -4,9 +4,11 @@ trainer.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -266,6 +268,19 @@ class SkippedImages(Callback):
             print(f"skipped: {len(self.messages) - 10} more images")
 
 
+class Progress(TQDMProgressBar):
+    """A bar over the steps of the run, with the time that is left."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Names the bar."""
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("batches")
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leaves the number of a logger's version out."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under another name, flushes it to disk, and only then renames it.
 
@@ -322,6 +337,9 @@ def build_trainer(
         callbacks: More of them.
         kwargs: Further arguments of Lightning's Trainer.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # meant: the frozen trunk, and a validation without workers of its own
+    warnings.filterwarnings("ignore", r".*module\(s\) in eval mode|.*does not have many workers|.*LeafSpec")
     last = ModelCheckpoint(
         output / "checkpoints",
         filename="last",
@@ -343,7 +361,7 @@ def build_trainer(
         gradient_clip_val=clip,
         log_every_n_steps=log_every,
         logger=[CSVLogger(output, "logs", "csv"), TensorBoardLogger(output, "logs", "tensorboard")],
-        callbacks=[last, Throughput(), SkippedImages(), TQDMProgressBar(refresh_rate=1), *callbacks],
+        callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
         plugins=[WholeCheckpointIO()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

@@ -87,7 +87,7 @@ def pretrain(
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file.
         fpn_channels: Width of the feature pyramid.
         min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
-        max_size: Bound of a view's long side.
+        max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
         max_proposals: Most proposals of an image in a step, drawn at random.
         steps: Length of the run in optimizer steps; takes the place of epochs.
         epochs: Length of the run in passes over the images.

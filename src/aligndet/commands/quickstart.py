@@ -82,7 +82,6 @@ def quickstart(
         "fpn_channels": 128,
     }
     training: dict[str, Any] = {
-        "min_size": (192, 256),
         "max_size": 256,
         "batch_size": 8,
         "seed": seed,
@@ -118,6 +117,7 @@ def quickstart(
                 output=output / side,
                 init_from=source,
                 steps=finetune_steps,
+                min_size=(192, 256),
                 learning_rate=learning_rate,
                 weight_decay=0.05,
                 resume=(output / side).is_dir(),
