@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: install ## the main job on built-in data: does pre-training help?
-	$(RUN)aligndet quickstart quickstart
+	$(RUN)aligndet quickstart
 
 test: lint types ## lint, types and the fast tests
 	$(RUN)pytest --durations=8

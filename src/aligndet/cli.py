@@ -22,12 +22,11 @@ COMMANDS = {
     "predict": "boxes and pictures for images without labels",
 }
 
-_DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own
-unlabelled images.
+_DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own images.
 
   aligndet propose images/ --output proposals                            1. boxes, no labels (once)
   aligndet pretrain images/ --proposals proposals --output pretrained    2. neck and heads learn
-  aligndet finetune train.json --init_from pretrained --output tuned     3. your labels
+  aligndet finetune train.json --init-from pretrained --output tuned     3. your labels
   aligndet evaluate tuned val.json                                       4. average precision
   aligndet predict tuned new_images/ --output predictions                5. boxes and pictures
 

@@ -35,10 +35,9 @@ SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 27
 _EXPLANATION = """A run of `aligndet finetune`.
 
 run.json       settings, command line and versions
-checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best average precision on the validation
-images logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
-model/         the result: model.safetensors and manifest.json (best if there are validation images, else
-last),
+checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best on the validation images
+logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
+model/         the result, best if there are validation images, else last: model.safetensors and manifest.json,
                for `aligndet evaluate`, `aligndet predict` and aligndet.load_detector
 """
 

@@ -28,7 +28,7 @@ run.json       settings, command line and versions
 checkpoints/   last.ckpt: all that --resume needs
 logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
 pretrained/    the result: neck and heads (and the trunk they belong to), written at the end;
-               `aligndet finetune --init_from THIS_FOLDER` and `aligndet export THIS_FOLDER` take it
+               `aligndet finetune --init-from THIS_FOLDER` and `aligndet export THIS_FOLDER` take it
 """
 
 

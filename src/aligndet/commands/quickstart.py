@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.ops import nms
 
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.export import export
@@ -40,9 +41,10 @@ data/            images; train without labels serves pre-training, train.json fi
 proposals/       boxes of selective search
 pretrained/      the pre-training run
 exported/        its plain torchvision weights
-without/, with/  two fine-tunings of equal budget and seed: neck and heads from random numbers, and
-pre-trained without.json, with.json, table.txt    COCO's figures of both, side by side
-predictions.jpg  the same validation images: labels, without, with
+without/, with/  two fine-tunings of equal budget and seed: neck and heads from random numbers, and pre-trained
+without.json, with.json, table.txt
+                 COCO's figures of both, side by side
+predictions.jpg  the same validation images; rows: labels, without, with
 
 """
 
@@ -102,7 +104,10 @@ def quickstart(
             proposals=output / "proposals",
             output=pretrained,
             steps=pretrain_steps,
+            min_size=(128, 192),  # within max_size, so that the two views differ in scale
             max_proposals=20,
+            learning_rate=1e-3,
+            warmup_steps=10,
             resume=pretrained.is_dir(),
             **model,
             **training,
@@ -160,9 +165,7 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     for side in ("without", "with"):
         detector, _ = load_detector(output / side / "model")
         found = predict_images(detector, images, device=resolve_device("cpu"))
-        rows.append(
-            [draw_detections(p, prediction, names, 0.3) for p, prediction in zip(pixels, found, strict=True)]
-        )
+        rows.append([draw_detections(p, _best(f), names) for p, f in zip(pixels, found, strict=True)])
     height, width = (max(p.shape[axis] for p in pixels) + 6 for axis in (0, 1))
     sheet = Image.new("RGB", (width * len(pixels), height * len(rows)), "white")
     for y, row in enumerate(rows):
@@ -171,6 +174,12 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=90)
     atomic_write(output / "predictions.jpg", buffer.getvalue())
+
+
+def _best(prediction: dict[str, torch.Tensor], count: int = 8) -> dict[str, torch.Tensor]:
+    """The best boxes that do not overlap, whatever their class: what an eye can take in."""
+    kept = nms(prediction["boxes"], prediction["scores"], 0.3)[:count]
+    return {name: value[kept] for name, value in prediction.items()}
 
 
 def _labels(coco: CocoDataset, index: int) -> dict[str, torch.Tensor]:
