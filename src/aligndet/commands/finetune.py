@@ -37,7 +37,7 @@ _EXPLANATION = """A run of `aligndet finetune`.
 run.json       settings, command line and versions
 checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best on the validation images
 logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
-model/         the result, best if there are validation images, else last: model.safetensors and manifest.json,
+model/         the result (best, or last without validation images): model.safetensors and manifest.json,
                for `aligndet evaluate`, `aligndet predict` and aligndet.load_detector
 """
 

@@ -41,7 +41,7 @@ data/            images; train without labels serves pre-training, train.json fi
 proposals/       boxes of selective search
 pretrained/      the pre-training run
 exported/        its plain torchvision weights
-without/, with/  two fine-tunings of equal budget and seed: neck and heads from random numbers, and pre-trained
+without/, with/  two fine-tunings of equal budget and seed: neck and heads random, and pre-trained
 without.json, with.json, table.txt
                  COCO's figures of both, side by side
 predictions.jpg  the same validation images; rows: labels, without, with
