@@ -8,8 +8,6 @@ from torch import Tensor
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
 
-_NO_NEGATIVE = -1e4  # far below any similarity / temperature, yet finite: exp() is 0 and so are its gradients
-
 
 def box_contrastive_loss(
     online: BoxPredictions, momentum: BoxPredictions, temperature: float = 0.5
@@ -38,22 +36,20 @@ def box_contrastive_loss(
         boxes = F.normalize(online.embeddings.float(), dim=1)  # (M, D)
         keys = F.normalize(momentum.embeddings.detach().float(), dim=1)  # (N, D)
 
-        is_query = torch.isin(online.proposal_ids, momentum.proposal_ids) & (
-            online.proposal_ids != BACKGROUND
-        )
+        in_both = torch.isin(online.proposal_ids, momentum.proposal_ids)
+        is_query = in_both & (online.proposal_ids != BACKGROUND)
         queries, ids = boxes[is_query], online.proposal_ids[is_query]  # (Q, D), (Q,)
         if len(queries) == 0:
             return online.embeddings.sum() * 0.0
 
-        positive = ids[:, None] == momentum.proposal_ids  # (Q, N)
-        to_momentum = queries @ keys.T / temperature  # (Q, N)
-        to_online = queries @ boxes.detach().T / temperature  # (Q, M)
-        to_online = to_online.masked_fill(ids[:, None] == online.proposal_ids, _NO_NEGATIVE)
-        negatives = torch.logaddexp(
-            to_momentum.masked_fill(positive, _NO_NEGATIVE).logsumexp(1), to_online.logsumexp(1)
-        )  # (Q,)
-
-        query, key = positive.nonzero(as_tuple=True)  # the P pairs: usually far fewer than Q x N
-        pair_losses = F.softplus(negatives[query] - to_momentum[query, key])  # (P,)
+        keys = torch.cat([keys, boxes.detach()])  # (N + M, D)
+        same = ids[:, None] == torch.cat([momentum.proposal_ids, online.proposal_ids])  # (Q, N + M)
+        query, key = same[:, : len(momentum.proposal_ids)].nonzero(as_tuple=True)  # the P pairs: few
+        positives = (queries[query] * keys[key]).sum(1) / temperature  # (P,)
+        # similarities are at most 1: less that bound, exp() stays finite at any temperature
+        bound = torch.full((), 1.0 / temperature, device=boxes.device)
+        below = torch.addmm(-bound, queries / temperature, keys.T).exp()  # (Q, N + M)
+        negatives = below.masked_fill(same, 0.0).sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # (Q,)
+        pair_losses = F.softplus(negatives.log()[query] + bound - positives)  # (P,)
         _, proposal, pairs = ids[query].unique(return_inverse=True, return_counts=True)
         return (pair_losses / pairs[proposal]).sum() / len(pairs)
