@@ -21,7 +21,7 @@ def batch(sample: Path, proposals: Path) -> list[TwoViews]:
 
 
 def module(**settings: Any) -> BoxPretraining:
-    return BoxPretraining(build_pretrainable("fcos", trunk="resnet18", fpn_channels=32), steps=10, **settings)
+    return BoxPretraining(build_pretrainable("fcos", trunk="resnet18", fpn_channels=64), steps=10, **settings)
 
 
 def test_the_trunk_is_frozen_and_in_eval_mode_from_the_start() -> None:
@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
 
 
 def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:
-    detector = build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=32)
+    detector = build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=64)
     ours = Finetuning(detector, steps=10)
     norms = [m for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
@@ -91,7 +91,7 @@ def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:
         assert ours.detector.training
         ours.train()
     free = Finetuning(
-        build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=32),
+        build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=64),
         steps=10,
         freeze_batch_norm=False,
     )

@@ -57,7 +57,7 @@ class Finetuning(TrainingModule):
 
     def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:
         """Collects predictions."""
-        if self.evaluator is not None:
+        if self.evaluator is not None and batch:
             images = [image.float() / 255 for image, _ in batch]
             self.evaluator.update(self.detector(images), [target for _, target in batch])
 

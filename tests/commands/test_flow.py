@@ -17,7 +17,7 @@ from aligndet.data.files import locked
 SMALL: dict[str, Any] = {
     "trunk": "resnet18",
     "trunk_weights": "none",
-    "fpn_channels": 32,
+    "fpn_channels": 64,
     "min_size": (64, 96),
     "max_size": 128,
     "batch_size": 2,
@@ -132,6 +132,17 @@ def test_broken_images_do_not_end_a_run(
     printed = capsys.readouterr().out
     assert "00003.jpg: is empty" in printed
     assert "00004.jpg: no such image" in printed
+    aligndet.finetune(
+        sample / "train.json",
+        images=images,
+        val_annotations=sample / "train.json",
+        val_images=images,
+        output=tmp_path / "tuned",
+        **{**SMALL, "steps": 6},
+    )
+    printed = capsys.readouterr().out
+    assert "skipped in validation" in printed
+    assert "image 00004.jpg: not in" in printed
 
 
 @pytest.mark.parametrize(
@@ -141,7 +152,7 @@ def test_broken_images_do_not_end_a_run(
         ({"trunk": "resnet5000"}, "unknown trunk 'resnet5000'"),
         ({"trunk_weights": "nothing.pth"}, r"nothing\.pth: no such file"),
         ({"trunk_weights": "bundled"}, "no bundled weights for trunk 'resnet18'"),
-        ({"fpn_channels": 40}, "multiple of 32"),
+        ({"fpn_channels": 32}, "multiple of 32"),
         ({"min_size": (96, 64)}, "min_size"),
         ({"steps": 0}, "steps must be at least 1"),
     ],

@@ -21,7 +21,7 @@ SMALL = [
     *(
         "--trunk=resnet18",
         "--trunk-weights=none",
-        "--fpn-channels=32",
+        "--fpn-channels=64",
         "--min-size=[64,96]",
         "--max-size=128",
     ),

@@ -20,11 +20,11 @@ from aligndet.detectors.backbones import build_backbone, normalisation, read_sta
     ["resnet18", "resnext50_32x4d", "timm/resnet18", "mobilenetv2_050", "swin_tiny_patch4_window7_224"],
 )
 def test_every_trunk_gives_a_pyramid(trunk: str) -> None:
-    backbone = build_backbone(trunk, fpn_channels=32)
+    backbone = build_backbone(trunk, fpn_channels=64)
     size = 224 if trunk.startswith("swin") else 128
     levels = backbone.eval()(torch.rand(1, 3, size, size))
     assert [tuple(level.shape) for level in levels.values()] == [
-        (1, 32, -(-size // stride), -(-size // stride)) for stride in (8, 16, 32, 64, 128)
+        (1, 64, -(-size // stride), -(-size // stride)) for stride in (8, 16, 32, 64, 128)
     ]
 
 

@@ -16,7 +16,7 @@ from aligndet.detectors.weights import initialise, load_detector, pretrained_sta
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import momentum_copy
 
-ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 32}
+ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
 OBJECTS = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 120.0, 90.0], [5.0, 60.0, 40.0, 110.0]])
 
 

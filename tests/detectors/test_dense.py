@@ -11,14 +11,17 @@ from aligndet.detectors.dense import sample_boxes
 from aligndet.detectors.projection import ProjectionHead
 
 
-def test_sample_takes_assigned_boxes_first_and_ignored_ones_never() -> None:
-    ids = torch.tensor([BACKGROUND, 3, -2, 0, BACKGROUND, -2, 1])
-    assert sorted(sample_boxes(ids, 3).tolist()) == [1, 3, 6]
-    assert sorted(sample_boxes(ids, 100).tolist()) == [0, 1, 3, 4, 6]
-    four = set(sample_boxes(ids, 4).tolist())
-    assert {1, 3, 6} < four <= {0, 1, 3, 4, 6}
-    assert len(sample_boxes(ids, 2)) == 2
+def test_sample_is_half_assigned_half_background_and_never_ignored() -> None:
+    ids = torch.tensor([BACKGROUND, 3, -2, 0, BACKGROUND, -2, 1, BACKGROUND, 2])
+    assigned, background = {1, 3, 6, 8}, {0, 4, 7}
+    picked = sample_boxes(ids, 4).tolist()
+    assert len(set(picked[:2]) & assigned) == 2
+    assert len(set(picked[2:]) & background) == 2
+    assert set(sample_boxes(ids, 100).tolist()) == assigned | background
+    assert len(sample_boxes(ids, 7)) == 6  # three assigned, and there are no more than three others
     assert len(sample_boxes(ids[:0], 2)) == 0
+    seen = {index for _ in range(50) for index in sample_boxes(ids, 4).tolist()}
+    assert seen == assigned | background
 
 
 def test_each_anchor_of_a_location_has_output_weights_of_its_own() -> None:
@@ -47,9 +50,9 @@ def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any],
 
 
 def test_fcos_keeps_torchvisions_box_losses() -> None:
-    plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False)
+    plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False)
     theirs, ours = box_losses_of_torchvision(
-        plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=32)
+        plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=64)
     )
     assert isinstance(plain, FCOS)
     assert set(ours) == {"bbox_regression", "bbox_ctrness"}
@@ -59,10 +62,10 @@ def test_fcos_keeps_torchvisions_box_losses() -> None:
 
 def test_retinanet_keeps_torchvisions_box_loss() -> None:
     plain = build_detector(
-        "retinanet", num_classes=1, trunk="resnet18", fpn_channels=32, resize_in_training=False
+        "retinanet", num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False
     )
     theirs, ours = box_losses_of_torchvision(
-        plain, build_pretrainable("retinanet", trunk="resnet18", fpn_channels=32)
+        plain, build_pretrainable("retinanet", trunk="resnet18", fpn_channels=64)
     )
     assert isinstance(plain, RetinaNet)
     assert set(ours) == {"bbox_regression"}

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from aligndet.data.files import atomic_write, locked
 
 _MAY_CHANGE = {
@@ -46,7 +48,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
     """
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0
     output.mkdir(parents=True, exist_ok=True)
     with locked(output) if first else nullcontext():
         record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
@@ -92,16 +94,14 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def steps_of(steps: int | None, epochs: float, images: int, batch: int) -> int:
+def steps_of(steps: int | None, otherwise: float) -> int:
     """The length of a run in optimizer steps.
 
     Args:
-        steps: If given, just that.
-        epochs: Passes over the images otherwise.
-        images: Of the data set.
-        batch: Images a step, over all processes.
+        steps: As asked, or None.
+        otherwise: What epochs or a schedule come to.
     """
-    total = steps if steps is not None else max(1, round(epochs * images / batch))
+    total = max(1, round(otherwise)) if steps is None else steps
     if total < 1:
         raise ValueError(f"steps must be at least 1, not {total}")
     return total

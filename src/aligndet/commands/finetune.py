@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from aligndet.commands._runs import default_workers, provenance, run_folder
-from aligndet.data.coco import CocoDetection, read_coco
-from aligndet.data.labelled import LabelledDataset
+from aligndet.commands._runs import default_workers, provenance, run_folder, steps_of
+from aligndet.data.coco import read_coco
+from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
@@ -144,7 +144,7 @@ def finetune(
         seed_everything(seed, verbose=False)
         coco = read_coco(annotations, images, strict=strict)
         world = devices * nodes
-        total = steps or max(1, round(SCHEDULES[schedule] * 16 / (batch_size * world * accumulate)))
+        total = steps_of(steps, SCHEDULES[schedule] * 16 / (batch_size * world * accumulate))
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         state: dict[str, Any] = {}
         if init_from is not None:
@@ -165,7 +165,9 @@ def finetune(
         if val_annotations is not None:
             held_out = read_coco(val_annotations, val_images, strict=strict, categories=coco.categories)
             evaluator = CocoEvaluator(held_out.categories)
-            validation = DataLoader(CocoDetection(held_out), batch_size, collate_fn=collate)
+            validation = DataLoader(
+                ValidationDataset(held_out, strict=strict), batch_size, collate_fn=collate_readable
+            )
         module = Finetuning(
             model,
             steps=total,

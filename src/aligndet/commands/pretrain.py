@@ -130,13 +130,17 @@ def pretrain(
         dataset = TwoViewDataset(
             images, table, min_size=min_size, max_size=max_size, max_proposals=max_proposals, strict=strict
         )
+        if not len(table.boxes):
+            raise ValueError(
+                f"{proposals}: holds no box in any of its {len(table)} images: nothing to learn from"
+            )
         missing = [name for name in table.file_names if not (images / name).is_file()]
         if len(missing) == len(table):
             raise ValueError(
                 f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}"
             )
         world = devices * nodes
-        total = steps_of(steps, epochs, len(dataset), batch_size * world * accumulate)
+        total = steps_of(steps, epochs * len(dataset) / (batch_size * world * accumulate))
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         module = BoxPretraining(
             build_pretrainable(**architecture, trunk_weights=trunk_weights),

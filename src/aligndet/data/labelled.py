@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torchvision.transforms import v2
 from aligndet.data.coco import CocoDataset, CocoDetection
 from aligndet.data.images import ImageError
 from aligndet.data.views import geometric
+
+Readable: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class Labelled(NamedTuple):
@@ -74,3 +77,40 @@ class LabelledDataset(Dataset[Labelled]):
                 tuple(skipped),
             )
         raise ImageError(f"none of the {len(self)} images can be read; the first: {skipped[0]}")
+
+
+class ValidationDataset(Dataset["Readable | None"]):
+    """Labelled images as they are, crowds included; a broken one is named once, and None."""
+
+    def __init__(self, coco: CocoDataset, *, strict: bool = False) -> None:
+        """Prepares the data set.
+
+        Args:
+            coco: Images and boxes.
+            strict: A broken image is an error, not a warning.
+        """
+        self.images, self.strict = CocoDetection(coco, crowds=True), strict
+        self._named: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Readable | None:
+        try:
+            return self.images[index]
+        except ImageError as error:
+            if self.strict:
+                raise
+            if index not in self._named:
+                print(f"skipped in validation: {error}")
+            self._named.add(index)
+            return None
+
+
+def collate_readable(items: Sequence[Readable | None]) -> list[Readable]:
+    """Keeps a batch a list, without the broken images.
+
+    Args:
+        items: Of the batch.
+    """
+    return [item for item in items if item is not None]

@@ -27,18 +27,21 @@ _IGNORED = Matcher.BETWEEN_THRESHOLDS
 
 
 def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
-    """Picks the boxes that take part in the contrast: assigned ones first, then background, at random.
+    """Picks the boxes that take part in the contrast at random: assigned ones up to a half, the rest background.
 
     Args:
         proposal_ids: (M,) a proposal, BACKGROUND, or lower for a box that the detector ignores.
         limit: Most boxes to pick.
 
     Returns:
-        Indices, (min(limit, boxes not ignored),) int64.
+        Indices, (at most limit,) int64, assigned boxes first.
     """
-    priority = torch.rand(len(proposal_ids), device=proposal_ids.device) + (proposal_ids > BACKGROUND)
-    priority = priority.masked_fill(proposal_ids < BACKGROUND, -1.0)
-    return priority.topk(min(limit, int((priority >= 0).sum()))).indices
+    draw = torch.rand(len(proposal_ids), device=proposal_ids.device)
+    picked: list[Tensor] = []
+    for wanted, share in ((proposal_ids > BACKGROUND, limit // 2), (proposal_ids == BACKGROUND, limit)):
+        room = min(share, limit - sum(map(len, picked)), int(wanted.sum()))
+        picked.append(draw.masked_fill(~wanted, -1.0).topk(room).indices)
+    return torch.cat(picked)
 
 
 class _ContrastiveHead(nn.Module):
@@ -137,9 +140,9 @@ class _DensePretraining(nn.Module):
     @staticmethod
     def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
         """Builds the backbone of this family: P3 to P7."""
-        if fpn_channels % 32:
+        if fpn_channels % 32 or fpn_channels < 64:  # a group of one channel has no variance at 1x1 pixels
             raise ValueError(
-                f"fpn_channels must be a multiple of 32 (group norm of the heads), not {fpn_channels}"
+                f"fpn_channels must be a multiple of 32 from 64 on (group norm), not {fpn_channels}"
             )
         return build_backbone(trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels)
 
