@@ -27,7 +27,7 @@ _IGNORED = Matcher.BETWEEN_THRESHOLDS
 
 
 def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
-    """Picks the boxes that take part in the contrast at random: assigned ones up to a half, the rest background.
+    """Picks the boxes of the contrast at random: up to a half assigned ones, the rest background.
 
     Args:
         proposal_ids: (M,) a proposal, BACKGROUND, or lower for a box that the detector ignores.
