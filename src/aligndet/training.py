@@ -4,20 +4,13 @@ trainer.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -217,156 +210,3 @@ class TrainingModule(LightningModule):
             self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3, sync_dist=True)
         self.log("loss/total", total.detach(), prog_bar=True, sync_dist=True)
         return total
-
-
-class Throughput(Callback):
-    """Logs images a second and the share of the time that the trainer waits for data."""
-
-    def __init__(self) -> None:
-        self._ended = self._started = time.perf_counter()
-        self._waited = self._worked = 0.0
-        self._images = 0
-
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Ends the wait for data."""
-        self._started = time.perf_counter()
-        self._waited += self._started - self._ended
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Ends the step."""
-        self._ended = time.perf_counter()
-        self._worked += self._ended - self._started
-        self._images += len(batch)
-        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            elapsed = self._waited + self._worked
-            module.log("speed/images_per_second", self._images * trainer.world_size / elapsed)
-            module.log("speed/data_wait", self._waited / elapsed)
-            self._waited = self._worked = 0.0
-            self._images = 0
-
-
-class SkippedImages(Callback):
-    """Collects broken images by name and says at the end how many there were."""
-
-    def __init__(self) -> None:
-        self.messages: dict[str, None] = {}
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Takes the messages out of the batch."""
-        for item in batch:
-            self.messages.update(dict.fromkeys(item.skipped))
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Prints the first ten."""
-        for message in list(self.messages)[:10]:
-            print(f"skipped: {message}")
-        if len(self.messages) > 10:
-            print(f"skipped: {len(self.messages) - 10} more images")
-
-
-class Progress(TQDMProgressBar):
-    """A bar over the steps of the run, with the time that is left."""
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Names the bar."""
-        super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.set_description("batches")
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Leaves the number of a logger's version out."""
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name, flushes it to disk, and only then renames it.
-
-    Lightning's own renames as well, but does not flush: after a power cut the name may stand for half a file.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        """Saves whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def build_trainer(
-    output: Path,
-    *,
-    steps: int,
-    accumulate: int,
-    devices: int | str,
-    nodes: int,
-    strategy: str,
-    accelerator: str,
-    precision: Literal["32", "bf16-mixed", "16-mixed"],
-    clip: float | None,
-    checkpoint_every: int,
-    log_every: int,
-    callbacks: Sequence[Callback] = (),
-    **kwargs: Any,
-) -> Trainer:
-    """Builds the trainer of every command: one long pass of `steps` optimizer steps, logs, last checkpoint.
-
-    Args:
-        output: Folder of the run; logs go to ``logs``, checkpoints to ``checkpoints``.
-        steps: Optimizer steps.
-        accumulate: Batches a step.
-        devices: Number of devices a node, or "auto".
-        nodes: Number of machines.
-        strategy: Of Lightning ("auto", "ddp").
-        accelerator: Of Lightning ("auto", "cpu", "gpu").
-        precision: Of Lightning.
-        clip: Bound of the gradient norm.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between lines of the logs.
-        callbacks: More of them.
-        kwargs: Further arguments of Lightning's Trainer.
-    """
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # meant: the frozen trunk, and a validation without workers of its own
-    warnings.filterwarnings("ignore", r".*module\(s\) in eval mode|.*does not have many workers|.*LeafSpec")
-    last = ModelCheckpoint(
-        output / "checkpoints",
-        filename="last",
-        every_n_train_steps=min(checkpoint_every, steps),
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-    return Trainer(
-        default_root_dir=output,
-        max_steps=steps,
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        accelerator=accelerator,
-        precision=precision,
-        gradient_clip_val=clip,
-        log_every_n_steps=log_every,
-        logger=[CSVLogger(output, "logs", "csv"), TensorBoardLogger(output, "logs", "tensorboard")],
-        callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
-        plugins=[WholeCheckpointIO()],
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        **kwargs,
-    )

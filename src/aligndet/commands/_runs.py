@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -105,12 +104,3 @@ def steps_of(steps: int | None, otherwise: float) -> int:
     if total < 1:
         raise ValueError(f"steps must be at least 1, not {total}")
     return total
-
-
-def default_workers(workers: int | None) -> int:
-    """Loader processes: as asked, or one less than the cores, at most eight.
-
-    Args:
-        workers: As asked.
-    """
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if workers is None else workers

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from aligndet.commands._runs import default_workers, provenance, run_folder, steps_of
+from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.coco import read_coco
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
@@ -19,15 +19,8 @@ from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.finetuning import Finetuning
-from aligndet.training import (
-    OptimizerName,
-    ScheduleName,
-    StepSampler,
-    build_loader,
-    build_trainer,
-    load_state,
-    steps_done,
-)
+from aligndet.trainer import RUN_SETTINGS, fit
+from aligndet.training import OptimizerName, ScheduleName, load_state
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images (paper section 4.1 and table 7)."""
@@ -143,8 +136,8 @@ def finetune(
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
         coco = read_coco(annotations, images, strict=strict)
-        world = devices * nodes
-        total = steps_of(steps, SCHEDULES[schedule] * 16 / (batch_size * world * accumulate))
+        images_a_step = batch_size * accumulate * devices * nodes
+        total = steps_of(steps, SCHEDULES[schedule] * 16 / images_a_step)
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         state: dict[str, Any] = {}
         if init_from is not None:
@@ -183,36 +176,20 @@ def finetune(
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
-        trainer = build_trainer(
-            output,
+        written = fit(
+            module,
+            LabelledDataset(coco, min_size=min_size, max_size=max_size, strict=strict),
+            collate,
             steps=total,
-            accumulate=accumulate,
-            devices=devices,
-            nodes=nodes,
-            strategy=strategy,
-            accelerator=accelerator,
-            precision=precision,
-            clip=clip,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
+            checkpoint=checkpoint,
+            validation=validation,
             callbacks=_callbacks(output, validation is not None, patience, ema),
             val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if validation is not None else 0,
+            **{name: settings[name] for name in RUN_SETTINGS},
         )
-        sampler = StepSampler(
-            len(coco),
-            batch_size=batch_size,
-            batches=total * accumulate,
-            seed=seed,
-            first=steps_done(checkpoint) * accumulate,
-            rank=trainer.global_rank,
-            world=world,
-        )
-        dataset = LabelledDataset(coco, min_size=min_size, max_size=max_size, strict=strict)
-        loader = build_loader(dataset, sampler, collate, default_workers(workers))
-        trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
-        if trainer.is_global_zero:
+        if written:
             best = output / "checkpoints" / "best.ckpt"
             if best.is_file():
                 load_state(module, best)

@@ -8,19 +8,13 @@ from typing import Any, Literal
 from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
-from aligndet.commands._runs import default_workers, provenance, run_folder, steps_of
+from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.proposals.storage import read_proposals
-from aligndet.training import (
-    OptimizerName,
-    ScheduleName,
-    StepSampler,
-    build_loader,
-    build_trainer,
-    steps_done,
-)
+from aligndet.trainer import RUN_SETTINGS, fit
+from aligndet.training import OptimizerName, ScheduleName
 
 _EXPLANATION = """A run of `aligndet pretrain`.
 
@@ -139,8 +133,8 @@ def pretrain(
             raise ValueError(
                 f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}"
             )
-        world = devices * nodes
-        total = steps_of(steps, epochs * len(dataset) / (batch_size * world * accumulate))
+        images_a_step = batch_size * accumulate * devices * nodes
+        total = steps_of(steps, epochs * len(dataset) / images_a_step)
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         module = BoxPretraining(
             build_pretrainable(**architecture, trunk_weights=trunk_weights),
@@ -157,31 +151,8 @@ def pretrain(
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
-        trainer = build_trainer(
-            output,
-            steps=total,
-            accumulate=accumulate,
-            devices=devices,
-            nodes=nodes,
-            strategy=strategy,
-            accelerator=accelerator,
-            precision=precision,
-            clip=clip,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-        )
-        sampler = StepSampler(
-            len(dataset),
-            batch_size=batch_size,
-            batches=total * accumulate,
-            seed=seed,
-            first=steps_done(checkpoint) * accumulate,
-            rank=trainer.global_rank,
-            world=world,
-        )
-        loader = build_loader(dataset, sampler, collate, default_workers(workers))
-        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-        if trainer.is_global_zero:
+        run = {name: settings[name] for name in RUN_SETTINGS}
+        if fit(module, dataset, collate, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",
                 "architecture": architecture,

@@ -1,0 +1,228 @@
+"""Lightning's trainer as every command uses it: one long pass, logs, checkpoints that are whole, progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import Dataset
+
+from aligndet.training import StepSampler, build_loader, steps_done
+
+RUN_SETTINGS = (
+    *(
+        "output",
+        "batch_size",
+        "accumulate",
+        "devices",
+        "nodes",
+        "strategy",
+        "accelerator",
+        "precision",
+        "clip",
+    ),
+    *("checkpoint_every", "log_every", "workers", "seed"),
+)
+"""The arguments that every training command has, and hands to `fit` as they are."""
+
+
+def fit(
+    module: LightningModule,
+    dataset: Dataset[Any],
+    collate: Callable[..., Any],
+    *,
+    steps: int,
+    checkpoint: Path | None,
+    output: Path,
+    batch_size: int,
+    accumulate: int,
+    devices: int,
+    nodes: int,
+    strategy: str,
+    accelerator: str,
+    precision: Literal["32", "bf16-mixed", "16-mixed"],
+    clip: float | None,
+    checkpoint_every: int,
+    log_every: int,
+    workers: int | None,
+    seed: int,
+    validation: Any = None,
+    callbacks: Sequence[Callback] = (),
+    **kwargs: Any,
+) -> bool:
+    """Trains for a number of optimizer steps, from the start or from a checkpoint.
+
+    Args:
+        module: To train.
+        dataset: Asked for by (index, seed), see `StepSampler`.
+        collate: From its items to a batch.
+        steps: Optimizer steps of the whole run.
+        checkpoint: To go on from, or None.
+        output: Folder of the run; logs go to ``logs``, checkpoints to ``checkpoints``.
+        batch_size: Images a batch on each device.
+        accumulate: Batches a step.
+        devices: Number of devices a machine.
+        nodes: Number of machines.
+        strategy: Of Lightning ("auto", "ddp").
+        accelerator: Of Lightning ("auto", "cpu", "gpu").
+        precision: Of Lightning.
+        clip: Bound of the gradient norm.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of the logs.
+        workers: Loader processes on each device; None: one less than the cores, at most eight.
+        seed: Of the order of the data and of the samples.
+        validation: Loader of validation batches, or None.
+        callbacks: More of them.
+        kwargs: Further arguments of Lightning's Trainer.
+
+    Returns:
+        Whether this process is the one that writes the result.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # meant: the frozen trunk, a validation without workers of its own, runs without validation
+    expected = (
+        "module\\(s\\) in eval mode",
+        "does not have many workers",
+        "LeafSpec",
+        "have no `val_dataloader`",
+    )
+    warnings.filterwarnings("ignore", "|".join(f".*{text}" for text in expected))
+    last = ModelCheckpoint(
+        output / "checkpoints",
+        filename="last",
+        every_n_train_steps=min(checkpoint_every, steps),
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    trainer = Trainer(
+        default_root_dir=output,
+        max_steps=steps,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        accelerator=accelerator,
+        precision=precision,
+        gradient_clip_val=clip,
+        log_every_n_steps=log_every,
+        logger=[CSVLogger(output, "logs", "csv"), TensorBoardLogger(output, "logs", "tensorboard")],
+        callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
+        plugins=[WholeCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        **kwargs,
+    )
+    sampler = StepSampler(
+        len(dataset),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        batches=steps * accumulate,
+        seed=seed,
+        first=steps_done(checkpoint) * accumulate,
+        rank=trainer.global_rank,
+        world=devices * nodes,
+    )
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 2) - 1))
+    loader = build_loader(dataset, sampler, collate, workers)
+    trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
+    return trainer.is_global_zero
+
+
+class Throughput(Callback):
+    """Logs images a second and the share of the time that the trainer waits for data."""
+
+    def __init__(self) -> None:
+        self._ended = self._started = time.perf_counter()
+        self._waited = self._worked = 0.0
+        self._images = 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the wait for data."""
+        self._started = time.perf_counter()
+        self._waited += self._started - self._ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the step."""
+        self._ended = time.perf_counter()
+        self._worked += self._ended - self._started
+        self._images += len(batch)
+        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            elapsed = self._waited + self._worked
+            module.log("speed/images_per_second", self._images * trainer.world_size / elapsed)
+            module.log("speed/data_wait", self._waited / elapsed)
+            self._waited = self._worked = 0.0
+            self._images = 0
+
+
+class SkippedImages(Callback):
+    """Collects broken images by name and says at the end how many there were."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, None] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the messages out of the batch."""
+        for item in batch:
+            self.messages.update(dict.fromkeys(item.skipped))
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Prints the first ten."""
+        for message in list(self.messages)[:10]:
+            print(f"skipped: {message}")
+        if len(self.messages) > 10:
+            print(f"skipped: {len(self.messages) - 10} more images")
+
+
+class Progress(TQDMProgressBar):
+    """A bar over the steps of the run, with the time that is left."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Names the bar."""
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("batches")
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leaves the number of a logger's version out."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, flushes it to disk, and only then renames it.
+
+    Lightning's own renames as well, but does not flush: after a power cut the name may stand for half a file.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Saves whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
