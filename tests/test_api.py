@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -16,5 +17,10 @@ def test_import_is_light() -> None:
 def test_every_name_is_there() -> None:
     for name in aligndet.__all__:
         assert callable(getattr(aligndet, name))
+        assert name in dir(aligndet)
     with pytest.raises(AttributeError, match="nonsense"):
         aligndet.__getattr__("nonsense")
+
+
+def test_version_is_the_distributions() -> None:
+    assert aligndet.__version__ == version("aligndet")

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +25,8 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     unexplained = [a.dest for a in parser._actions if not a.help]
     assert not unexplained
     assert f"aligndet {command}" in text
+    assert "<class" not in text
+    assert not [name for name in re.findall(r"--\w+", text) if "_" in name and name != "--print_config"]
 
 
 def test_the_first_page_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +50,23 @@ def test_options_as_people_write_them(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--init", "neck,head"], {"init": ("neck", "head")}),
+        (["--init=neck"], {"init": ("neck",)}),
+        (["--init", "[neck, head]"], {"init": ("neck", "head")}),
+        (["--min-size", "640,800", "--resume"], {"min_size": (640, 800), "resume": True}),
+        (["--resume=false", "--overwrite", "true"], {"resume": False, "overwrite": True}),
+        (["--learning-rate", "1e-4", "--clip=null"], {"learning_rate": 1e-4, "clip": None}),
+    ],
+)
+def test_values(arguments: list[str], expected: dict[str, Any]) -> None:
+    function, parser = cli.parser_of("finetune")
+    values = parser.parse_args(cli._as_options(function, ["train.json", "--output=x", *arguments]))
+    assert {name: values[name] for name in expected} == expected
+
+
 def test_config_file_and_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["sample-data", str(tmp_path / "a"), "--print_config"])
@@ -61,6 +85,12 @@ def test_config_file_and_override(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["evaluate", "nothing", "x.json"], "nothing: holds no weights"),
         (["export", "nothing", "--output=x", "--num-classes=3"], "nothing: holds no weights"),
         (["dance"], "unknown command 'dance'"),
+        (["propose"], "required: images, output"),
+        (["propose", "x", "--output=x", "--colour=red"], "unrecognized arguments: --colour=red"),
+        (["propose", "x", "--output=x", "--shard-size=many"], "--shard-size: Expected a int"),
+        (["propose", "x", "--output=x", "--config=nowhere.yaml"], "nowhere.yaml"),
+        (["finetune", "x.json", "--output=x", "--schedule=9x"], "--schedule: Expected"),
+        (["finetune", "x.json", "--output=x", "--init"], "expected one argument"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -81,3 +111,42 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("ALIGNDET_DEBUG", "1")
     with pytest.raises(ValueError, match="no such folder"):
         cli.main(["propose", str(tmp_path / "nowhere"), f"--output={tmp_path / 'x'}"])
+
+
+def test_a_config_file_with_an_unknown_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("train_imagez: 3\n")
+    assert cli.main(["sample-data", str(tmp_path / "a"), f"--config={tmp_path / 'config.yaml'}"]) == 2
+    assert "train_imagez" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_an_interrupt_is_one_line(
+    in_training: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if in_training:
+                sys.exit(1)  # as Lightning does
+            raise
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert cli.main(["pretrain"]) == 130
+    assert capsys.readouterr().err == "aligndet: interrupted\n"
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_says_so(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aligndet", "pretrain", str(sample / "train")]
+    command += [f"--proposals={proposals}", f"--output={tmp_path / 'run'}", "--trunk=resnet18"]
+    command += ["--trunk-weights=none", "--fpn-channels=64", "--min-size=64,64", "--max-size=64"]
+    command += ["--steps=100000", "--batch-size=2", "--workers=0", "--checkpoint-every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("aligndet: interrupted\n")

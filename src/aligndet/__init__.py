@@ -42,3 +42,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'aligndet' has no attribute {name!r}")
     home = "aligndet.detectors.weights" if name == "load_detector" else f"aligndet.commands.{name}"
     return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    """All names, so that completion finds the commands."""
+    return sorted({*globals(), *__all__})

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from aligndet import __version__
 
@@ -61,13 +65,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         run(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning ends an interrupted training with an exit of its own
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
         print("aligndet: interrupted", file=sys.stderr)
         return 130
+    except ArgumentError as error:
+        message = f"{_in_one_line(str(error))}; see aligndet {arguments[0]} --help"
+        print(f"aligndet {arguments[0]}: {message}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("ALIGNDET_DEBUG"):
             raise
-        print(f"aligndet {arguments[0]}: {error}", file=sys.stderr)
+        print(f"aligndet {arguments[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     return 0
 
@@ -89,18 +100,23 @@ def run(command: str, arguments: Sequence[str]) -> Any:
 
 
 def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
-    """Lets options be written as people do: --batch-size for --batch_size, --resume for --resume=true."""
-    switches = {
-        f"--{name}" for name, p in signature(function).parameters.items() if p.annotation in (bool, "bool")
-    }
-    options = []
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
+    """Lets options be written as people do.
+
+    --batch-size for --batch_size, --resume for --resume=true, --init neck,head for --init=[neck,head].
+    """
+    kinds = {f"--{name}": p.annotation for name, p in signature(function).parameters.items()}
+    options, rest = [], list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
-            following = arguments[position + 1 : position + 2]
-            if name in switches and not equals and following not in (["true"], ["false"]):
+            is_list = str(kinds.get(name)).startswith("tuple")
+            if kinds.get(name) in (bool, "bool") and not equals and rest[:1] not in (["true"], ["false"]):
                 equals, value = "=", "true"
+            elif is_list and not equals and rest and not rest[0].startswith("--"):
+                equals, value = "=", rest.pop(0)
+            if is_list and equals and not value.startswith("["):
+                value = f"[{value}]"
         options.append(name + equals + value)
     return options
 
@@ -114,18 +130,31 @@ def parser_of(command: str) -> tuple[Any, Any]:
     Returns:
         The function and the parser.
     """
-    from jsonargparse import ArgumentParser  # takes a moment; `aligndet --help` does without
-
     name = command.replace("-", "_")
     function = getattr(import_module(f"aligndet.commands.{name}"), name)
     summary, _, rest = (function.__doc__ or "").partition("\n\n")
     details = rest.partition("Args:")[0]
-    parser = ArgumentParser(
-        prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=True
-    )
+    parser = _Parser(prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_function_arguments(function, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
     return function, parser
+
+
+class _Parser(ArgumentParser):
+    """Shows options the way people write them."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text, with dashes in names and switches without a value."""
+        text = super().format_help(*args, **kwargs).replace(" {true,false}", "")
+        text = re.sub(r"--(?!print_config)\w+", lambda name: name[0].replace("_", "-"), text)
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", text)
+
+
+def _in_one_line(message: str) -> str:
+    """A parser's complaint, in words of the command line."""
+    message = re.sub(r"Parser key \"(\w+)\":", lambda m: f"--{m[1].replace('_', '-')}:", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
+    return " ".join(message.split())
 
 
 if __name__ == "__main__":
