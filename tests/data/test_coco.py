@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from aligndet.data.coco import Category, CocoDetection, read_coco
+from aligndet.data.images import ImageError
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -102,6 +103,23 @@ def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
         ({"categories": [{"id": 7, "name": "x"}, {"id": 7, "name": "y"}]}, "category id occurs twice"),
         ({"categories": 3}, "no list 'categories'"),
         ({"annotations": [{"id": 1}]}, "has no 'image_id'"),
+        ({"annotations": annotation(image_id=[1])}, "'image_id' of an entry of 'annotations' is no int"),
+        (
+            {"annotations": annotation(category_id=None)},
+            "'category_id' of an entry of 'annotations' is no int",
+        ),
+        (
+            {"images": [{"id": "1", "file_name": "a.png", "width": 40, "height": 30}]},
+            "'id' of an entry of 'images' is no int",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": float("nan"), "height": 30}]},
+            r"train\.json: image a\.png has the size nanx30",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 0}]},
+            "image a.png has the size 0x0",
+        ),
         (
             {"images": [{"id": 1, "file_name": "../a.png", "width": 40, "height": 30}]},
             "leads out of the folder",
@@ -115,6 +133,37 @@ def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
 def test_what_contradicts_itself_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_coco(write(tmp_path, **{"annotations": [], **changes}))
+
+
+def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> None:
+    coco = read_coco(write(tmp_path))
+    Image.new("RGB", (30, 40)).save(tmp_path / "train" / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png: is 30x40 pixels \(upright\), but its boxes are of 40x30"):
+        CocoDetection(coco)[0]
+
+
+@pytest.mark.parametrize("area", [None, "x", -3, 0, float("nan"), [1]])
+def test_an_area_that_makes_no_sense_becomes_the_boxs_own(area: Any, tmp_path: Path) -> None:
+    coco = read_coco(write(tmp_path, annotations=annotation(area=area)))
+    assert coco.areas[0].tolist() == [120]
+
+
+def test_any_encoding_mark_and_locale(tmp_path: Path) -> None:
+    path = write(tmp_path, categories=[{"id": 3, "name": "möwe"}, {"id": 7, "name": "fish"}])
+    text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        assert read_coco(path).categories[0].name == "möwe"
+
+
+def test_the_folder_is_looked_for_beside_the_json(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert read_coco(path).folder == tmp_path / "train"
+    elsewhere = tmp_path / "annotations" / "instances_train.json"
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    assert read_coco(elsewhere).folder == tmp_path / "train"
+    assert read_coco(elsewhere, tmp_path / "train").file_names == ["a.png", "b.png"]
 
 
 def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:

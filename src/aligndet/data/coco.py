@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligndet.data.images import read_image
+from aligndet.data.images import ImageError, read_image
 from aligndet.proposals.storage import safe_name
+
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
+    "images": {"id": (int,), "file_name": (str,), "width": (int, float), "height": (int, float)},
+    "annotations": {"id": (int, str), "image_id": (int,), "category_id": (int,), "bbox": (object,)},
+    "categories": {"id": (int,), "name": (str, int)},
+}
 
 
 class Category(NamedTuple):
@@ -88,6 +95,9 @@ def read_coco(
     for image in document["images"]:
         if image["id"] in entries:
             raise ValueError(f"{annotations}: image id {image['id']} occurs twice")
+        width, height = image["width"], image["height"]
+        if not (1 <= width < 2**31 and 1 <= height < 2**31):
+            raise ValueError(f"{annotations}: image {image['file_name']} has the size {width}x{height}")
         entries[image["id"]] = image
     rows: dict[int, list[tuple[list[float], int, bool, float]]] = {key: [] for key in entries}
     seen: set[Any] = set()
@@ -109,7 +119,7 @@ def read_coco(
         if note:
             warnings.append(f"annotation {key} of {image['file_name']}: {note}")
         if box is not None:
-            area = float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1]))
+            area = _area(annotation.get("area"), box)
             rows[image["id"]].append(
                 (box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area)
             )
@@ -159,10 +169,17 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,) and
-        image_id ().
+        image_id (); raises ImageError if the image is broken or not of the size that its boxes refer to.
         """
         coco = self.coco
-        image = read_image(coco.folder / coco.file_names[index])
+        path = coco.folder / coco.file_names[index]
+        image = read_image(path)
+        found, annotated = (image.shape[2], image.shape[1]), tuple(coco.sizes[index].tolist())
+        if found != annotated:
+            raise ImageError(
+                f"{path}: is {found[0]}x{found[1]} pixels (upright),"
+                f" but its boxes are of {annotated[0]}x{annotated[1]}"
+            )
         kept = np.ones(len(coco.labels[index]), np.bool_) if self.crowds else ~coco.iscrowd[index]
         return image, {
             "boxes": torch.from_numpy(coco.boxes[index][kept]),
@@ -175,23 +192,23 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())  # bytes: UTF-8 whatever the locale, with or without a mark
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file of annotations") from error
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{path}: is no JSON ({error})") from error
-    required = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for section, keys in required.items():
+    for section, fields in _FIELDS.items():
         if not isinstance(document, dict) or not isinstance(document.get(section), list):
             raise ValueError(f"{path}: is no COCO JSON: it has no list {section!r}")
         for entry in document[section]:
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if lacking:
-                raise ValueError(f"{path}: an entry of {section!r} has no {lacking[0]!r}: {str(entry)[:200]}")
+            for key, kinds in fields.items():
+                if not isinstance(entry, dict) or key not in entry:
+                    raise ValueError(f"{path}: an entry of {section!r} has no {key!r}: {str(entry)[:200]}")
+                if not isinstance(entry[key], kinds):
+                    wanted = " or ".join(kind.__name__ for kind in kinds)
+                    raise ValueError(
+                        f"{path}: {key!r} of an entry of {section!r} is no {wanted}: {str(entry)[:200]}"
+                    )
     return document
 
 
@@ -223,13 +240,19 @@ def _categories(
     return found
 
 
+def _area(area: Any, box: Sequence[float]) -> float:
+    """The annotated area (of the mask, if there is one), or the box's own where that makes no sense."""
+    known = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
+    return float(area) if known else (box[2] - box[0]) * (box[3] - box[1])
+
+
 def _box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
     """From xywh to clipped xyxy, with a note of what was wrong."""
     try:
         x, y, w, h = (float(value) for value in bbox)
     except (TypeError, ValueError):
         return None, f"dropped the box {bbox!r}, which is not four numbers"
-    if not np.isfinite([x, y, w, h]).all() or w <= 0 or h <= 0:
+    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
         return None, f"dropped the box {[x, y, w, h]} (xywh), which has no size"
     box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
     if box[2] <= box[0] or box[3] <= box[1]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
@@ -69,7 +71,12 @@ class CocoEvaluator:
         self.images = 0
         # every process sees all validation images: nothing to gather
         self._metric = MeanAveragePrecision(
-            iou_type="bbox", class_metrics=True, backend="faster_coco_eval", sync_on_compute=False
+            iou_type="bbox",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),  # torchmetrics' own are rounded to float32
+            class_metrics=True,
+            backend="faster_coco_eval",
+            sync_on_compute=False,
         )
         self._metric.warn_on_many_detections = False
 
@@ -101,8 +108,8 @@ class CocoEvaluator:
             zip(result["classes"].flatten().tolist(), result["map_per_class"].flatten().tolist(), strict=True)
         )
         by_class = {
-            category.name: _figure(torch.tensor(by_label.get(position + 1, -1.0)))
-            for position, category in enumerate(self.categories)
+            name: _figure(torch.tensor(by_label.get(position + 1, -1.0)))
+            for position, name in enumerate(_distinct_names(self.categories))
         }
         return CocoResult(figures, by_class, self.images)
 
@@ -110,6 +117,12 @@ class CocoEvaluator:
         """Starts anew."""
         self._metric.reset()
         self.images = 0
+
+
+def _distinct_names(categories: Sequence[Category]) -> list[str]:
+    """Names of the classes; those that share one get their id, too."""
+    uses = Counter(category.name for category in categories)
+    return [c.name if uses[c.name] == 1 else f"{c.name} ({c.id})" for c in categories]
 
 
 def _figure(value: Tensor) -> float:

@@ -35,5 +35,5 @@ def draw_detections(
     texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
     wide = max(image.shape[:2])
     picture = sv.BoxAnnotator(thickness=max(1, wide // 300)).annotate(image[:, :, ::-1].copy(), detections)
-    labels = sv.LabelAnnotator(text_scale=max(0.3, wide / 1500), text_padding=2)
+    labels = sv.LabelAnnotator(text_scale=max(0.3, wide / 1500), text_padding=2, smart_position=True)
     return labels.annotate(picture, detections, labels=texts)[:, :, ::-1]

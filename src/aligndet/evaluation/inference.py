@@ -16,14 +16,17 @@ def resolve_device(device: str) -> torch.device:
         device: Of torch, or "auto": a GPU if there is one.
 
     Raises:
-        ValueError: If torch knows no such device.
+        ValueError: If there is no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, ...") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+    return found
 
 
 def predict_images(
@@ -39,7 +42,12 @@ def predict_images(
 
     Yields:
         Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), on the CPU.
+
+    Raises:
+        ValueError: If batch_size is less than 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     detector.eval().to(device)
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from aligndet.evaluation.drawing import draw_detections
+
+PREDICTION = {
+    "boxes": torch.tensor([[40.0, 60.0, 120.0, 150.0], [10.0, 60.0, 30.0, 150.0]]),
+    "labels": torch.tensor([2, 1]),
+    "scores": torch.tensor([0.9, 0.2]),
+}
+
+
+def test_boxes_above_the_score_are_drawn_on_a_copy() -> None:
+    image = np.full((180, 160, 3), 90, np.uint8)
+    drawn = draw_detections(image, PREDICTION, ["bird", "fish"], score=0.5)
+    assert drawn.shape == image.shape
+    assert drawn.dtype == np.uint8
+    assert (image == 90).all()
+    changed = (drawn != 90).any(2)
+    assert changed[60:150, 40].all()  # an edge of the first box
+    assert not changed[65:145, 46:114].any()  # its inside
+    assert not changed[:, :36].any()  # the second box is not sure enough
+
+
+def test_nothing_found_leaves_the_image_as_it_is() -> None:
+    image = np.zeros((20, 30, 3), np.uint8)
+    drawn = draw_detections(image, PREDICTION, ["bird", "fish"], score=0.95)
+    assert (drawn == image).all()
+    assert drawn is not image
+
+
+def test_colours_are_rgb() -> None:
+    image = np.zeros((180, 160, 3), np.uint8)
+    image[..., 0] = 200
+    inside = draw_detections(image, PREDICTION, ["bird", "fish"])[100, 80]
+    assert inside.tolist() == [200, 0, 0]
+
+
+def test_the_label_of_a_box_at_the_edge_is_within_the_image() -> None:
+    image = np.zeros((180, 160, 3), np.uint8)
+    at_edge = {**PREDICTION, "boxes": torch.tensor([[40.0, 0.0, 120.0, 90.0], [10.0, 60.0, 30.0, 150.0]])}
+    drawn = draw_detections(image, at_edge, ["bird", "fish"], score=0.5)
+    assert drawn[3:8, 44:60].any(2).all()

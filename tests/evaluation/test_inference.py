@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aligndet.evaluation.inference import predict_images, resolve_device
+
+CPU = torch.device("cpu")
+
+
+class Brightness(nn.Module):
+    """Finds one box an image, which is as sure as the image is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        self.batches.append(len(images))
+        return [{"scores": image.mean()[None], "labels": torch.ones(1)} for image in images]
+
+
+def test_one_prediction_an_image_in_order_and_in_batches() -> None:
+    detector = Brightness().train()
+    images = [torch.full((3, 8 + i, 9), 51 * i, dtype=torch.uint8) for i in range(5)]
+    found = list(predict_images(detector, images, device=CPU, batch_size=2))
+    assert [round(float(f["scores"]), 2) for f in found] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert detector.batches == [2, 2, 1]
+
+
+def test_images_are_read_a_batch_at_a_time() -> None:
+    read: list[int] = []
+
+    def images() -> Iterator[Tensor]:
+        for i in range(6):
+            read.append(i)
+            yield torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    next(predict_images(Brightness(), images(), device=CPU, batch_size=2))
+    assert read == [0, 1]
+
+
+def test_the_callers_gradients_stay_on_between_images() -> None:
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2
+    for _ in predict_images(Brightness(), images, device=CPU, batch_size=1):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="unknown device 'toaster'"):
+        resolve_device("toaster")
+    with pytest.raises(ValueError, match="device 'cuda:99': torch finds"):
+        resolve_device("cuda:99")
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        list(predict_images(Brightness(), [], device=CPU, batch_size=0))
