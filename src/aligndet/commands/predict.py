@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from aligndet.data.files import atomic_write
+from aligndet.data.files import atomic_write, locked
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
@@ -49,10 +49,8 @@ def predict(
         The output folder.
 
     Raises:
-        ValueError: If the model is not fine-tuned, there are no images, or the output is taken.
+        ValueError: If the model is not fine-tuned, no image can be read, or the output is taken or in use.
     """
-    if (output / "predictions.json").exists() and not overwrite:
-        raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
     detector, manifest = load_detector(model)
     names: list[str] | None = manifest.get("class_names")
     if not names:
@@ -76,15 +74,20 @@ def predict(
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
-    for prediction in tqdm(predictions, total=len(files), desc="predict", unit="image"):
-        name, image = read.pop(0)
-        _add(document, name, image, prediction, manifest["category_ids"], score)
-        if draw:
-            drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names, score)
-            buffer = io.BytesIO()
-            Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
-            atomic_write(output / "pictures" / Path(name).with_suffix(".jpg"), buffer.getvalue())
-    atomic_write(output / "predictions.json", json.dumps(document))
+    with locked(output):
+        if (output / "predictions.json").exists() and not overwrite:
+            raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
+        for prediction in tqdm(predictions, total=len(files), desc="predict", unit="image"):
+            name, image = read.pop(0)
+            _add(document, name, image, prediction, manifest["category_ids"], score)
+            if draw:
+                drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names, score)
+                buffer = io.BytesIO()
+                Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
+                atomic_write(output / "pictures" / _picture_name(name), buffer.getvalue())
+        if not document["images"]:
+            raise ImageError(f"{images}: none of its {len(files)} images can be read; the first: {broken[0]}")
+        atomic_write(output / "predictions.json", json.dumps(document))
     for message in broken[:10]:
         print(f"skipped: {message}")
     print(
@@ -92,6 +95,11 @@ def predict(
         f" {len(broken)} skipped: {output}"
     )
     return output
+
+
+def _picture_name(name: str) -> str:
+    """Of the drawn JPEG; keeps the suffix, so that a.png and a.jpg get a picture each."""
+    return name if Path(name).suffix.lower() in (".jpg", ".jpeg") else f"{name}.jpg"
 
 
 def _add(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.ops import nms
 
+from aligndet.commands._runs import run_folder
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.export import export
 from aligndet.commands.finetune import finetune
@@ -45,6 +46,7 @@ without/, with/  two fine-tunings of equal budget and seed: neck and heads rando
 without.json, with.json, table.txt
                  COCO's figures of both, side by side
 predictions.jpg  the same validation images; rows: labels, without, with
+run.json         settings, command line and versions
 
 """
 
@@ -60,6 +62,7 @@ def quickstart(
     finetune_steps: int = 80,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Shows on built-in data what pre-training is worth; a second call goes on where the first was stopped.
 
@@ -73,10 +76,19 @@ def quickstart(
         finetune_steps: Of 8 images, for both sides.
         learning_rate: Of fine-tuning, for both sides.
         seed: Of everything.
+        overwrite: Throw away the quickstart that is in output.
 
     Returns:
         AP, AP50 and AP75 of "without" and "with", in 0..1.
+
+    Raises:
+        ValueError: If output holds anything else, or a quickstart with other settings.
     """
+    settings = {**locals(), "resume": True}
+    if output.is_dir() and not (output / "run.json").is_file():
+        other = next((path.name for path in output.iterdir() if not path.name.startswith(".")), None)
+        if other is not None:
+            raise ValueError(f"{output}: holds {other!r} and no quickstart; give another --output")
     model: dict[str, Any] = {
         "detector": detector,
         "trunk": trunk,
@@ -90,54 +102,57 @@ def quickstart(
         "workers": 1,
         "checkpoint_every": 40,
     }
-    data = output / "data"
-    if not (data / "README.txt").is_file():
-        _heading("1. sample data: photographic objects of eight classes")
-        sample_data(data, train_images=images, seed=seed, overwrite=True)
-    _heading("2. proposals: selective search on the training images, without their labels")
-    propose(data / "train", output=output / "proposals", annotations=data / "train.json")
-    pretrained = output / "pretrained"
-    if not (pretrained / "pretrained" / "manifest.json").is_file():
-        _heading(f"3. pre-training of neck and heads, {pretrain_steps} steps")
-        pretrain(
-            data / "train",
-            proposals=output / "proposals",
-            output=pretrained,
-            steps=pretrain_steps,
-            min_size=(128, 192),  # within max_size, so that the two views differ in scale
-            max_proposals=20,
-            learning_rate=1e-3,
-            warmup_steps=10,
-            resume=pretrained.is_dir(),
-            **model,
-            **training,
-        )
-    export(pretrained, output=output / "exported", num_classes=8, min_size=256, max_size=256, overwrite=True)
-    figures = {}
-    for side, source in (("without", None), ("with", pretrained)):
-        if not (output / side / "model" / "manifest.json").is_file():
-            _heading(f"4. fine-tuning {side} pre-training, {finetune_steps} steps")
-            finetune(
-                data / "train.json",
-                output=output / side,
-                init_from=source,
-                steps=finetune_steps,
-                min_size=(192, 256),
-                learning_rate=learning_rate,
-                weight_decay=0.05,
-                resume=(output / side).is_dir(),
+    with run_folder(settings, _EXPLANATION + _NEXT):
+        data = output / "data"
+        if not (data / "README.txt").is_file():
+            _heading("1. sample data: photographic objects of eight classes")
+            sample_data(data, train_images=images, seed=seed, overwrite=True)
+        _heading("2. proposals: selective search on the training images, without their labels")
+        propose(data / "train", output=output / "proposals", annotations=data / "train.json")
+        pretrained = output / "pretrained"
+        if not (pretrained / "pretrained" / "manifest.json").is_file():
+            _heading(f"3. pre-training of neck and heads, {pretrain_steps} steps")
+            pretrain(
+                data / "train",
+                proposals=output / "proposals",
+                output=pretrained,
+                steps=pretrain_steps,
+                min_size=(128, 192),  # within max_size, so that the two views differ in scale
+                max_proposals=20,
+                learning_rate=1e-3,
+                warmup_steps=10,
+                resume=pretrained.is_dir(),
                 **model,
                 **training,
             )
-        result = evaluate(output / side / "model", data / "val.json", output=output / f"{side}.json")
-        figures[side] = {name: result.figures[name] for name in ("AP", "AP50", "AP75")}
-    _picture(output, data)
-    table = _table(figures)
-    atomic_write(output / "table.txt", table)
-    atomic_write(output / "README.txt", _EXPLANATION + table + "\n" + _NEXT)
-    _heading("the difference")
-    print(f"{table}\npictures side by side: {output / 'predictions.jpg'}\n\n{_NEXT}")
-    return figures
+        export(
+            pretrained, output=output / "exported", num_classes=8, min_size=256, max_size=256, overwrite=True
+        )
+        figures = {}
+        for side, source in (("without", None), ("with", pretrained)):
+            if not (output / side / "model" / "manifest.json").is_file():
+                _heading(f"4. fine-tuning {side} pre-training, {finetune_steps} steps")
+                finetune(
+                    data / "train.json",
+                    output=output / side,
+                    init_from=source,
+                    steps=finetune_steps,
+                    min_size=(192, 256),
+                    learning_rate=learning_rate,
+                    weight_decay=0.05,
+                    resume=(output / side).is_dir(),
+                    **model,
+                    **training,
+                )
+            result = evaluate(output / side / "model", data / "val.json", output=output / f"{side}.json")
+            figures[side] = {name: result.figures[name] for name in ("AP", "AP50", "AP75")}
+        _picture(output, data)
+        table = _table(figures)
+        atomic_write(output / "table.txt", table)
+        atomic_write(output / "README.txt", _EXPLANATION + table + "\n" + _NEXT)
+        _heading("the difference")
+        print(f"{table}\npictures side by side: {output / 'predictions.jpg'}\n\n{_NEXT}")
+        return figures
 
 
 def _heading(text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from aligndet.data.files import atomic_write
+from aligndet.data.files import atomic_write, locked
 from aligndet.data.sample import BACKGROUNDS, MATTERS, compose_scene
 
 _EXPLANATION = """Sample data of `aligndet sample-data`: pieces of photographs composed over photographs.
@@ -21,6 +21,7 @@ val/, val.json       likewise; no object and no background of train occurs here
 
 The photographs are those that scikit-image and scikit-learn carry; see there for their origin and licences.
 """
+_MARK = ".sample-data"  # what a folder of sample data is known by, finished or not
 
 
 def sample_data(
@@ -46,24 +47,34 @@ def sample_data(
         The output folder.
 
     Raises:
-        ValueError: If the output is taken, or scikit-image or scikit-learn is not installed.
+        ValueError: If the output is taken or in use, holds anything else than sample data, or scikit-image
+            or scikit-learn is not installed.
     """
     if size < 64:
         raise ValueError(f"size must be at least 64, not {size}")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"{output}: is not empty; give --overwrite or another output")
-    for part, count in zip(BACKGROUNDS, (train_images, val_images), strict=True):
-        for old in (output / part).glob("*.jpg"):
-            old.unlink()
-        document: dict[str, list[dict[str, Any]]] = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": i + 1, "name": matter.name} for i, matter in enumerate(MATTERS)],
-        }
-        for index in tqdm(range(count), desc=part, unit="image"):
-            _write_scene(output, part, index, size, seed, document)
-        atomic_write(output / f"{part}.json", json.dumps(document))
-    atomic_write(output / "README.txt", _EXPLANATION)
+    if min(train_images, val_images) < 1:
+        raise ValueError(
+            f"there must be images to train and to validate, not {train_images} and {val_images}"
+        )
+    with locked(output):
+        used = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+        if used and not overwrite:
+            raise ValueError(f"{output}: is not empty; give --overwrite or another output")
+        if used and not (output / _MARK).is_file():
+            raise ValueError(f"{output}: holds {used[0]!r} and no sample data; it is not overwritten")
+        atomic_write(output / _MARK, "")
+        for part, count in zip(BACKGROUNDS, (train_images, val_images), strict=True):
+            for old in (output / part).glob("*.jpg"):
+                old.unlink()
+            document: dict[str, list[dict[str, Any]]] = {
+                "images": [],
+                "annotations": [],
+                "categories": [{"id": i + 1, "name": matter.name} for i, matter in enumerate(MATTERS)],
+            }
+            for index in tqdm(range(count), desc=part, unit="image"):
+                _write_scene(output, part, index, size, seed, document)
+            atomic_write(output / f"{part}.json", json.dumps(document))
+        atomic_write(output / "README.txt", _EXPLANATION)
     return output
 
 

@@ -1,0 +1,111 @@
+"""`predict` and `evaluate` with a detector that knows the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aligndet.commands import evaluate as evaluate_module
+from aligndet.commands import predict as predict_module
+from aligndet.commands.evaluate import evaluate
+from aligndet.commands.predict import predict
+from aligndet.data.files import locked
+
+MANIFEST: dict[str, Any] = {"class_names": ["bird", "fish"], "category_ids": [3, 7]}
+
+
+class Oracle(nn.Module):
+    """Finds a sure fish and a doubtful bird in every image."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        boxes = torch.tensor([[2.0, 3.0, 12.0, 15.0], [20.0, 5.0, 30.0, 25.0]])
+        found = {"boxes": boxes, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.1])}
+        return [found for _ in images]
+
+
+@pytest.fixture(autouse=True)
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (evaluate_module, predict_module):
+        monkeypatch.setattr(module, "load_detector", lambda folder: (Oracle(), MANIFEST))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        Image.new("RGB", (40, 30)).save(folder / name)
+    return folder
+
+
+def annotate(images: Path) -> Path:
+    names = [path.name for path in sorted(images.iterdir())]
+    rows = [{"id": i + 1, "file_name": n, "width": 40, "height": 30} for i, n in enumerate(names)]
+    boxes = [
+        {"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": [2, 3, 10, 12]} for i in range(len(names))
+    ]
+    categories = [{"id": 3, "name": "bird"}, {"id": 7, "name": "fish"}]
+    path = images.parent / "labels.json"
+    path.write_text(json.dumps({"images": rows, "annotations": boxes, "categories": categories}))
+    return path
+
+
+def test_predictions_stand_alone(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "b.jpg").write_bytes(b"")
+    output = predict(Path("model"), images, output=tmp_path / "out", batch_size=2)
+    document = json.loads((output / "predictions.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["a.jpg", "a.png"]
+    assert document["images"][0] == {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}
+    assert document["categories"] == [{"id": 3, "name": "bird"}, {"id": 7, "name": "fish"}]
+    assert [a["category_id"] for a in document["annotations"]] == [7, 7]
+    assert document["annotations"][0]["bbox"] == [2, 3, 10, 12]
+    assert sorted(p.name for p in (output / "pictures").iterdir()) == ["a.jpg", "a.png.jpg"]
+    printed = capsys.readouterr().out
+    assert "b.jpg: is empty" in printed
+    assert "2 images, 2 boxes, 1 skipped" in printed
+
+
+def test_a_single_image_without_pictures(images: Path, tmp_path: Path) -> None:
+    output = predict(Path("model"), images / "b.jpg", output=tmp_path / "out", draw=False, score=0.05)
+    document = json.loads((output / "predictions.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["b.jpg"]
+    assert len(document["annotations"]) == 2
+    assert not (output / "pictures").exists()
+
+
+def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = predict(Path("model"), images, output=tmp_path / "out")
+    with pytest.raises(ValueError, match="holds predictions already"):
+        predict(Path("model"), images, output=output)
+    predict(Path("model"), images, output=output, overwrite=True)
+    with locked(output), pytest.raises(ValueError, match="in use"):
+        predict(Path("model"), images, output=output, overwrite=True)
+    (images / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a\.jpg: is no image"):
+        predict(Path("model"), images, output=tmp_path / "strict", strict=True)
+    with pytest.raises(ValueError, match=r"none of its 1 images can be read; the first: .*a\.jpg"):
+        predict(Path("model"), images / "a.jpg", output=tmp_path / "broken")
+    assert not (tmp_path / "broken" / "predictions.json").exists()
+    monkeypatch.setattr(predict_module, "load_detector", lambda folder: (Oracle(), {"class_names": None}))
+    with pytest.raises(ValueError, match="knows no classes yet"):
+        predict(Path("model"), images, output=tmp_path / "new")
+
+
+def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = annotate(images)
+    (images / "a.png").write_bytes(b"")
+    result = evaluate(Path("model"), labels, images=images, output=tmp_path / "figures.json", batch_size=2)
+    assert result.figures["AP"] == pytest.approx(1.0)
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["images"] == 2
+    assert written["AP_by_class"] == {"bird": None, "fish": pytest.approx(1.0)}
+    assert "a.png: is empty" in written["skipped"][0]
+    assert "2 images, 1 skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"a\.png: is empty"):
+        evaluate(Path("model"), labels, images=images, strict=True)
