@@ -39,6 +39,7 @@ class BoxPretraining(TrainingModule):
     ) -> None:
         super().__init__()
         self.online = online  # an nn.Module in the protocol of PretrainableDetector
+        self.needs: tuple[str, ...] = getattr(online, "needs", ())
         self.trunk: nn.Module = online.detector.backbone.body
         self.trunk.requires_grad_(train_trunk)
         self.train_trunk = train_trunk
@@ -57,9 +58,10 @@ class BoxPretraining(TrainingModule):
 
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
-        online: PretrainOutput = self.online(*_unzip([item.online for item in batch]))
+        online: PretrainOutput = self.online(**_inputs([item.online for item in batch], self.needs))
         with torch.no_grad():
-            momentum: PretrainOutput = self.momentum(*_unzip([item.momentum for item in batch]))
+            views = [item.momentum for item in batch]
+            momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
         contrast = torch.stack(
             [
                 stage.weight * box_contrastive_loss(stage, keys, self.temperature)
@@ -87,8 +89,9 @@ class BoxPretraining(TrainingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _unzip(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:
-    return [view.image.float() / 255 for view in views], [view.proposals for view in views]
+def _inputs(views: Sequence[View], needs: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    images = [view.image.float() / 255 for view in views]
+    return {"images": images} | {name: [getattr(v, name) for v in views] for name in ("proposals", *needs)}
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ class PretrainOutput(NamedTuple):
 class PretrainableDetector(Protocol):
     """Three members make a detector pre-trainable; it is an ``nn.Module`` that also has them.
 
+    A detector that wants to know more of its proposals names it in a tuple ``needs`` and gets it as further
+    lists by keyword: "masks" (pseudo-masks) or "clusters" (pseudo-classes), see `aligndet.data.views.View`.
+
     Attributes:
         detector: The plain detector that `export` saves; ``detector.backbone.body`` is its trunk.
         prediction_layers: Names (prefixes in ``detector``'s state dict) that the export leaves out.

@@ -139,3 +139,9 @@ class TwoPatches(nn.Module):
 def test_a_detector_of_ones_own() -> None:
     output = TwoPatches()(images((32, 32), (32, 40)), [OBJECTS, OBJECTS[:0]])
     assert box_contrastive_loss(output.stages[0], output.stages[0]).isfinite()
+
+
+def test_an_unknown_option_is_answered_with_the_list(name: str) -> None:
+    with pytest.raises(ValueError, match="no option 'colour'; there are: .*embedding_dim"):
+        build_pretrainable(name, **ARCHITECTURE, options={"colour": 1})
+    assert build_pretrainable(name, **ARCHITECTURE, options={"embedding_dim": 32})

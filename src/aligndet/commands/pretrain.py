@@ -35,6 +35,7 @@ def pretrain(
     trunk: str = "resnet50",
     trunk_weights: str = "default",
     fpn_channels: int = 256,
+    options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (640, 800),
     max_size: int = 1333,
     max_proposals: int = 50,
@@ -80,6 +81,8 @@ def pretrain(
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file.
         fpn_channels: Width of the feature pyramid.
+        options: Further settings of the detector, such as --options.embedding_dim 256; the answer to a wrong
+            one lists them all.
         min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
         max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
         max_proposals: Most proposals of an image in a step, drawn at random.
@@ -120,6 +123,8 @@ def pretrain(
     settings = dict(locals())
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
+        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        adapter = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
         table = read_proposals(proposals)
         dataset = TwoViewDataset(
             images, table, min_size=min_size, max_size=max_size, max_proposals=max_proposals, strict=strict
@@ -135,9 +140,8 @@ def pretrain(
             )
         images_a_step = batch_size * accumulate * devices * nodes
         total = steps_of(steps, epochs * len(dataset) / images_a_step)
-        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         module = BoxPretraining(
-            build_pretrainable(**architecture, trunk_weights=trunk_weights),
+            adapter,
             steps=total,
             temperature=temperature,
             decay=decay,

@@ -21,6 +21,8 @@ class View(NamedTuple):
 
     image: Tensor  # (3, H, W) uint8
     proposals: Tensor  # (N, 4) xyxy pixels of this view
+    masks: Tensor | None = None  # (N, S, S) uint8, 0 or 1, over the box of each proposal, if asked for
+    clusters: Tensor | None = None  # (N,) int64 pseudo-classes, if asked for
 
 
 class TwoViews(NamedTuple):

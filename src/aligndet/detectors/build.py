@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ def build_pretrainable(
     trunk: str,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    options: dict[str, Any] | None = None,
 ) -> PretrainableDetector:
     """Builds a detector for box-domain pre-training.
 
@@ -30,14 +32,22 @@ def build_pretrainable(
         trunk: As for `aligndet.detectors.backbones.build_backbone`.
         trunk_weights: Likewise.
         fpn_channels: Likewise.
+        options: Further arguments of the detector's adapter, such as ``embedding_dim``.
 
     Raises:
-        ValueError: If the detector or the trunk is unknown, or the weights do not fit.
+        ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
     """
     family = _family(detector)
+    known = [p.name for p in signature(family).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(known)}")
     mean, std = normalisation(trunk)
     return family(
-        family.backbone(trunk, trunk_weights, fpn_channels), image_mean=list(mean), image_std=list(std)
+        family.backbone(trunk, trunk_weights, fpn_channels),
+        image_mean=list(mean),
+        image_std=list(std),
+        **(options or {}),
     )
 
 
