@@ -142,6 +142,6 @@ def test_a_detector_of_ones_own() -> None:
 
 
 def test_an_unknown_option_is_answered_with_the_list(name: str) -> None:
-    with pytest.raises(ValueError, match="no option 'colour'; there are: .*embedding_dim"):
+    with pytest.raises(ValueError, match=r"no option 'colour'; there are: .*embedding_dim"):
         build_pretrainable(name, **ARCHITECTURE, options={"colour": 1})
     assert build_pretrainable(name, **ARCHITECTURE, options={"embedding_dim": 32})
