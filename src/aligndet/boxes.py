@@ -4,8 +4,10 @@ protocol.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 BACKGROUND = -1
@@ -25,6 +27,21 @@ class PretrainOutput(NamedTuple):
 
     stages: tuple[BoxPredictions, ...]  # one; Cascade R-CNN three; CBNet v2 six
     losses: dict[str, Tensor]  # the detector's own box losses: scalars, already weighted
+
+
+def as_targets(proposals: Sequence[Tensor], first: int = 0) -> list[dict[str, Tensor]]:
+    """Makes torchvision's targets of proposals: the label of each is its index in the batch.
+
+    Args:
+        proposals: (N_i, 4) xyxy pixels of each image.
+        first: Label of the batch's first proposal.
+
+    Returns:
+        Of each image: boxes (N_i, 4), labels (N_i,) int64.
+    """
+    counts = [len(boxes) for boxes in proposals]
+    labels = torch.arange(first, first + sum(counts), device=proposals[0].device).split(counts)
+    return [{"boxes": boxes, "labels": label} for boxes, label in zip(proposals, labels, strict=True)]
 
 
 class PretrainableDetector(Protocol):

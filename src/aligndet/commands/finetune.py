@@ -89,7 +89,7 @@ def finetune(
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk and
             fpn_channels are taken over. Without, neck and heads start from random numbers.
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
-        detector: "fcos" or "retinanet".
+        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where
             init_from brings the trunk.

@@ -77,7 +77,7 @@ def pretrain(
         images: Folder of images.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
         output: Folder of the run.
-        detector: "fcos" or "retinanet".
+        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file.
         fpn_channels: Width of the feature pyramid.

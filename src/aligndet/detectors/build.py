@@ -9,11 +9,17 @@ from torch import nn
 
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.backbones import normalisation
+from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
+from aligndet.detectors.roi import FasterRcnnPretraining, MaskRcnnPretraining
 
 DETECTORS: dict[str, Any] = {
     "fcos": FcosPretraining,
     "retinanet": RetinaNetPretraining,
+    "faster_rcnn": FasterRcnnPretraining,
+    "mask_rcnn": MaskRcnnPretraining,
+    "cascade_rcnn": CascadePretraining,
+    "htc": HtcPretraining,
 }
 
 

@@ -19,7 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput, as_targets
 from aligndet.detectors.backbones import Backbone, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -147,12 +147,7 @@ class _DensePretraining(nn.Module):
         return build_backbone(trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels)
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
-        targets, start = [], 0
-        for boxes in proposals:
-            ids = torch.arange(start, start + len(boxes), device=boxes.device)
-            targets.append({"boxes": boxes, "labels": ids})
-            start += len(boxes)
-        losses = self.detector(images, targets)
+        losses = self.detector(images, as_targets(proposals))
         stage = BoxPredictions(losses.pop("embeddings"), losses.pop("proposal_ids"))
         return PretrainOutput((stage,), losses)
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ MODULES = {
     "head": ("head.", "roi_heads."),
 }
 """The parts of a detector by the names of the paper's table 9, as prefixes of torchvision's state dicts."""
+_CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}  # rows that serve all classes in pre-training
 
 
 def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
@@ -63,7 +65,11 @@ def initialise(
             f"these weights are of another detector or trunk: {len(alien)} of {len(state)} tensors have"
             f" no place in it, the first is {alien[0]!r}"
         )
-    taken = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+    taken = {
+        name: _tiled(name, tensor, wanted[name])
+        for name, tensor in state.items()
+        if name.startswith(prefixes)
+    }
     for name, tensor in taken.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
@@ -72,6 +78,12 @@ def initialise(
             )
     detector.load_state_dict(taken, strict=False)
     return _by_module(wanted, set(taken))
+
+
+def _tiled(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """Repeats what was learned for all classes at once for each class."""
+    rows = next((rows for layer, rows in _CLASS_AGNOSTIC.items() if layer in name), 0)
+    return torch.cat([tensor] * (len(wanted) // rows)) if rows and len(tensor) == rows else tensor
 
 
 def _by_module(names: dict[str, Tensor], pretrained: set[str]) -> dict[str, str]:

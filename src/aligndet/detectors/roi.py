@@ -1,0 +1,310 @@
+"""Faster and Mask R-CNN: torchvision's two-stage detectors, made pre-trainable region by region.
+
+Proposals are the objects that the region proposal network learns to find. Its regions are assigned to
+proposals by torchvision's own matcher, which returns the label of what a region stands for: with ``id + 1``
+in the place of a class, it returns proposals. A projection head takes the slot of the classifier (paper,
+eq. 2), and one box regression serves all classes. Cascades go through the same steps once a stage, see
+`aligndet.detectors.cascade`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.ops import clip_boxes_to_image
+
+from aligndet.boxes import BoxPredictions, PretrainOutput, as_targets
+from aligndet.detectors.backbones import Backbone, build_backbone
+from aligndet.detectors.projection import ProjectionHead
+
+REPRESENTATION = 1024  # width of torchvision's box heads
+FOR_PRETRAINING: dict[str, Any] = {
+    "_skip_resize": True,  # the loader has resized
+    # the momentum detector's regions come from eval mode, without losses; as many as in train mode
+    "rpn_pre_nms_top_n_test": 2000,
+    "rpn_post_nms_top_n_test": 2000,
+}
+
+
+class PositiveSampler:
+    """Takes assigned boxes only, in the place of torchvision's sampler, which fills up with background."""
+
+    def __init__(self, limit: int) -> None:
+        """Prepares the sampler.
+
+        Args:
+            limit: Most boxes of a batch; each image has an equal share.
+        """
+        self.limit = limit
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Picks boxes at random.
+
+        Args:
+            labels: (M_i,) of each image; from 1: an object.
+
+        Returns:
+            Masks (M_i,) of the boxes picked, of each image, and the same for background: none.
+        """
+        picked = [pick(label >= 1, max(1, self.limit // len(labels))) for label in labels]
+        return picked, [torch.zeros_like(mask) for mask in picked]
+
+
+def pick(wanted: Tensor, limit: int) -> Tensor:
+    """Thins a mask out, at random.
+
+    Args:
+        wanted: (M,) bool.
+        limit: Most elements to keep.
+
+    Returns:
+        (M,) bool, a subset.
+    """
+    draw = torch.rand(len(wanted), device=wanted.device).masked_fill(~wanted, -1.0)
+    kept = draw.topk(min(limit, len(wanted))).indices
+    return torch.zeros_like(wanted).index_fill(0, kept, True) & wanted
+
+
+class EmbeddingPredictor(nn.Module):
+    """torchvision's box predictor with embeddings in the place of class scores, and one box regression."""
+
+    def __init__(self, in_channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.projection_head = ProjectionHead(in_channels, embedding_dim)
+        self.bbox_pred = nn.Linear(in_channels, 4)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """From (M, C) to embeddings (M, D) and box deltas (M, 4)."""
+        return self.projection_head(features), self.bbox_pred(features)
+
+
+def refine(
+    stage: RoIHeads,
+    deltas: Tensor,
+    regions: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    objects: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Moves regions to where a stage predicts them; no gradient flows through.
+
+    Args:
+        stage: Whose box coder the deltas are for.
+        deltas: (sum of M_i, 4).
+        regions: (M_i, 4) xyxy pixels of each image.
+        sizes: Height and width of each image.
+        objects: In training, (N_i, 4) boxes that were added to the regions; they are left out again, since
+            the next stage adds them itself.
+
+    Returns:
+        (at most M_i, 4) of each image.
+    """
+    moved = stage.box_coder.decode(deltas.detach().float(), list(regions))[:, 0]  # (sum of M_i, 4)
+    parts = list(moved.split([len(boxes) for boxes in regions]))
+    if objects is not None:
+        added = [(r[:, None] == o[None]).all(2).any(1) for r, o in zip(regions, objects, strict=True)]
+        parts = [part[~mask] for part, mask in zip(parts, added, strict=True)]
+    return [clip_boxes_to_image(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def mask_features(stages: Sequence[RoIHeads], flows: Sequence[nn.Module], pooled: Tensor) -> list[Tensor]:
+    """Features of the mask heads; each stage's enter the next one's.
+
+    Args:
+        stages: With a mask head each.
+        flows: From the mask features of a stage to the input of the next: one less than stages.
+        pooled: (M, C, 14, 14) of the regions.
+
+    Returns:
+        (M, 256, 14, 14) of each stage.
+    """
+    features = [stages[0].mask_head(pooled)]
+    for flow, stage in zip(flows, stages[1:], strict=True):
+        features.append(stage.mask_head(pooled + flow(features[-1])))
+    return features
+
+
+class RoIPretraining(nn.Module):
+    """A two-stage detector in the protocol of `PretrainableDetector`: one assignment, or several in a row."""
+
+    def __init__(
+        self,
+        detector: Any,
+        stages: Sequence[RoIHeads],
+        *,
+        weights: Sequence[float] = (1.0,),
+        flows: Sequence[nn.Module] = (),
+        max_boxes: int = 4096,
+        max_masks: int = 128,
+        rpn_positives: bool = False,
+        needs: tuple[str, ...] = (),
+    ) -> None:
+        """Makes a detector pre-trainable whose box predictors embed.
+
+        Args:
+            detector: With ``transform``, ``backbone``, ``rpn`` as torchvision's; it is what `export` saves.
+            stages: Its RoI heads, in order.
+            weights: Of each stage in all losses.
+            flows: Between the mask heads of the stages.
+            max_boxes: Most regions of a stage and batch, all of them assigned to proposals.
+            max_masks: Most of them that the mask head learns from.
+            rpn_positives: Show assigned anchors alone to the region proposal network, as the official
+                implementation does; by default it keeps torchvision's balance with background.
+            needs: ("masks",) if mask heads learn.
+        """
+        super().__init__()
+        self.detector, self.needs = detector, needs
+        self.stages, self.weights, self.flows = tuple(stages), tuple(weights), tuple(flows)
+        self.max_masks = max_masks
+        for stage in stages:
+            stage.fg_bg_sampler = PositiveSampler(max_boxes)
+        if rpn_positives:
+            detector.rpn.fg_bg_sampler = PositiveSampler(max_boxes)
+        layers = [
+            f"{name}." for name, module in detector.named_modules() if isinstance(module, EmbeddingPredictor)
+        ]
+        self.prediction_layers = tuple(
+            f"{n}{part}" for n in layers for part in ("cls_score", "projection_head")
+        )
+
+    @staticmethod
+    def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
+        """Builds the backbone of this family: P2 to P6."""
+        return build_backbone(
+            trunk,
+            trunk_weights=trunk_weights,
+            fpn_channels=fpn_channels,
+            strides=(4, 8, 16, 32),
+            extra_levels=False,
+        )
+
+    def forward(
+        self, images: list[Tensor], proposals: list[Tensor], masks: list[Tensor] | None = None
+    ) -> PretrainOutput:
+        """Assigns regions to proposals, embeds them, and adds up torchvision's box and mask losses."""
+        targets = as_targets(proposals, first=1)  # torchvision's label 0 is the background
+        if masks is not None:
+            targets = [{**target, "masks": mask} for target, mask in zip(targets, masks, strict=True)]
+        batch, _ = self.detector.transform(images)
+        sizes, features = batch.image_sizes, self.detector.backbone(batch.tensors)
+        learns = torch.is_grad_enabled()  # the momentum detector's losses are not used
+        self.detector.rpn.train(learns)
+        regions, losses = self.detector.rpn(batch, features, targets)
+        predictions: list[BoxPredictions] = []
+        for stage, weight in zip(self.stages, self.weights, strict=True):
+            regions, matched, labels, deltas = stage.select_training_samples(regions, targets)
+            pooled = stage.box_roi_pool(features, regions, sizes)
+            embeddings, predicted = stage.box_predictor(stage.box_head(pooled))
+            predictions.append(BoxPredictions(embeddings, torch.cat(labels) - 1, weight))
+            suffix = f"_{len(predictions)}" if len(self.stages) > 1 else ""
+            if learns:
+                loss = F.smooth_l1_loss(predicted.float(), torch.cat(deltas), beta=1 / 9, reduction="sum")
+                losses[f"loss_box_reg{suffix}"] = weight * loss / max(1, len(predicted))
+            if len(self.stages) > 1:
+                regions = refine(stage, predicted, regions, sizes, proposals)
+            if learns and masks is not None:
+                seen = regions
+                if (
+                    len(self.stages) > 1
+                ):  # interleaved: the mask head sees the regions as the box head moved them
+                    seen, matched, _, _ = stage.select_training_samples(regions, targets)
+                loss = self._mask_loss(len(predictions), features, seen, matched, targets, sizes)
+                losses[f"loss_mask{suffix}"] = weight * loss
+        return PretrainOutput(tuple(predictions), losses)
+
+    def _mask_loss(
+        self,
+        depth: int,
+        features: dict[str, Tensor],
+        regions: list[Tensor],
+        matched: list[Tensor],
+        targets: list[dict[str, Tensor]],
+        sizes: list[tuple[int, int]],
+    ) -> Tensor:
+        """torchvision's mask loss, of the last of the first `depth` stages, against pseudo-masks.
+
+        These are given over the box of their proposal, so regions are expressed in its coordinates. Proposals
+        without a mask have no part.
+        """
+        room = max(1, self.max_masks // len(targets))
+        kept_regions, kept_matched, inside = [], [], []
+        for region, match, target in zip(regions, matched, targets, strict=True):
+            kept = pick(target["masks"].bool().flatten(1).any(1)[match], room)
+            region, match = region[kept], match[kept]
+            corner, opposite = target["boxes"][match].split(2, dim=1)
+            scale = target["masks"].shape[-1] / (opposite - corner)
+            kept_regions.append(region)
+            kept_matched.append(match)
+            inside.append((region - corner.repeat(1, 2)) * scale.repeat(1, 2))
+        stage = self.stages[depth - 1]
+        pooled = stage.mask_roi_pool(features, kept_regions, sizes)
+        logits = stage.mask_predictor(mask_features(self.stages[:depth], self.flows[: depth - 1], pooled)[-1])
+        one_class = [torch.zeros_like(target["labels"]) for target in targets]
+        return maskrcnn_loss(logits.float(), inside, [t["masks"] for t in targets], one_class, kept_matched)
+
+
+class FasterRcnnPretraining(RoIPretraining):
+    """Faster R-CNN: a region stands for the proposal that it overlaps most, from IoU 0.5 on."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        embedding_dim: int = 128,
+        max_boxes: int = 4096,
+        rpn_positives: bool = False,
+        **transform: Any,
+    ) -> None:
+        predictor = EmbeddingPredictor(REPRESENTATION, embedding_dim)
+        detector = FasterRCNN(backbone, box_predictor=predictor, **FOR_PRETRAINING, **transform)
+        super().__init__(detector, [detector.roi_heads], max_boxes=max_boxes, rpn_positives=rpn_positives)
+
+    @staticmethod
+    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FasterRCNN:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
+        return FasterRCNN(backbone, num_classes, **transform)
+
+
+class MaskRcnnPretraining(RoIPretraining):
+    """Mask R-CNN: as Faster R-CNN, and one mask for all classes learns from pseudo-masks.
+
+    The paper leaves the mask head at random numbers; so does ``pretrain_mask=False``.
+    """
+
+    masks = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        embedding_dim: int = 128,
+        max_boxes: int = 4096,
+        max_masks: int = 128,
+        rpn_positives: bool = False,
+        pretrain_mask: bool = True,
+        **transform: Any,
+    ) -> None:
+        parts: dict[str, Any] = {"box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim)}
+        if pretrain_mask:
+            parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_classes=1)
+        family = MaskRCNN if pretrain_mask else FasterRCNN
+        detector = family(backbone, **parts, **FOR_PRETRAINING, **transform)
+        super().__init__(
+            detector,
+            [detector.roi_heads],
+            max_boxes=max_boxes,
+            max_masks=max_masks,
+            rpn_positives=rpn_positives,
+            needs=("masks",) if pretrain_mask else (),
+        )
+
+    @staticmethod
+    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> MaskRCNN:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
+        return MaskRCNN(backbone, num_classes, **transform)

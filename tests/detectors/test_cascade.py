@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+
+from aligndet.detectors.backbones import Backbone
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.cascade import CascadeRCNN, ClassAgnosticPredictor, HtcPretraining
+from aligndet.detectors.roi import mask_features
+
+CLASSES = 4  # with background
+IMAGES = [torch.rand(3, 128, 128), torch.rand(3, 96, 128)]
+OBJECTS = torch.tensor([[8.0, 16.0, 64.0, 72.0], [30.0, 20.0, 120.0, 90.0]])
+SIZES: dict[str, Any] = {"min_size": 96, "max_size": 128, "box_score_thresh": 0.0}
+
+
+def targets() -> list[dict[str, Tensor]]:
+    masks = torch.zeros(2, 96, 128, dtype=torch.uint8)
+    masks[0, 16:72, 8:64] = masks[1, 20:90, 30:120] = 1
+    labels = torch.tensor([2, 3])
+    return [
+        {"boxes": OBJECTS, "labels": labels, "masks": torch.cat([masks, masks[:, :32]], dim=1)},
+        {"boxes": OBJECTS[:1], "labels": labels[:1], "masks": masks[:1]},
+    ]
+
+
+def one_stage(masks: bool) -> tuple[Any, Any]:
+    """torchvision's detector, and a cascade of one stage with the same weights."""
+    backbone = HtcPretraining.backbone("resnet18", "none", 64)
+    family = MaskRCNN if masks else FasterRCNN
+    single: Any = family(backbone, CLASSES, **SIZES)
+    predictor = ClassAgnosticPredictor(1024, CLASSES)
+    mask_predictors = [MaskRCNNPredictor(256, 256, CLASSES)] if masks else []
+    cascade: Any = CascadeRCNN(
+        backbone, [predictor], mask_predictors, thresholds=(0.5,), weights=(1.0,), **SIZES
+    )
+    cascade.rpn.load_state_dict(single.rpn.state_dict())
+    nn.init.zeros_(predictor.bbox_pred.weight)  # the regions stay where they are: so will the mask head's
+    nn.init.constant_(predictor.bbox_pred.bias, 0.0 if masks else 0.2)
+    for name in ("weight", "bias"):
+        theirs = getattr(single.roi_heads.box_predictor.bbox_pred, name)
+        ours = getattr(predictor.bbox_pred, name)
+        theirs.data = ours.data.repeat(CLASSES, *[1] * (ours.ndim - 1))
+    state = {k: v for k, v in single.roi_heads.state_dict().items() if "bbox_pred" not in k}
+    cascade.roi_heads.stages[0].load_state_dict(state, strict=False)
+    return single, cascade
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_one_stage_detects_what_torchvision_detects(masks: bool) -> None:
+    single, cascade = (model.eval() for model in one_stage(masks))
+    with torch.inference_mode():
+        for theirs, ours in zip(single(IMAGES), cascade(IMAGES), strict=True):
+            assert len(theirs["boxes"]) > 0
+            assert set(theirs) == set(ours)
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value)
+
+
+def test_one_stage_loses_what_torchvision_loses() -> None:
+    single, cascade = (model.train() for model in one_stage(masks=False))
+    backbone: Backbone = single.backbone
+    backbone.eval()
+    torch.manual_seed(2)
+    theirs = single(IMAGES, targets())
+    torch.manual_seed(2)
+    ours = cascade(IMAGES, targets())
+    assert {name.removesuffix("_1") for name in ours} == set(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name.removesuffix("_1")])
+
+
+def test_each_stage_starts_where_the_one_before_has_ended() -> None:
+    cascade: Any = build_detector(
+        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
+    )
+    seen: list[list[Tensor]] = []
+    for stage in cascade.roi_heads.stages:
+        nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
+    pool = cascade.roi_heads.stages[0].box_roi_pool
+    pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    for index, stage in enumerate(cascade.roi_heads.stages):
+        to_the_right = 0.05 * (index + 1) * stage.box_coder.weights[0]
+        stage.box_predictor.bbox_pred.bias.data = torch.tensor([to_the_right, 0.0, 0.0, 0.0])
+    with torch.inference_mode():
+        cascade.eval()(IMAGES[:1])
+    assert len(seen) == 3
+    for shift, (before,), (after,) in zip((0.05, 0.10), seen, seen[1:], strict=False):
+        width = before[:, 2] - before[:, 0]
+        torch.testing.assert_close(after[:, 0], (before[:, 0] + shift * width).clamp(max=128.0))
+    thresholds = [stage.proposal_matcher.high_threshold for stage in cascade.roi_heads.stages]
+    assert thresholds == [0.5, 0.6, 0.7]
+
+
+def test_mask_features_flow_from_stage_to_stage() -> None:
+    heads: Any = build_detector("htc", num_classes=3, trunk="resnet18", fpn_channels=64).roi_heads
+    pooled = torch.rand(2, 64, 14, 14)
+    one, two, three = heads.stages
+    first = one.mask_head(pooled)
+    second = two.mask_head(pooled + heads.flows[0](first))
+    third = three.mask_head(pooled + heads.flows[1](second))
+    found = mask_features([one, two, three], list(heads.flows), pooled)
+    torch.testing.assert_close(found, [first, second, third])
+
+
+def test_htc_learns_to_detect() -> None:
+    torch.manual_seed(3)
+    model: Any = build_detector("htc", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96)
+    image = torch.rand(3, 96, 128) * 0.2
+    image[:, 16:72, 8:64] += 0.7
+    target = {**targets()[1]}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(15):
+        losses = model([image], [target])
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+    for layer in model.modules():  # so few steps leave no statistics to predict with
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train()
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = None
+    with torch.inference_mode():
+        found = model.eval()([image])[0]
+    best = found["boxes"][0]
+    corner = torch.maximum(best[:2], OBJECTS[0, :2])
+    overlap = (torch.minimum(best[2:], OBJECTS[0, 2:]) - corner).clamp(min=0).prod()
+    union = (best[2:] - best[:2]).prod() + (OBJECTS[0, 2:] - OBJECTS[0, :2]).prod() - overlap
+    assert overlap / union > 0.5
+    assert found["labels"][0] == 2
+    assert found["masks"].shape == (len(found["boxes"]), 1, 96, 128)
+
+
+def test_pretraining_weighs_the_stages() -> None:
+    adapter: Any = build_pretrainable("htc", trunk="resnet18", fpn_channels=64)
+    masks = [torch.ones(2, 8, 8, dtype=torch.uint8), torch.ones(1, 8, 8, dtype=torch.uint8)]
+    output = adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks)
+    assert [stage.weight for stage in output.stages] == [1.0, 0.5, 0.25]
+    assert {f"loss_{kind}_{i}" for kind in ("box_reg", "mask") for i in (1, 2, 3)} < set(output.losses)
+    # what weights there are at a stage is in its losses: with the weight set to 0 it has none
+    adapter.weights = (0.0, 0.0, 0.0)
+    silent = adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks).losses
+    assert all(value == 0 for name, value in silent.items() if name[-1].isdigit())
