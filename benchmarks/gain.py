@@ -8,11 +8,12 @@ Writes every cell as a run of its own and goes on where it stopped; the table is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,8 +21,29 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
+from aligndet.detectors.weights import MODULES
 
 TRUNK: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled", "fpn_channels": 128}
+FIGURES = ("AP", "AP50", "AP75", "mask_AP")
+CocoFigures: TypeAlias = dict[str, Any]
+ALL = tuple(MODULES)
+# name: settings of pre-training (None: there is none), parts that fine-tuning takes from it
+ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
+    "scratch": (None, ALL),
+    "aligndet": ({}, ALL),
+    # the paper's table 9
+    "neck": ({}, ("trunk", "neck")),
+    "neck-rpn": ({}, ("trunk", "neck", "rpn")),
+    "neck-head": ({}, ("trunk", "neck", "head")),
+    # table 10
+    "contrast": ({"box_weight": 0.0}, ALL),
+    "boxes": ({"contrast_weight": 0.0}, ALL),
+    # table 11
+    "trained-trunk": ({"train_trunk": True}, ALL),
+    # the paper's mask head at random numbers, and its sampling for the region proposal network
+    "no-mask": ({"options": {"pretrain_mask": False}}, ALL),
+    "rpn-positives": ({"options": {"rpn_positives": True}}, ALL),
+}
 
 
 def labelled_part(data: Path, output: Path, images: int) -> Path:
@@ -39,8 +61,8 @@ def labelled_part(data: Path, output: Path, images: int) -> Path:
 
 
 def cell(
-    args: argparse.Namespace, detector: str, pretrain_steps: int, seed: int, learning_rate: float
-) -> dict[str, float]:
+    args: argparse.Namespace, detector: str, arm: str, steps: int, seed: int, rate: float
+) -> CocoFigures:
     """Runs one cell, or reads what it gave."""
     common: dict[str, Any] = {
         "max_size": 256,
@@ -51,16 +73,18 @@ def cell(
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
+    pretraining, init = ARMS[arm]
     init_from = None
-    if pretrain_steps:
-        init_from = folder / f"pretrain_{pretrain_steps}_seed{seed}"
+    if pretraining is not None:
+        kind = arm if pretraining else "aligndet"
+        init_from = folder / f"pretrain_{kind}_{steps}_seed{seed}"
         if not (init_from / "pretrained" / "manifest.json").is_file():
             pretrain(
                 args.data / "train",
                 proposals=args.output / "proposals",
                 output=init_from,
                 detector=detector,
-                steps=pretrain_steps,
+                steps=steps,
                 learning_rate=args.pretrain_learning_rate,
                 warmup_steps=args.warmup_steps,
                 decay=args.decay,
@@ -69,10 +93,11 @@ def cell(
                 max_proposals=args.proposals,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
+                **pretraining,
                 **TRUNK,
                 **common,
             )
-    run = folder / f"finetune_after{pretrain_steps}_seed{seed}_lr{learning_rate:g}-{args.batch_norm}"
+    run = folder / f"finetune_{arm}_{steps if init_from else 0}_seed{seed}_lr{rate:g}-{args.batch_norm}"
     result = run / "result.json"
     if not result.is_file():
         if not (run / "model" / "manifest.json").is_file():
@@ -81,9 +106,10 @@ def cell(
                 images=args.data / "train",
                 output=run,
                 init_from=init_from,
+                init=init,
                 detector=detector,
                 steps=args.steps,
-                learning_rate=learning_rate,
+                learning_rate=rate,
                 min_size=(192, 256),
                 batch_norm=args.batch_norm,
                 weight_decay=0.05,
@@ -93,27 +119,26 @@ def cell(
                 **common,
             )
         evaluate(run / "model", args.data / "val.json", images=args.data / "val", output=result)
-    figures = json.loads(result.read_text())
-    return {name: 100 * figures[name] for name in ("AP", "AP50", "AP75")}
+    return json.loads(result.read_text())
 
 
 def table(args: argparse.Namespace) -> str:
     """All cells that are there: mean and spread (standard deviation) over the seeds."""
-    cells: dict[tuple[str, int, str], list[dict[str, float]]] = {}
-    for result in sorted(args.output.glob("*/finetune_after*/result.json")):
-        after, _, learning_rate = result.parent.name.removeprefix("finetune_after").split("_")
-        figures = json.loads(result.read_text())
-        cells.setdefault((result.parent.parent.name, int(after), learning_rate), []).append(figures)
+    cells: dict[tuple[str, int, str, str], list[CocoFigures]] = {}
+    for result in sorted(args.output.glob("*/finetune_*/result.json")):
+        _, arm, steps, _, rate = result.parent.name.split("_")
+        key = (result.parent.parent.name, int(steps), arm, rate.removeprefix("lr"))
+        cells.setdefault(key, []).append(json.loads(result.read_text()))
     lines = [
-        f"{'detector':<12}{'pre-training':>14}{'lr':>16}{'seeds':>7}"
-        + "".join(f"{n:>16}" for n in ("AP", "AP50", "AP75"))
+        f"{'detector':<14}{'arm':<16}{'steps':>6}{'lr':>14}{'seeds':>7}"
+        + "".join(f"{n:>15}" for n in FIGURES)
     ]
-    for (detector, after, learning_rate), results in sorted(cells.items()):
-        line = f"{detector:<12}{after or 'none':>14}{learning_rate[2:]:>16}{len(results):>7}"
-        for name in ("AP", "AP50", "AP75"):
-            values = [100 * r[name] for r in results]
+    for (detector, steps, arm, rate), results in sorted(cells.items()):
+        line = f"{detector:<14}{arm:<16}{steps:>6}{rate:>14}{len(results):>7}"
+        for name in FIGURES:
+            values = [100 * r[name] for r in results if r.get(name) is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            line += f"{f'{statistics.mean(values):.2f}{spread}':>16}"
+            line += f"{f'{statistics.mean(values):.2f}{spread}' if values else '':>15}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -127,7 +152,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/gain"))
     parser.add_argument("--detectors", nargs="+", default=["fcos", "retinanet"])
-    parser.add_argument("--pretrain-steps", nargs="+", type=int, default=[0, 150], help="0: no pre-training")
+    parser.add_argument("--arms", nargs="+", default=["scratch", "aligndet"], choices=list(ARMS))
+    parser.add_argument("--pretrain-steps", nargs="+", type=int, default=[150])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--labels", type=int, default=300, help="labelled images")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
@@ -145,15 +171,11 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / "proposals").exists():
         propose(args.data / "train", output=args.output / "proposals", annotations=args.data / "train.json")
-    for seed in args.seeds:
-        for detector in args.detectors:
-            for steps in args.pretrain_steps:
-                for learning_rate in args.learning_rates:
-                    figures = cell(args, detector, steps, seed, learning_rate)
-                    print(
-                        f"{detector} after {steps} steps, seed {seed}, lr {learning_rate:g}: {figures}",
-                        flush=True,
-                    )
+    for seed, detector, arm in itertools.product(args.seeds, args.detectors, args.arms):
+        for steps, rate in itertools.product(args.pretrain_steps, args.learning_rates):
+            figures = cell(args, detector, arm, steps, seed, rate)
+            shown = {name: round(100 * figures[name], 2) for name in FIGURES if figures.get(name) is not None}
+            print(f"{detector}, {arm}, {steps} steps, seed {seed}, lr {rate:g}: {shown}", flush=True)
     print(table(args))
 
 

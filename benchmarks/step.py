@@ -1,11 +1,12 @@
 """Speed: our whole pre-training step against the bare network and against torchvision's fine-tuning step.
 
-    python benchmarks/step.py --detectors fcos retinanet
+    python benchmarks/step.py --detectors fcos retinanet faster_rcnn mask_rcnn cascade_rcnn htc
 
-(a) bare network: the trunk twice without gradient, momentum neck and head forward, online neck and head
-    forward and backward; nothing else
-(b) torchvision's own fine-tuning step: its detector with 91 classes, all losses, backward, AdamW
-(c) our step: assignment, selection, projection, both losses, statistics, backward, gradient clipping, AdamW,
+(a) bare network: the trunk twice without gradient, momentum neck and heads forward, online neck and heads
+    forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on
+(b) torchvision's own fine-tuning step: its detector with 91 classes and three trainable layers of the trunk,
+    all losses, backward, AdamW (cascades, which it lacks: ours, built of its parts)
+(c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum
 
 Times alternate within one process and are medians; each peak of memory is one process's own.
@@ -18,21 +19,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
+from torch import Tensor, nn
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.build import build_pretrainable
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
+from aligndet.detectors.roi import mask_features
 from aligndet.momentum import update_momentum
 
-TORCHVISION = {"fcos": fcos_resnet50_fpn, "retinanet": retinanet_resnet50_fpn}
 Step = Callable[[], None]
+Calls = list[tuple[nn.Module, tuple[Any, ...]]]
 
 
 def batch(args: argparse.Namespace) -> list[TwoViews]:
@@ -43,29 +45,73 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
             image = torch.randint(0, 256, (3, args.size, args.size), dtype=torch.uint8)
             corner = torch.rand(args.proposals, 2) * args.size * 0.7
             sides = torch.rand(args.proposals, 2) * args.size * 0.25 + args.size * 0.05
-            views.append(View(image, torch.cat([corner, corner + sides], dim=1)))
+            masks = torch.ones(args.proposals, 56, 56, dtype=torch.uint8).tril()
+            views.append(View(image, torch.cat([corner, corner + sides], dim=1), masks))
         items.append(TwoViews(views[0], views[1], str(index), ()))
     return items
 
 
-def bare(detector: str, args: argparse.Namespace) -> Step:
-    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000)
-    module.train()
-    images = torch.rand(args.batch, 3, args.size, args.size)
+def pretraining(detector: str, **settings: Any) -> BoxPretraining:
+    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000, **settings)
+    return module.train()
 
-    def network(adapter: Any) -> list[Tensor]:
-        with torch.no_grad():
-            features = adapter.detector.backbone.body(images)
-        pyramid = list(adapter.detector.backbone.fpn(features).values())
-        head = adapter.detector.head
-        boxes = head.regression_head(pyramid)
-        towers = [head.classification_head.conv(level) for level in pyramid]
-        return [*(boxes if isinstance(boxes, tuple) else (boxes,)), *towers]
+
+@contextmanager
+def recorded(adapter: Any) -> Iterator[Calls]:
+    """What the regions' heads are called with, in order."""
+    calls: Calls = []
+    names = ("box_roi_pool", "mask_roi_pool")
+    pools = {getattr(stage, name) for stage in adapter.stages for name in names} - {None}
+    hooks = [
+        p.register_forward_pre_hook(lambda pool, inputs: calls.append((pool, inputs[1:]))) for p in pools
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def dense_network(adapter: Any, images: Tensor) -> list[Tensor]:
+    pyramid = list(adapter.detector.backbone(images).values())
+    head = adapter.detector.head
+    boxes = head.regression_head(pyramid)
+    towers = [head.classification_head.conv(level) for level in pyramid]
+    return [*(boxes if isinstance(boxes, tuple) else (boxes,)), *towers]
+
+
+def region_network(adapter: Any, images: Tensor, calls: Calls) -> list[Tensor]:
+    pyramid = adapter.detector.backbone(images)
+    scores, deltas = adapter.detector.rpn.head(list(pyramid.values()))
+    outputs = [*scores, *deltas]
+    depth = {7: 0, 14: 0}  # stages done so far, by the size that their heads pool to
+    for pool, inputs in calls:
+        size = int(pool.output_size[0])  # type: ignore[index]
+        pooled, stage = pool(pyramid, *inputs), adapter.stages[depth[size]]
+        depth[size] += 1
+        if size == 7:
+            outputs.extend(stage.box_predictor(stage.box_head(pooled)))
+        else:
+            stages, flows = adapter.stages[: depth[size]], adapter.flows[: depth[size] - 1]
+            outputs.append(stage.mask_predictor(mask_features(stages, flows, pooled)[-1]))
+    return outputs
+
+
+def bare(detector: str, args: argparse.Namespace) -> Step:
+    module = pretraining(detector)
+    images = torch.rand(args.batch, 3, args.size, args.size)
+    networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
+    if hasattr(module.online, "stages"):
+        items = batch(args)
+        with recorded(module.online) as online, recorded(module.momentum) as momentum:
+            silently(module).training_step(items, 0)
+        networks = [
+            lambda: region_network(module.momentum, images, momentum),
+            lambda: region_network(module.online, images, online),
+        ]
 
     def step() -> None:
         with torch.no_grad():
-            network(module.momentum)
-        outputs = network(module.online)
+            networks[0]()
+        outputs = networks[1]()
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
         for parameter in module.parameters():
             parameter.grad = None
@@ -74,18 +120,24 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
 
 
 def finetuning(detector: str, args: argparse.Namespace) -> Step:
-    model = TORCHVISION[detector](
-        weights=None,
-        weights_backbone=None,
-        trainable_backbone_layers=3,
-        min_size=args.size,
-        max_size=args.size,
-    ).train()
+    model: Any = build_detector(
+        detector, num_classes=90, trunk="resnet50", min_size=args.size, max_size=args.size
+    )
+    for name, layer in model.backbone.body.named_children():
+        layer.requires_grad_(name in ("layer2", "layer3", "layer4"))
+    for layer in model.backbone.body.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     items = batch(args)
     images = [item.online.image.float() / 255 for item in items]
     targets = [
-        {"boxes": i.online.proposals, "labels": torch.ones(args.proposals, dtype=torch.int64)} for i in items
+        {
+            "boxes": item.online.proposals,
+            "labels": torch.ones(args.proposals, dtype=torch.int64),
+            "masks": torch.ones(args.proposals, args.size, args.size, dtype=torch.uint8),
+        }
+        for item in items
     ]
 
     def step() -> None:
@@ -97,9 +149,14 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     return step
 
 
+def silently(module: BoxPretraining) -> BoxPretraining:
+    """Without a trainer there is nothing to log to."""
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    return module
+
+
 def ours(detector: str, args: argparse.Namespace) -> Step:
-    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000, learning_rate=1e-6)
-    module.train()
+    module = silently(pretraining(detector, learning_rate=1e-6))
     optimizer: torch.optim.Optimizer = module.configure_optimizers()["optimizer"]
     items = batch(args)
 
@@ -144,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--detectors", nargs="+", default=list(TORCHVISION))
+    parser.add_argument("--detectors", nargs="+", default=["fcos", "retinanet"], choices=list(DETECTORS))
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--proposals", type=int, default=50)
