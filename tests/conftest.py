@@ -23,5 +23,5 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def proposals(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("proposed") / "proposals"
-    propose(sample / "train", output=output, workers=1, shard_size=5)
+    propose(sample / "train", output=output, workers=1, shard_size=5, masks=True)
     return output

@@ -52,7 +52,12 @@ class Finetuning(TrainingModule):
     def training_step(self, batch: list[Labelled], batch_idx: int) -> Tensor:
         """The detector's own losses."""
         images = [item.image.float() / 255 for item in batch]
-        losses = self.detector(images, [{"boxes": item.boxes, "labels": item.labels} for item in batch])
+        targets = [
+            {"boxes": item.boxes, "labels": item.labels}
+            | ({} if item.masks is None else {"masks": item.masks})
+            for item in batch
+        ]
+        losses = self.detector(images, targets)
         return self.total_loss(losses, [item.file_name for item in batch])
 
     def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import aligndet
 from aligndet.data.files import locked
+from aligndet.proposals.storage import read_shard, write_shard
 
 SMALL: dict[str, Any] = {
     "trunk": "resnet18",
@@ -103,6 +104,41 @@ def test_the_best_checkpoint_is_the_result(tuned: Path) -> None:
     manifest = json.loads((tuned / "model" / "manifest.json").read_text())
     assert manifest["initialised_from"]["modules"]["backbone.fpn.inner_blocks.0.0"] == "pre-trained"
     assert manifest["class_names"][0] == "brick"
+
+
+def test_masks_all_the_way(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 1, "detector": "mask_rcnn"}
+    run = aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "run", **settings)
+    with (run / "logs" / "csv" / "metrics.csv").open() as file:
+        assert any("loss/" in name and "mask" in name for name in next(csv.reader(file)))
+    labels: dict[str, Any] = {"val_annotations": sample / "val.json", "init_from": run}
+    tuned = aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", **labels, **settings)
+    with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
+        assert "loss/loss_mask" in next(csv.reader(file))
+    result = aligndet.evaluate(tuned, sample / "val.json")
+    assert 0 <= result.figures["mask_AP"] <= 1
+    assert result.mask_ap_by_class is not None
+
+
+def test_a_mask_head_needs_masks(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    shards = [read_shard(path) for path in sorted(proposals.glob("part-*.parquet"))]
+    (tmp_path / "plain").mkdir()
+    write_shard(tmp_path / "plain" / "part-00000.parquet", [row for rows in shards for row in rows])
+    settings = {**SMALL, "steps": 1, "detector": "mask_rcnn", "proposals": tmp_path / "plain"}
+    with pytest.raises(ValueError, match=r"plain: its proposals have no masks.*`aligndet propose --masks`"):
+        aligndet.pretrain(sample / "train", output=tmp_path / "run", **settings)
+    settings["options"] = {"pretrain_mask": False}
+    assert aligndet.pretrain(sample / "train", output=tmp_path / "without", **settings).is_dir()
+    document = json.loads((sample / "train.json").read_text())
+    del document["annotations"][4]["segmentation"]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"train\.json: annotation 5 has no mask"):
+        aligndet.finetune(
+            tmp_path / "train.json",
+            images=sample / "train",
+            output=tmp_path / "tuned",
+            **{**SMALL, "detector": "mask_rcnn"},
+        )
 
 
 def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_path: Path) -> None:

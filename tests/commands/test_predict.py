@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,14 @@ from aligndet.commands import predict as predict_module
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.predict import predict
 from aligndet.data.files import locked
+from aligndet.data.rle import EncodedMasks, decode, read_segmentation
+from aligndet.detectors.build import DETECTORS
 
-MANIFEST: dict[str, Any] = {"class_names": ["bird", "fish"], "category_ids": [3, 7]}
+MANIFEST: dict[str, Any] = {
+    "architecture": {"detector": "fcos"},
+    "class_names": ["bird", "fish"],
+    "category_ids": [3, 7],
+}
 
 
 class Oracle(nn.Module):
@@ -27,6 +34,25 @@ class Oracle(nn.Module):
         boxes = torch.tensor([[2.0, 3.0, 12.0, 15.0], [20.0, 5.0, 30.0, 25.0]])
         found = {"boxes": boxes, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.1])}
         return [found for _ in images]
+
+
+class MaskOracle(Oracle):
+    """Also finds that the fish fills the left half of its box, and the bird nothing of its own."""
+
+    masks = True
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        masks = torch.zeros(2, 1, 30, 40)
+        masks[0, 0, 3:15, 2:7] = 0.9
+        return [{**found, "masks": masks} for found in super().forward(images)]
+
+
+@pytest.fixture
+def _finds_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = {**MANIFEST, "architecture": {"detector": "oracle"}}
+    for module in (evaluate_module, predict_module):
+        monkeypatch.setattr(module, "load_detector", lambda folder: (MaskOracle(), manifest))
+    monkeypatch.setitem(DETECTORS, "oracle", MaskOracle)
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +70,12 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def annotate(images: Path) -> Path:
+def annotate(images: Path, **further: Any) -> Path:
     names = [path.name for path in sorted(images.iterdir())]
     rows = [{"id": i + 1, "file_name": n, "width": 40, "height": 30} for i, n in enumerate(names)]
     boxes = [
-        {"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": [2, 3, 10, 12]} for i in range(len(names))
+        {"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": [2, 3, 10, 12], **further}
+        for i in range(len(names))
     ]
     categories = [{"id": 3, "name": "bird"}, {"id": 7, "name": "fish"}]
     path = images.parent / "labels.json"
@@ -109,3 +136,41 @@ def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert "2 images, 1 skipped" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"a\.png: is empty"):
         evaluate(Path("model"), labels, images=images, strict=True)
+
+
+@pytest.mark.usefixtures("_finds_masks")
+def test_predicted_masks(images: Path, tmp_path: Path) -> None:
+    output = predict(Path("model"), images, output=tmp_path / "out", score=0.05)
+    fish, bird = json.loads((output / "predictions.json").read_text())["annotations"][:2]
+    expected = np.zeros((30, 40), np.uint8)
+    expected[3:15, 2:7] = 1
+    for annotation, mask in ((fish, expected), (bird, 0 * expected)):
+        counts = read_segmentation(annotation["segmentation"], 40, 30)
+        np.testing.assert_array_equal(decode(EncodedMasks(30, 40, [counts]))[0], mask)
+    picture = np.asarray(Image.open(output / "pictures" / "a.png.jpg"))
+    assert (picture[10:14, 4:6] > 20).any(2).all()  # the fish's mask, drawn
+    certain = predict(Path("model"), images, output=tmp_path / "certain")
+    assert len(json.loads((certain / "predictions.json").read_text())["annotations"]) == 3
+
+
+@pytest.mark.usefixtures("_finds_masks")
+def test_figures_of_masks(images: Path, tmp_path: Path) -> None:
+    labels = annotate(images, segmentation=[[2, 3, 7, 3, 7, 15, 2, 15]])
+    result = evaluate(Path("model"), labels, images=images, output=tmp_path / "figures.json")
+    assert result.figures["AP"] == result.figures["mask_AP"] == pytest.approx(1.0)
+    whole_box = annotate(images, segmentation=[[2, 3, 12, 3, 12, 15, 2, 15]])
+    result = evaluate(Path("model"), whole_box, images=images, output=tmp_path / "figures.json")
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["AP"] == pytest.approx(1.0)
+    assert written["mask_AP50"] == pytest.approx(1.0)  # the fish's mask is half of it
+    assert written["mask_AP75"] == 0.0
+    assert written["mask_AP_by_class"] == {"bird": None, "fish": pytest.approx(0.1)}
+
+
+@pytest.mark.usefixtures("_finds_masks")
+def test_labels_without_masks_measure_boxes_alone(images: Path) -> None:
+    with pytest.raises(ValueError, match=r"labels\.json: annotation 1 has no mask"):
+        evaluate(Path("model"), annotate(images), images=images)
+    figures = evaluate(Path("model"), annotate(images), images=images, masks=False).figures
+    assert figures["AP"] == pytest.approx(1.0)
+    assert "mask_AP" not in figures

@@ -73,3 +73,34 @@ def test_a_folder_of_other_parameters_or_another_owner_is_left_alone(images: Pat
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"thesis\.txt"):
         propose(images, output=tmp_path / "taken", workers=1, overwrite=True)
+
+
+def test_masks(images: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, out = sample / "train.json", tmp_path / "out"
+    summary = propose(images, output=out, workers=1, masks=True, annotations=labels)
+    assert summary.mask_iou is not None
+    assert 0.4 < summary.mask_iou < 1
+    assert f"mean IoU {summary.mask_iou:.3f}" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["mask_iou"] == summary.mask_iou
+    table = read_proposals(out, masks=True)
+    grids = table.masks_of(0, np.arange(len(table.boxes_of(0))))
+    assert 0.1 < grids.mean() < 0.9
+    boxes_alone = propose(images, output=tmp_path / "boxes", workers=1, annotations=labels)
+    assert boxes_alone.mask_iou is None
+    np.testing.assert_array_equal(read_proposals(tmp_path / "boxes").boxes, table.boxes)
+    propose(images, output=tmp_path / "out.json", workers=1, masks=True)
+    again = read_proposals(tmp_path / "out.json", masks=True)
+    positions = np.arange(len(again.boxes_of(0)))
+    assert (again.masks_of(0, positions) != grids).mean() < 0.1  # through the pixels of the image
+
+
+def test_masks_are_a_parameter_like_others(images: Path, tmp_path: Path) -> None:
+    propose(images, output=tmp_path / "boxes", workers=1)
+    with pytest.raises(ValueError, match="was made with masks=None, now True"):
+        propose(images, output=tmp_path / "boxes", workers=1, masks=True)
+    propose(images, output=tmp_path / "masks", workers=1, masks=True)
+    with pytest.raises(ValueError, match="was made with masks=True, now None"):
+        propose(images, output=tmp_path / "masks", workers=1)
+    with pytest.raises(ValueError, match=r"min_inside=0\.9, now 0\.5"):
+        propose(images, output=tmp_path / "masks", workers=1, masks=True, min_inside=0.5)
+    propose(images, output=tmp_path / "masks", workers=1, masks=True)

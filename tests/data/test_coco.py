@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aligndet.data.coco import Category, CocoDetection, read_coco
 from aligndet.data.images import ImageError
+from aligndet.data.rle import encode
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -181,3 +183,63 @@ def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:
 def test_other_categories_than_the_detectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not those of the detector"):
         read_coco(write(tmp_path), categories=[Category(3, "bird"), Category(7, "cat")])
+
+
+SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
+RUNS = {"size": [30, 40], "counts": [0, 30, 1170]}  # the first column
+
+
+def masked(*segmentations: Any) -> list[dict[str, Any]]:
+    return [
+        {**annotation(id=i + 1)[0], "iscrowd": i % 2, "segmentation": s} for i, s in enumerate(segmentations)
+    ]
+
+
+def test_masks_of_any_form(tmp_path: Path) -> None:
+    expected = torch.zeros(4, 30, 40, dtype=torch.uint8)
+    expected[0, 5:15, 5:15] = expected[2, 5:15, 5:15] = expected[2, 20:, 30:] = 1
+    expected[1:4:2, :, 0] = 1
+    two = [*SQUARE, [30, 20, 40, 20, 40, 30, 30, 30]]
+    compressed = encode(expected[3:].numpy()).segmentations()[0]
+    path = write(tmp_path, annotations=masked(SQUARE, RUNS, two, compressed))
+    coco = read_coco(path, masks=True)
+    assert coco.warnings == ()
+    _, target = CocoDetection(coco, crowds=True)[0]
+    assert torch.equal(target["masks"], expected)
+    assert torch.equal(CocoDetection(coco)[0][1]["masks"], expected[[0, 2]])  # without the crowds
+    assert CocoDetection(coco)[1][1]["masks"].shape == (0, 30, 40)
+    subset = coco.subset([1, 0])
+    assert torch.equal(CocoDetection(subset, crowds=True)[1][1]["masks"], expected)
+    assert "masks" not in CocoDetection(read_coco(path))[0][1]
+    assert read_coco(path).subset([0]).masks is None
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "note"),
+    [
+        ([[1, 2, 3]], "malformed"),
+        ("polygon", "malformed"),
+        ({"size": [40, 30], "counts": [1200]}, r"size [40, 30] instead of [30, 40]"),
+        ({"size": [30, 40], "counts": [7]}, "malformed"),
+        ({"size": [30, 40], "counts": [1200]}, "no pixel"),
+        ([[50, 50, 60, 50, 60, 60]], "no pixel"),
+    ],
+)
+def test_an_object_with_a_bad_mask_is_dropped_and_named(segmentation: Any, note: str, tmp_path: Path) -> None:
+    path = write(tmp_path, annotations=masked(SQUARE, segmentation))
+    coco = read_coco(path, masks=True)
+    assert len(coco.boxes[0]) == len(coco.labels[0]) == 1
+    assert note in coco.warnings[0]
+    assert "annotation 2 of a.png: dropped" in coco.warnings[0]
+    with pytest.raises(ValueError, match="annotation 2"):
+        read_coco(path, masks=True, strict=True)
+    assert len(read_coco(path, strict=True).boxes[0]) == 2  # nobody asked for masks
+
+
+@pytest.mark.parametrize("missing", [None, [], {}])
+def test_a_missing_mask(missing: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, annotations=masked(SQUARE, missing))
+    with pytest.raises(ValueError, match=r"train\.json: annotation 2 has no mask"):
+        read_coco(path, masks=True)
+    assert read_coco(path, masks=None).masks is None  # only if all have one
+    assert read_coco(write(tmp_path, annotations=masked(SQUARE)), masks=None).masks is not None

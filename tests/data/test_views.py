@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import masks_to_boxes
 
 from aligndet.data.coco import read_coco
 from aligndet.data.images import ImageError
 from aligndet.data.labelled import LabelledDataset
-from aligndet.data.views import TwoViewDataset, geometric, short_sides
+from aligndet.data.rle import encode
+from aligndet.data.views import TwoViewDataset, collate, geometric, short_sides
+from aligndet.proposals.masks import MASK_SIDE, on_grid
 from aligndet.proposals.storage import ImageProposals, ProposalTable
+from aligndet.training import StepSampler, build_loader
 
 
 def table(folder: Path, names: tuple[str, ...] = ("a.png", "b.png"), boxes: int = 30) -> ProposalTable:
@@ -86,6 +92,90 @@ def test_labelled_images_are_resized_with_their_boxes(sample: Path) -> None:
         height, width = item.image.shape[1:]
         assert (item.boxes[:, 2:] <= torch.tensor([width, height])).all()
         assert (item.boxes[:, 2:] > item.boxes[:, :2]).all()
+
+
+def test_labelled_masks_go_where_their_boxes_go(sample: Path) -> None:
+    with_masks = LabelledDataset(
+        read_coco(sample / "train.json", masks=True), min_size=(64, 192), max_size=256
+    )
+    without = LabelledDataset(read_coco(sample / "train.json"), min_size=(64, 192), max_size=256)
+    for index in range(len(with_masks)):
+        item, plain = with_masks[index, index], without[index, index]
+        assert plain.masks is None
+        assert torch.equal(item.image, plain.image)
+        assert torch.equal(item.boxes, plain.boxes)
+        assert item.masks is not None
+        assert type(item.masks) is torch.Tensor
+        assert item.masks.dtype == torch.uint8
+        assert item.masks.shape == (len(item.boxes), *item.image.shape[1:])
+        assert (masks_to_boxes(item.masks) - item.boxes).abs().max() <= 3  # flips would be far off
+
+
+def test_an_image_without_objects_has_no_masks(sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    document["annotations"] = []
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    coco = read_coco(tmp_path / "train.json", sample / "train", masks=True)
+    item = LabelledDataset(coco, min_size=(64, 96), max_size=128)[0, 0]
+    assert item.masks is not None
+    assert item.masks.shape == (0, *item.image.shape[1:])
+
+
+def with_masks(folder: Path, boxes: int = 30) -> ProposalTable:
+    """Images whose left half is bright, and proposals whose masks are what is bright in their box."""
+    plain = table(folder, boxes=boxes)
+    pixels = np.full((60, 90, 3), 20, np.uint8)
+    pixels[:, :45] = 220
+    rows = []
+    for index, name in enumerate(plain.file_names):
+        Image.fromarray(pixels).save(folder / name)
+        found = plain.boxes_of(index)
+        grids = np.stack([on_grid(pixels[:, :, 0] // 200, box) for box in found])
+        rows.append(ImageProposals(name, 90, 60, found, None, encode(grids).counts))
+    return ProposalTable.of(rows)
+
+
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("file_size", [(90, 60), (180, 120)])  # the second: another file than proposed for
+def test_masks_are_flipped_with_their_view(file_size: tuple[int, int], top: bool, tmp_path: Path) -> None:
+    proposals = with_masks(tmp_path)
+    for name in proposals.file_names:
+        with Image.open(tmp_path / name) as image:
+            image.resize(file_size, Image.Resampling.NEAREST).save(tmp_path / name)
+    views = TwoViewDataset(
+        tmp_path, proposals, min_size=(64, 256), max_size=400, max_proposals=12, top_proposals=top
+    )
+    views.augment = geometric((64, 256), 400)  # colours tell what is bright
+    flipped = []
+    for seed in range(12):
+        for view in views[seed % 2, seed][:2]:
+            assert view.masks is not None
+            assert view.masks.shape == (12, MASK_SIDE, MASK_SIDE)
+            assert view.masks.dtype == torch.uint8
+            bright = (view.image[0] > 120).to(torch.uint8).numpy()  # the mask of the whole view
+            expected = np.stack([on_grid(bright, box) for box in view.proposals.numpy()])
+            assert (view.masks.numpy() != expected).mean() < 0.02
+            flipped.append(bool(bright[0, -1]))
+    assert len(set(flipped)) == 2
+
+
+def test_masks_change_nothing_else_and_are_there_only_if_asked_for(tmp_path: Path) -> None:
+    proposals = with_masks(tmp_path)
+    plain = replace(proposals, masks=None)
+    items = [TwoViewDataset(tmp_path, t, max_proposals=12)[0, 3] for t in (proposals, plain)]
+    for view, other in zip(items[0][:2], items[1][:2], strict=True):
+        assert torch.equal(view.image, other.image)
+        assert torch.equal(view.proposals, other.proposals)
+        assert other.masks is None
+
+
+def test_loader_processes_bring_masks(tmp_path: Path) -> None:
+    proposals = with_masks(tmp_path, boxes=3)
+    views = TwoViewDataset(tmp_path, proposals, min_size=(64, 64), max_size=100)
+    loader = build_loader(views, StepSampler(2, batch_size=2, batches=1), collate, workers=1)
+    for item in next(iter(loader)):
+        assert item.online.masks is not None
+        assert item.online.masks.float().mean() > 0.2
 
 
 def test_sizes_that_make_no_sense_are_refused() -> None:

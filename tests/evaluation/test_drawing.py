@@ -43,3 +43,16 @@ def test_the_label_of_a_box_at_the_edge_is_within_the_image() -> None:
     at_edge = {**PREDICTION, "boxes": torch.tensor([[40.0, 0.0, 120.0, 90.0], [10.0, 60.0, 30.0, 150.0]])}
     drawn = draw_detections(image, at_edge, ["bird", "fish"], score=0.5)
     assert drawn[3:8, 44:60].any(2).all()
+
+
+def test_masks_are_laid_over_the_image() -> None:
+    image = np.full((180, 160, 3), 90, np.uint8)
+    masks = torch.zeros(2, 180, 160, dtype=torch.bool)
+    masks[0, 70:100, 50:110] = masks[1, 100:140, 12:20] = True
+    drawn = draw_detections(image, {**PREDICTION, "masks": masks}, ["bird", "fish"], score=0.5)
+    changed = (drawn != 90).any(2)
+    assert changed[70:100, 50:110].all()
+    assert not changed[104:145, 46:114].any()  # the rest of its box
+    assert not changed[:, :36].any()  # the second mask is not sure enough
+    drawn = draw_detections(image, {**PREDICTION, "masks": masks}, ["bird", "fish"], score=0.95)
+    assert (drawn == image).all()

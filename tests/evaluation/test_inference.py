@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aligndet.evaluation.inference import predict_images, resolve_device
+from aligndet.evaluation.inference import binary_masks, predict_images, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -63,3 +63,17 @@ def test_devices() -> None:
 def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         list(predict_images(Brightness(), [], device=CPU, batch_size=0))
+
+
+def test_masks_are_decided_pixel_by_pixel() -> None:
+    class Masks(nn.Module):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            masks = torch.tensor([[[[0.2, 0.6]]], [[[0.5, 0.9]]]])
+            return [{"masks": masks[: len(image)]} for image in images]
+
+    images = [torch.zeros(n, 1, 2, dtype=torch.uint8) for n in (2, 0)]
+    found, none = predict_images(Masks(), images, device=CPU, batch_size=2)
+    assert found["masks"].tolist() == [[[False, True]], [[False, True]]]
+    assert found["masks"].dtype == torch.bool
+    assert none["masks"].shape == (0, 1, 2)
+    assert torch.equal(binary_masks(found["masks"]), found["masks"])  # decided already

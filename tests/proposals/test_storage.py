@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from aligndet.proposals.filters import best_overlaps, filter_boxes
+from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
+from aligndet.proposals.filters import best_proposals, filter_boxes
+from aligndet.proposals.masks import MASK_SIDE
 from aligndet.proposals.storage import ImageProposals, clean, read_proposals, write_coco, write_shard
 
 
@@ -35,6 +39,95 @@ def test_what_is_written_is_read(form: str, tmp_path: Path) -> None:
     assert table.sizes.tolist() == [[100, 50], [64, 64]]
     np.testing.assert_array_equal(table.boxes_of(0), rows()[0].boxes)
     assert table.boxes_of(1).shape == (0, 4)
+
+
+def masked_rows() -> list[ImageProposals]:
+    some = np.array([[2, 3, 90, 47], [10, 0, 70, 50], [40, 10, 60, 30]], np.float32)
+    grids = np.zeros((3, MASK_SIDE, MASK_SIDE), np.uint8)  # the third is empty
+    grids[0, 8:40, :28] = grids[1, 30:, 14:] = 1
+    none = ImageProposals("a.jpg", 64, 64, np.zeros((0, 4), np.float32), None, [])
+    return [
+        ImageProposals("b/x.jpg", 100, 50, some, None, encode(grids).counts),
+        none,
+        none._replace(file_name="broken.jpg", skipped="broken.jpg: is empty", masks=None),
+    ]
+
+
+@pytest.mark.parametrize("form", ["folder", "json"])
+def test_masks_that_are_written_are_read(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json" if form == "json" else tmp_path
+    row = masked_rows()[0]
+    if form == "json":
+        write_coco(path, masked_rows())
+    else:
+        write_shard(tmp_path / "part-00000.parquet", masked_rows()[:1])
+        write_shard(tmp_path / "part-00001.parquet", masked_rows()[1:])
+    table = read_proposals(path, masks=True)
+    assert row.masks is not None
+    grids = decode(EncodedMasks(MASK_SIDE, MASK_SIDE, row.masks))
+    found = table.masks_of(0, np.array([2, 0, 1]))
+    if form == "folder":
+        np.testing.assert_array_equal(found, grids[[2, 0, 1]])
+    else:  # there and back by way of the image's pixels, which are coarser than the grid
+        assert (found != grids[[2, 0, 1]]).mean() < 0.02
+    assert table.masks_of(1, np.arange(0)).shape == (0, MASK_SIDE, MASK_SIDE)
+    assert read_proposals(path).masks is None
+
+
+def test_json_carries_masks_at_the_size_of_the_image(tmp_path: Path) -> None:
+    write_coco(tmp_path / "x.json", masked_rows())
+    annotations = json.loads((tmp_path / "x.json").read_text())["annotations"]
+    counts = [read_segmentation(a["segmentation"], 100, 50) for a in annotations]
+    masks = decode(EncodedMasks(50, 100, counts))
+    expected = np.zeros((3, 50, 100), np.uint8)
+    expected[0, 9:34, 2:46] = 1  # 3 + 44 * 8 / 56 = 9.3, 3 + 44 * 40 / 56 = 34.4
+    expected[1, 27:, 25:70] = 1
+    np.testing.assert_array_equal(masks, expected)
+
+
+def test_proposals_without_masks_are_read_but_not_where_masks_are_needed(tmp_path: Path) -> None:
+    write_shard(tmp_path / "part-00000.parquet", rows())
+    write_coco(tmp_path / "x.json", rows())
+    assert len(read_proposals(tmp_path)) == 2
+    message = rf"{tmp_path.name}: its proposals have no masks.*`aligndet propose --masks`"
+    with pytest.raises(ValueError, match=message):
+        read_proposals(tmp_path, masks=True)
+    with pytest.raises(ValueError, match=r"x\.json: no COCO-style proposals with masks.*annotation 1 has no"):
+        read_proposals(tmp_path / "x.json", masks=True)
+    write_shard(tmp_path / "part-00001.parquet", [masked_rows()[0]._replace(file_name="c.jpg")])
+    with pytest.raises(ValueError, match=message):  # some are not enough
+        read_proposals(tmp_path, masks=True)
+
+
+def test_a_dropped_box_takes_its_mask_along(tmp_path: Path) -> None:
+    row = masked_rows()[0]
+    boxes = row.boxes.copy()
+    boxes[0, 2] = np.nan
+    write_shard(tmp_path / "part-00000.parquet", [row._replace(boxes=boxes)])
+    table = read_proposals(tmp_path, masks=True)
+    assert len(table.boxes) == 2
+    assert row.masks is not None
+    expected = decode(EncodedMasks(MASK_SIDE, MASK_SIDE, row.masks[1:]))
+    np.testing.assert_array_equal(table.masks_of(0, np.arange(2)), expected)
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    row, shard = masked_rows()[0], tmp_path / "part-00000.parquet"
+    assert row.masks is not None
+    write_shard(shard, [row._replace(masks=row.masks[:2])])
+    with pytest.raises(ValueError, match=r"part-00000\.parquet: b/x\.jpg has 3 boxes and 2 masks of side 56"):
+        read_proposals(tmp_path, masks=True)
+    write_shard(shard, [row])
+    table = pq.read_table(shard)
+    other = pa.array([28], pa.int32())
+    pq.write_table(table.set_column(table.column_names.index("mask_side"), "mask_side", other), shard)
+    with pytest.raises(ValueError, match="3 boxes and 3 masks of side 28; there must be a mask of side 56"):
+        read_proposals(tmp_path, masks=True)
+    document = coco(annotations=[{"id": 5, "image_id": 1, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2]]}])
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    assert len(read_proposals(tmp_path / "x.json").boxes) == 1
+    with pytest.raises(ValueError, match=r"x\.json.*annotation 5 has a malformed segmentation"):
+        read_proposals(tmp_path / "x.json", masks=True)
 
 
 def coco(**changes: Any) -> dict[str, Any]:
@@ -101,15 +194,17 @@ def test_filters_equal_a_loop_over_boxes(boxes: Any) -> None:
     for box in boxes:
         width, height = box[2] - box[0], box[3] - box[1]
         fits = max(width, height) <= 3 * min(width, height) and 80 <= width * height <= 8100
-        if fits and all(best_overlaps(other[None], box[None])[0] <= 0.5 for other in kept):
+        if fits and all(best_proposals(other[None], box[None])[0] <= 0.5 for other in kept):
             kept.append(box)
     found = filter_boxes(boxes, 100, 100)
     np.testing.assert_array_equal(found, np.array(kept, np.float32).reshape(-1, 4))
     np.testing.assert_array_equal(filter_boxes(boxes, 100, 100, max_proposals=2), found[:2])
 
 
-def test_best_overlaps() -> None:
+def test_best_proposals() -> None:
     objects = np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32)
     proposals = np.array([[0, 0, 10, 5], [0, 0, 10, 8]], np.float32)
-    np.testing.assert_allclose(best_overlaps(proposals, objects), [0.8, 0.0])
-    np.testing.assert_array_equal(best_overlaps(proposals[:0], objects), [0, 0])
+    overlaps, positions = best_proposals(proposals, objects)
+    np.testing.assert_allclose(overlaps, [0.8, 0.0])
+    assert positions[0] == 1
+    np.testing.assert_array_equal(best_proposals(proposals[:0], objects), [[0, 0], [0, 0]])

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from aligndet.data.coco import Category, CocoDetection, read_coco
 from aligndet.data.files import atomic_write
 from aligndet.data.images import ImageError
+from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -23,17 +24,20 @@ def evaluate(
     *,
     images: Path | None = None,
     output: Path | None = None,
+    masks: bool = True,
     batch_size: int = 8,
     device: str = "auto",
     strict: bool = False,
 ) -> CocoResult:
-    """Measures a detector: COCO's twelve figures and average precision by class.
+    """Measures a detector: COCO's twelve figures and average precision by class, of boxes and of masks if it
+    finds masks.
 
     Args:
         model: Folder of `aligndet finetune`, or an export.
         annotations: COCO JSON with the classes that the detector was trained on.
         images: Folder of the images; by default looked for beside the JSON.
         output: JSON file for the figures.
+        masks: Measure masks if the detector finds them; false for labels without masks.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         strict: A broken image or box is an error; by default it is left out, counted and named.
@@ -42,7 +46,8 @@ def evaluate(
         The figures in 0..1.
 
     Raises:
-        ValueError: If the detector's classes are not those of the JSON, or a file is missing or broken.
+        ValueError: If the detector's classes are not those of the JSON, the JSON has no masks to measure
+            those of the detector by, or a file is missing or broken.
     """
     detector, manifest = load_detector(model)
     if not manifest.get("class_names"):
@@ -50,7 +55,8 @@ def evaluate(
     categories = [
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
     ]
-    coco = read_coco(annotations, images, strict=strict, categories=categories)
+    masks = masks and predicts_masks(manifest["architecture"]["detector"])
+    coco = read_coco(annotations, images, strict=strict, categories=categories, masks=masks)
     dataset = CocoDetection(coco, crowds=True)
     targets: list[dict[str, Tensor]] = []
     broken: list[str] = []
@@ -67,7 +73,7 @@ def evaluate(
             targets.append(target)
             yield image
 
-    evaluator = CocoEvaluator(categories)
+    evaluator = CocoEvaluator(categories, masks=masks)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
     for index, prediction in enumerate(tqdm(predictions, total=len(dataset), desc="evaluate", unit="image")):
         evaluator.update([prediction], [targets[index]])

@@ -15,7 +15,7 @@ from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.coco import read_coco
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
-from aligndet.detectors.build import build_detector
+from aligndet.detectors.build import build_detector, predicts_masks
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.finetuning import Finetuning
@@ -135,7 +135,6 @@ def finetune(
     settings = dict(locals())
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
-        coco = read_coco(annotations, images, strict=strict)
         images_a_step = batch_size * accumulate * devices * nodes
         total = steps_of(steps, SCHEDULES[schedule] * 16 / images_a_step)
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
@@ -143,6 +142,8 @@ def finetune(
         if init_from is not None:
             state, source = load_weights(init_from)
             architecture = {k: source["architecture"][k] for k in architecture}
+        masks = predicts_masks(architecture["detector"])
+        coco = read_coco(annotations, images, strict=strict, masks=masks)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
         model = build_detector(
             **architecture,
@@ -156,8 +157,10 @@ def finetune(
         adam = optimizer == "adamw"
         evaluator, validation = None, None
         if val_annotations is not None:
-            held_out = read_coco(val_annotations, val_images, strict=strict, categories=coco.categories)
-            evaluator = CocoEvaluator(held_out.categories)
+            held_out = read_coco(
+                val_annotations, val_images, strict=strict, categories=coco.categories, masks=masks
+            )
+            evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = DataLoader(
                 ValidationDataset(held_out, strict=strict), batch_size, collate_fn=collate_readable
             )

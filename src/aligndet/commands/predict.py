@@ -1,4 +1,4 @@
-"""`aligndet predict`: boxes and pictures for images without labels."""
+"""`aligndet predict`: boxes, masks and pictures for images without labels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from aligndet.data.files import atomic_write, locked
 from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.data.rle import encode
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -36,8 +37,8 @@ def predict(
     Args:
         model: Folder of `aligndet finetune`.
         images: An image, or a folder that is searched with its subfolders.
-        output: Folder for predictions.json (COCO: images, categories, and annotations with scores) and
-            pictures/.
+        output: Folder for predictions.json (COCO: images, categories, and annotations with scores, and
+            segmentation if the detector finds masks) and pictures/.
         score: Boxes below are left out.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -79,9 +80,11 @@ def predict(
             raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
         for prediction in tqdm(predictions, total=len(files), desc="predict", unit="image"):
             name, image = read.pop(0)
-            _add(document, name, image, prediction, manifest["category_ids"], score)
+            sure = prediction["scores"] >= score
+            prediction = {key: value[sure] for key, value in prediction.items()}
+            _add(document, name, image, prediction, manifest["category_ids"])
             if draw:
-                drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names, score)
+                drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names)
                 buffer = io.BytesIO()
                 Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
                 atomic_write(output / "pictures" / _picture_name(name), buffer.getvalue())
@@ -108,27 +111,22 @@ def _add(
     image: Tensor,
     prediction: dict[str, Tensor],
     category_ids: list[int],
-    score: float,
 ) -> None:
     image_id = len(document["images"]) + 1
     document["images"].append(
         {"id": image_id, "file_name": name, "width": image.shape[2], "height": image.shape[1]}
     )
-    for box, label, confidence in zip(
-        prediction["boxes"].tolist(),
-        prediction["labels"].tolist(),
-        prediction["scores"].tolist(),
-        strict=True,
-    ):
-        if confidence >= score:
-            x0, y0, x1, y1 = box
-            document["annotations"].append(
-                {
-                    "id": len(document["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": category_ids[label - 1],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "score": confidence,
-                }
-            )
+    masks = encode(prediction["masks"].numpy()).segmentations() if "masks" in prediction else []
+    columns = (prediction[key].tolist() for key in ("boxes", "labels", "scores"))
+    for position, ((x0, y0, x1, y1), label, confidence) in enumerate(zip(*columns, strict=True)):
+        annotation = {
+            "id": len(document["annotations"]) + 1,
+            "image_id": image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": (x1 - x0) * (y1 - y0),
+            "score": confidence,
+        }
+        if masks:
+            annotation["segmentation"] = masks[position]
+        document["annotations"].append(annotation)

@@ -125,7 +125,7 @@ def pretrain(
         seed_everything(seed, verbose=False)
         architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         adapter = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
-        table = read_proposals(proposals)
+        table = read_proposals(proposals, masks="masks" in getattr(adapter, "needs", ()))
         dataset = TwoViewDataset(
             images, table, min_size=min_size, max_size=max_size, max_proposals=max_proposals, strict=strict
         )

@@ -15,21 +15,33 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from aligndet.data.coco import read_coco
+from aligndet.data.coco import CocoDataset, read_coco
 from aligndet.data.files import atomic_write, locked
 from aligndet.data.images import ImageError, list_images, read_image
-from aligndet.proposals.filters import best_overlaps, filter_boxes
+from aligndet.data.rle import EncodedMasks, encode, overlaps
+from aligndet.proposals.filters import best_proposals, filter_boxes
+from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
 from aligndet.proposals.selective_search import Mode, selective_search
-from aligndet.proposals.storage import ImageProposals, clean, read_shard, write_coco, write_shard
+from aligndet.proposals.storage import (
+    ImageProposals,
+    clean,
+    read_shard,
+    whole_masks,
+    write_coco,
+    write_shard,
+)
 
-_EXPLANATION = """Proposals of `aligndet propose`.
+_EXPLANATION = f"""Proposals of `aligndet propose`.
 
 manifest.json    parameters, versions, counts; status "complete" or "in progress"
 part-*.parquet   an image a row: file_name (relative to the folder of images), width, height,
-                 boxes (flat xyxy pixels, best first), skipped (why there are none, or null)
+                 boxes (flat xyxy pixels, best first), skipped (why there are none, or null); with --masks
+                 also masks (of each box on a grid of {MASK_SIDE} by {MASK_SIDE} cells over it, as COCO's
+                 compressed run lengths) and mask_side (that {MASK_SIDE})
 
 The same command goes on where it was stopped. `aligndet pretrain --proposals THIS_FOLDER` reads it.
 """
@@ -44,6 +56,7 @@ class ProposeSummary(NamedTuple):
     boxes: int
     without: int  # images in which nothing was found
     recall: dict[str, float] | None  # "recall50", "recall75" is not COCO's: "recall50", "recall70", "AR"
+    mask_iou: float | None  # mean IoU of the masks of objects that are found at IoU 0.7
 
 
 def propose(
@@ -57,6 +70,9 @@ def propose(
     max_area: float = 0.81,
     nms_iou: float = 0.5,
     max_proposals: int | None = 200,
+    masks: bool = False,
+    segmentation: tuple[float, float, int] = (0.5, 150.0, 50),
+    min_inside: float = 0.9,
     workers: int | None = None,
     shard_size: int = 256,
     annotations: Path | None = None,
@@ -77,14 +93,19 @@ def propose(
         max_area: Share of the image that a box covers at most.
         nms_iou: A box that overlaps a better one by more is dropped.
         max_proposals: Most boxes an image, best first; null for all.
+        masks: Guess the outline of each object, too: the union of the segments that lie almost wholly in
+            the box. Pre-training of a mask head needs it.
+        segmentation: Of masks: sigma of the blur, scale and smallest size in pixels of the segments.
+        min_inside: Of masks: share of a segment that lies in the box at least.
         workers: Processes; by default one a core.
         shard_size: Images a Parquet file, which is also what a stopped run loses at most for each process.
-        annotations: COCO JSON of the objects in these images, to measure how many the boxes find.
+        annotations: COCO JSON of the objects in these images, to measure how many the boxes find, and how
+            well the masks fit if it has masks.
         strict: A broken image is an error; by default it is skipped, counted and named.
         overwrite: Throw away what output holds.
 
     Returns:
-        Counts, skipped images with the reason, and recall if annotations were given.
+        Counts, skipped images with the reason, and if annotations were given, recall and fit of the masks.
 
     Raises:
         ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
@@ -102,6 +123,8 @@ def propose(
         "images": len(names),
         "image_list": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
+    if masks:
+        parameters |= {"masks": True, "segmentation": list(segmentation), "min_inside": min_inside}
     as_json = output.suffix == ".json"
     if as_json and output.exists() and not overwrite:
         raise ValueError(f"{output}: is there already; give --overwrite or another output")
@@ -117,6 +140,10 @@ def propose(
                 k: parameters[k]
                 for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")
             },
+            outlines=dict(zip(("sigma", "scale", "min_size"), segmentation, strict=True))
+            | {"min_inside": min_inside}
+            if masks
+            else None,
         )
         shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
         paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
@@ -136,7 +163,8 @@ def propose(
                     rows.append(row)
                     progress.update()
                 write_shard(path, rows)
-        rows = [row for path in paths for row in read_shard(path)]
+        reread = masks and (as_json or annotations is not None)
+        rows = [row for path in paths for row in read_shard(path, masks=reread)]
         summary = _summarise(output, rows, images, annotations)
         if as_json:
             write_coco(output, rows)
@@ -148,6 +176,7 @@ def propose(
                 "boxes": summary.boxes,
                 "skipped": summary.skipped,
                 "recall": summary.recall,
+                "mask_iou": summary.mask_iou,
             }
             _write_manifest(folder, parameters, "complete", counts)
     if as_json:
@@ -169,7 +198,13 @@ def _one_thread() -> None:
 
 
 def _propose_image(
-    folder: Path, name: str, *, mode: Mode, resolution: int | None, filters: dict[str, Any]
+    folder: Path,
+    name: str,
+    *,
+    mode: Mode,
+    resolution: int | None,
+    filters: dict[str, Any],
+    outlines: dict[str, Any] | None,
 ) -> ImageProposals:
     try:
         image = read_image(folder / name).permute(1, 2, 0).numpy()
@@ -177,7 +212,11 @@ def _propose_image(
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
     height, width = image.shape[:2]
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
-    return ImageProposals(name, width, height, filter_boxes(boxes, width, height, **filters))
+    boxes = filter_boxes(boxes, width, height, **filters)
+    masks = None
+    if outlines is not None:
+        masks = encode(pseudo_masks(image, boxes, resolution=resolution, **outlines)).counts
+    return ImageProposals(name, width, height, boxes, None, masks)
 
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
@@ -188,12 +227,12 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
             path.unlink()
     elif manifest.is_file():
         before = json.loads(manifest.read_text())["parameters"]
-        changed = next((key for key in parameters if before.get(key) != parameters[key]), None)
+        changed = next((key for key in before | parameters if before.get(key) != parameters.get(key)), None)
         if changed == "image_list" or changed == "images":
             raise ValueError(f"{folder}: was made of other images; give --overwrite or another output")
         if changed:
             raise ValueError(
-                f"{folder}: was made with {changed}={before.get(changed)!r}, now {parameters[changed]!r};"
+                f"{folder}: was made with {changed}={before.get(changed)!r}, now {parameters.get(changed)!r};"
                 " give the former, --overwrite, or another output"
             )
         return
@@ -214,22 +253,36 @@ def _summarise(
 ) -> ProposeSummary:
     rows = list(rows)
     skipped = {row.file_name: row.skipped for row in rows if row.skipped is not None}
-    kept = {row.file_name: row.boxes for row in rows if row.skipped is None}
-    recall = None
+    kept = {row.file_name: row for row in rows if row.skipped is None}
+    recall, mask_iou = None, None
     if annotations is not None:
-        coco = read_coco(annotations, images)
-        covered = [
-            best_overlaps(kept[name], boxes[~crowd])
-            for name, boxes, crowd in zip(coco.file_names, coco.boxes, coco.iscrowd, strict=True)
-            if name in kept
-        ]
-        overlaps = np.concatenate([np.zeros(0, np.float32), *covered])
-        if not len(overlaps):
+        found, fitted = _measure(kept, read_coco(annotations, images, masks=None))
+        if not len(found):
             raise ValueError(f"{annotations}: has no object in the images of {images}")
-        at = {f"recall{round(100 * t)}": float((overlaps >= t).mean()) for t in (0.5, 0.7)}
-        recall = {**at, "AR": float(np.mean([(overlaps >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
-    counts = [len(boxes) for boxes in kept.values()]
-    return ProposeSummary(output, len(kept), skipped, sum(counts), counts.count(0), recall)
+        at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}
+        recall = {**at, "AR": float(np.mean([(found >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
+        mask_iou = float(fitted.mean()) if len(fitted) else None
+    counts = [len(row.boxes) for row in kept.values()]
+    return ProposeSummary(output, len(kept), skipped, sum(counts), counts.count(0), recall, mask_iou)
+
+
+def _measure(
+    kept: dict[str, ImageProposals], coco: CocoDataset
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """IoU of every object with its best box, and of the masks of objects whose box is found at IoU 0.7."""
+    found, fitted = [np.zeros(0, np.float32)], [np.zeros(0)]
+    for index, name in enumerate(coco.file_names):
+        if name not in kept:
+            continue
+        row, objects = kept[name], np.flatnonzero(~coco.iscrowd[index])
+        overlap, best = best_proposals(row.boxes, coco.boxes[index][objects])
+        found.append(overlap)
+        same_size = coco.sizes[index].tolist() == [row.width, row.height]
+        if coco.masks is not None and row.masks is not None and same_size:
+            sure = overlap >= 0.7
+            true = [coco.masks[index][i] for i in objects[sure].tolist()]
+            fitted.append(overlaps(whole_masks(row, best[sure]), EncodedMasks(row.height, row.width, true)))
+    return np.concatenate(found), np.concatenate(fitted)
 
 
 def _print(summary: ProposeSummary) -> None:
@@ -246,4 +299,6 @@ def _lines(summary: ProposeSummary) -> Iterator[str]:
         yield f"{len(summary.skipped)} images skipped"
     if summary.recall:
         yield "objects found: " + ", ".join(f"{name} {value:.3f}" for name, value in summary.recall.items())
+    if summary.mask_iou is not None:
+        yield f"masks of objects found at IoU 0.7: mean IoU {summary.mask_iou:.3f}"
     yield f"proposals: {summary.output}"

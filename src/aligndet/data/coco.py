@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligndet.data.images import ImageError, read_image
+from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
 from aligndet.proposals.storage import safe_name
 
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
@@ -46,6 +47,7 @@ class CocoDataset:
     iscrowd: list[npt.NDArray[np.bool_]]  # (n,)
     areas: list[npt.NDArray[np.float32]]  # (n,) of the masks if there are any, else of the boxes
     warnings: tuple[str, ...]  # what was dropped or clipped, by name
+    masks: list[list[bytes]] | None = None  # (n,) compressed run lengths of each image, if asked for
 
     def __len__(self) -> int:
         """Number of images."""
@@ -57,7 +59,8 @@ class CocoDataset:
         Args:
             indices: Of the images to keep.
         """
-        lists = ("file_names", "image_ids", "boxes", "labels", "iscrowd", "areas")
+        lists = ["file_names", "image_ids", "boxes", "labels", "iscrowd", "areas"]
+        lists += ["masks"] if self.masks is not None else []
         chosen: dict[str, Any] = {name: [getattr(self, name)[i] for i in indices] for name in lists}
         return replace(self, sizes=self.sizes[list(indices)], **chosen)
 
@@ -68,28 +71,35 @@ def read_coco(
     *,
     strict: bool = False,
     categories: Sequence[Category] | None = None,
+    masks: bool | None = False,
 ) -> CocoDataset:
     """Reads and checks a COCO JSON.
 
-    An image whose file is missing and a box of no size or not finite are left out, a box that reaches beyond
-    its image is clipped; each is counted and named in ``warnings``, and the first ones are printed.
+    An image whose file is missing, a box of no size or not finite, and an object whose mask (if asked for) is
+    malformed, of another size or empty are left out, a box that reaches beyond its image is clipped; each is
+    counted and named in ``warnings``, and the first ones are printed.
 
     Args:
         annotations: The JSON.
         images: Folder of the images; by default a folder named like the JSON, "images", or the JSON's own.
         strict: Make every warning an error.
         categories: What the categories have to be (those of the training images).
+        masks: Read masks, too; None: if every object has one.
 
     Raises:
         ValueError: If the file is no COCO JSON, contradicts itself (an id twice, an unknown image or
-            category), holds other categories, or none of its images is there; the message names the file and
-            the value.
+            category), holds other categories, lacks a mask, or none of its images is there; the message names
+            the file and the value.
     """
     document = _load(annotations)
     folder = images if images is not None else _guess_folder(annotations)
     found = _categories(annotations, document, categories)
     label = {category.id: position + 1 for position, category in enumerate(found)}
     warnings: list[str] = []
+    without_mask = next((a["id"] for a in document["annotations"] if not a.get("segmentation")), None)
+    if masks and without_mask is not None:
+        raise ValueError(f"{annotations}: annotation {without_mask} has no mask (segmentation)")
+    masks = masks is not False and without_mask is None
 
     entries: dict[int, dict[str, Any]] = {}
     for image in document["images"]:
@@ -99,7 +109,7 @@ def read_coco(
         if not (1 <= width < 2**31 and 1 <= height < 2**31):
             raise ValueError(f"{annotations}: image {image['file_name']} has the size {width}x{height}")
         entries[image["id"]] = image
-    rows: dict[int, list[tuple[list[float], int, bool, float]]] = {key: [] for key in entries}
+    rows: dict[int, list[tuple[list[float], int, bool, float, bytes]]] = {key: [] for key in entries}
     seen: set[Any] = set()
     for annotation in document["annotations"]:
         key = annotation["id"]
@@ -116,12 +126,16 @@ def read_coco(
             )
         image = entries[annotation["image_id"]]
         box, note = _box(annotation["bbox"], image["width"], image["height"])
+        mask: bytes | None = b""
+        if box is not None and masks:
+            mask, flaw = _mask(annotation["segmentation"], int(image["width"]), int(image["height"]))
+            note = flaw or note
         if note:
             warnings.append(f"annotation {key} of {image['file_name']}: {note}")
-        if box is not None:
+        if box is not None and mask is not None:
             area = _area(annotation.get("area"), box)
             rows[image["id"]].append(
-                (box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area)
+                (box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area, mask)
             )
 
     present = []
@@ -149,6 +163,7 @@ def read_coco(
         [np.array([row[2] for row in rows[key]], np.bool_) for key in present],
         [np.array([row[3] for row in rows[key]], np.float32) for key in present],
         tuple(warnings),
+        [[row[4] for row in rows[key]] for key in present] if masks else None,
     )
 
 
@@ -168,8 +183,9 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.coco)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,) and
-        image_id (); raises ImageError if the image is broken or not of the size that its boxes refer to.
+        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,), image_id ()
+        and, if the data set has them, masks (n, H, W) uint8; raises ImageError if the image is broken or not
+        of the size that its boxes refer to.
         """
         coco = self.coco
         path = coco.folder / coco.file_names[index]
@@ -181,13 +197,17 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f" but its boxes are of {annotated[0]}x{annotated[1]}"
             )
         kept = np.ones(len(coco.labels[index]), np.bool_) if self.crowds else ~coco.iscrowd[index]
-        return image, {
+        target = {
             "boxes": torch.from_numpy(coco.boxes[index][kept]),
             "labels": torch.from_numpy(coco.labels[index][kept]),
             "iscrowd": torch.from_numpy(coco.iscrowd[index][kept]).long(),
             "area": torch.from_numpy(coco.areas[index][kept]),
             "image_id": torch.tensor(coco.image_ids[index]),
         }
+        if coco.masks is not None:
+            chosen = [coco.masks[index][i] for i in np.flatnonzero(kept).tolist()]
+            target["masks"] = torch.from_numpy(decode(EncodedMasks(found[1], found[0], chosen)))
+        return image, target
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -259,3 +279,14 @@ def _box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | 
         return None, f"dropped the box {[x, y, w, h]} (xywh), which is outside of the {width}x{height} image"
     beyond = max(-x, -y, x + w - width, y + h - height)
     return box, f"clipped the box {[x, y, w, h]} (xywh) to the {width}x{height} image" if beyond > 1 else None
+
+
+def _mask(segmentation: Any, width: int, height: int) -> tuple[bytes | None, str | None]:
+    """Compressed run lengths, with a note of what was wrong."""
+    try:
+        counts = read_segmentation(segmentation, width, height)
+    except ValueError as error:
+        return None, f"dropped: it {error}"
+    if not areas(EncodedMasks(height, width, [counts]))[0]:
+        return None, "dropped: its mask has no pixel"
+    return counts, None

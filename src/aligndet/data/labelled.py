@@ -19,13 +19,14 @@ Readable: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class Labelled(NamedTuple):
-    """An image with its boxes."""
+    """An image with its boxes, and masks if known."""
 
     image: Tensor  # (3, H, W) uint8
     boxes: Tensor  # (N, 4) xyxy pixels
     labels: Tensor  # (N,) int64, from 1
     file_name: str
     skipped: tuple[str, ...]  # messages about broken images that this one replaces
+    masks: Tensor | None = None  # (N, H, W) uint8, 0 or 1, if the data set has them
 
 
 class LabelledDataset(Dataset[Labelled]):
@@ -62,19 +63,24 @@ class LabelledDataset(Dataset[Labelled]):
                     raise
                 skipped.append(str(error))
                 continue
-            size = tuple(image.shape[1:])
-            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+            objects = {
+                "boxes": tv_tensors.BoundingBoxes(
+                    target["boxes"], format="XYXY", canvas_size=tuple(image.shape[1:])
+                ),
+                "labels": target["labels"],
+            }
+            if "masks" in target:
+                objects["masks"] = tv_tensors.Mask(target["masks"])
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                image, target = self.augment(
-                    tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]}
-                )
+                image, objects = self.augment(tv_tensors.Image(image), objects)
             return Labelled(
                 image.as_subclass(Tensor),
-                target["boxes"].as_subclass(Tensor),
-                target["labels"],
+                objects["boxes"].as_subclass(Tensor),
+                objects["labels"],
                 self.file_names[position],
                 tuple(skipped),
+                objects["masks"].as_subclass(Tensor) if "masks" in objects else None,
             )
         raise ImageError(f"none of the {len(self)} images can be read; the first: {skipped[0]}")
 

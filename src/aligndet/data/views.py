@@ -104,7 +104,7 @@ class TwoViewDataset(Dataset[TwoViews]):
 
         Args:
             images: Folder that the table's file names are relative to.
-            table: The proposals.
+            table: The proposals; views have masks if it has.
             min_size: Range of the views' short side.
             max_size: Bound of the views' long side.
             max_proposals: Most proposals of an image in a step.
@@ -139,19 +139,31 @@ class TwoViewDataset(Dataset[TwoViews]):
 
     def _views(self, image: Tensor, index: int, skipped: tuple[str, ...]) -> TwoViews:
         boxes = torch.from_numpy(self.table.boxes_of(index).copy())  # (N, 4), in rank order
-        if len(boxes) > self.max_proposals:
-            chosen = torch.arange(len(boxes)) if self.top_proposals else torch.randperm(len(boxes))
-            boxes = boxes[chosen[: self.max_proposals]]
+        chosen = torch.arange(len(boxes))
+        if len(boxes) > self.max_proposals and not self.top_proposals:
+            chosen = torch.randperm(len(boxes))
+        chosen = chosen[: self.max_proposals]
+        masks = None
+        if self.table.masks is not None:
+            masks = torch.from_numpy(self.table.masks_of(index, chosen.numpy()))
         # the table knows the image's size from when the proposals were made
         width, height = self.table.sizes[index].tolist()
         scale = torch.tensor([image.shape[2] / width, image.shape[1] / height]).repeat(2)
-        online, momentum = (self._view(image, boxes * scale) for _ in range(2))
+        online, momentum = (self._view(image, boxes[chosen] * scale, masks) for _ in range(2))
         return TwoViews(online, momentum, self.table.file_names[index], skipped)
 
-    def _view(self, image: Tensor, boxes: Tensor) -> View:
-        tracked = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[1:]))
-        image, tracked = self.augment(tv_tensors.Image(image), tracked)
-        return View(image.as_subclass(Tensor), tracked.as_subclass(Tensor))
+    def _view(self, image: Tensor, boxes: Tensor, masks: Tensor | None) -> View:
+        height, width = image.shape[1:]
+        # a box of the left half that goes the image's way, to tell whether it was flipped
+        left = torch.tensor([0.0, 0.0, width / 2, height])
+        tracked, left = (
+            tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=(height, width))
+            for b in (boxes, left[None])
+        )
+        image, tracked, left = self.augment(tv_tensors.Image(image), tracked, left)
+        if masks is not None and left[0, 0] > 0:
+            masks = masks.flip(-1)
+        return View(image.as_subclass(Tensor), tracked.as_subclass(Tensor), masks)
 
 
 def collate(items: Sequence[TwoViews]) -> list[TwoViews]:

@@ -98,6 +98,18 @@ def build_detector(
     )
 
 
+def predicts_masks(detector: str) -> bool:
+    """Tells whether a detector finds masks as well as boxes.
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If the detector is unknown.
+    """
+    return getattr(_family(detector), "masks", False)
+
+
 def _family(detector: str) -> Any:
     if detector not in DETECTORS:
         raise ValueError(f"unknown detector {detector!r}; there are: {', '.join(DETECTORS)}")

@@ -1,4 +1,4 @@
-"""COCO's twelve figures and average precision by class."""
+"""COCO's twelve figures and average precision by class, of boxes and of masks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from aligndet.data.coco import Category
+from aligndet.evaluation.inference import binary_masks
 
 FIGURES = {
     "AP": "map",
@@ -35,43 +36,52 @@ FIGURES = {
 class CocoResult:
     """The figures in 0..1; nan where the data have no object of that size or class."""
 
-    figures: dict[str, float]
+    figures: dict[str, float]  # of boxes: AP, AP50, ...; and if masks were measured, mask_AP, mask_AP50, ...
     ap_by_class: dict[str, float]
     images: int
+    mask_ap_by_class: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, what JSON can hold; nan becomes None."""
-        by_class = {name: _known(value) for name, value in self.ap_by_class.items()}
-        return {
-            **{k: _known(v) for k, v in self.figures.items()},
-            "AP_by_class": by_class,
-            "images": self.images,
-        }
+        result: dict[str, Any] = _known(self.figures)
+        result["AP_by_class"] = _known(self.ap_by_class)
+        if self.mask_ap_by_class is not None:
+            result["mask_AP_by_class"] = _known(self.mask_ap_by_class)
+        return {**result, "images": self.images}
 
     def table(self) -> str:
         """The figures in percent, as text."""
-        lines = ["  ".join(f"{name:>5}" for name in self.figures)]
-        lines.append("  ".join(f"{100 * value:5.1f}" for value in self.figures.values()))
+        kinds = {"": self.ap_by_class}
+        if self.mask_ap_by_class is not None:
+            kinds["mask_"] = self.mask_ap_by_class
+        lines = ["  ".join(f"{name:>5}" for name in FIGURES)]
+        for kind in kinds:
+            values = [self.figures[kind + name] for name in FIGURES]
+            label = f"  {'masks' if kind else 'boxes'}" if len(kinds) > 1 else ""
+            lines.append("  ".join(f"{100 * value:5.1f}" for value in values) + label)
         width = max(map(len, self.ap_by_class), default=0)
-        lines += ["", "AP by class"]
-        lines += [f"  {name:<{width}}  {100 * value:5.1f}" for name, value in self.ap_by_class.items()]
+        lines += ["", "AP by class" + " (boxes, masks)" * (len(kinds) > 1)]
+        for name in self.ap_by_class:
+            values = [by_class[name] for by_class in kinds.values()]
+            lines.append(f"  {name:<{width}}" + "".join(f"  {100 * value:5.1f}" for value in values))
         return "\n".join(lines)
 
 
 class CocoEvaluator:
     """Collects predictions and targets in torchvision's form; the sums are faster-coco-eval's."""
 
-    def __init__(self, categories: Sequence[Category]) -> None:
+    def __init__(self, categories: Sequence[Category], *, masks: bool = False) -> None:
         """Starts empty.
 
         Args:
             categories: In label order.
+            masks: Measure masks as well as boxes.
         """
-        self.categories = tuple(categories)
+        self.categories, self.masks = tuple(categories), masks
         self.images = 0
         # every process sees all validation images: nothing to gather
         self._metric = MeanAveragePrecision(
-            iou_type="bbox",
+            iou_type=("bbox", "segm") if masks else "bbox",
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),  # torchmetrics' own are rounded to float32
             class_metrics=True,
@@ -84,13 +94,17 @@ class CocoEvaluator:
         """Adds images.
 
         Args:
-            predictions: Boxes (n, 4) xyxy pixels, labels (n,), scores (n,) of each.
-            targets: Boxes, labels, and if known iscrowd and area of each.
+            predictions: Boxes (n, 4) xyxy pixels, labels (n,), scores (n,) of each, and masks in a form of
+                `binary_masks` if they are measured.
+            targets: Boxes, labels, and if known iscrowd and area of each, and masks (n, H, W) if they are
+                measured.
         """
-        keys = ("boxes", "labels", "scores")
+        found = [{key: p[key].detach().cpu() for key in ("boxes", "labels", "scores")} for p in predictions]
+        if self.masks:
+            for item, prediction in zip(found, predictions, strict=True):
+                item["masks"] = binary_masks(prediction["masks"].detach()).cpu()
         self._metric.update(
-            [{key: prediction[key].detach().cpu() for key in keys} for prediction in predictions],
-            [{k: v.detach().cpu() for k, v in target.items() if k != "image_id"} for target in targets],
+            found, [{k: v.detach().cpu() for k, v in target.items() if k != "image_id"} for target in targets]
         )
         self.images += len(predictions)
 
@@ -103,15 +117,23 @@ class CocoEvaluator:
         if self.images == 0:
             raise ValueError("no image was evaluated")
         result = self._metric.compute()
-        figures = {name: _figure(result[key]) for name, key in FIGURES.items()}
-        by_label = dict(
-            zip(result["classes"].flatten().tolist(), result["map_per_class"].flatten().tolist(), strict=True)
+        if not self.masks:
+            return CocoResult(_figures(result, "", ""), self._by_class(result, ""), self.images)
+        return CocoResult(
+            _figures(result, "bbox_", "") | _figures(result, "segm_", "mask_"),
+            self._by_class(result, "bbox_"),
+            self.images,
+            self._by_class(result, "segm_"),
         )
-        by_class = {
-            name: _figure(torch.tensor(by_label.get(position + 1, -1.0)))
+
+    def _by_class(self, result: dict[str, Tensor], prefix: str) -> dict[str, float]:
+        values = result[f"{prefix}map_per_class"].flatten()
+        by_label = dict(zip(result["classes"].flatten().tolist(), values, strict=True))
+        nothing = torch.tensor(-1.0)
+        return {
+            name: _figure(by_label.get(position + 1, nothing))
             for position, name in enumerate(_distinct_names(self.categories))
         }
-        return CocoResult(figures, by_class, self.images)
 
     def reset(self) -> None:
         """Starts anew."""
@@ -125,9 +147,13 @@ def _distinct_names(categories: Sequence[Category]) -> list[str]:
     return [c.name if uses[c.name] == 1 else f"{c.name} ({c.id})" for c in categories]
 
 
+def _figures(result: dict[str, Tensor], prefix: str, name: str) -> dict[str, float]:
+    return {name + ours: _figure(result[prefix + theirs]) for ours, theirs in FIGURES.items()}
+
+
 def _figure(value: Tensor) -> float:
     return float(value) if float(value) >= 0 else float("nan")  # -1 stands for "nothing to measure"
 
 
-def _known(value: float) -> float | None:
-    return None if value != value else value
+def _known(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if value != value else value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""Boxes drawn over images, by supervision."""
+"""Boxes and masks drawn over images, by supervision."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def draw_detections(
     class_names: Sequence[str],
     score: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
-    """Draws boxes with class and score.
+    """Draws boxes with class and score, and masks if there are any.
 
     Args:
         image: (H, W, 3) RGB.
-        prediction: Boxes (n, 4) xyxy pixels, labels (n,) from 1, and scores (n,).
+        prediction: Boxes (n, 4) xyxy pixels, labels (n,) from 1, scores (n,), and masks (n, H, W) bool
+            if known.
         class_names: In label order.
         score: Boxes below are left out.
 
@@ -31,9 +32,11 @@ def draw_detections(
     if not kept.any():
         return image.copy()
     classes, scores = prediction["labels"][kept].numpy() - 1, prediction["scores"][kept].numpy()
-    detections = sv.Detections(prediction["boxes"][kept].numpy(), class_id=classes, confidence=scores)
+    masks = prediction["masks"][kept].numpy() if "masks" in prediction else None
+    detections = sv.Detections(prediction["boxes"][kept].numpy(), masks, scores, classes)
     texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
     wide = max(image.shape[:2])
-    picture = sv.BoxAnnotator(thickness=max(1, wide // 300)).annotate(image[:, :, ::-1].copy(), detections)
+    picture = sv.MaskAnnotator().annotate(image[:, :, ::-1].copy(), detections)  # none: nothing
+    picture = sv.BoxAnnotator(thickness=max(1, wide // 300)).annotate(picture, detections)
     labels = sv.LabelAnnotator(text_scale=max(0.3, wide / 1500), text_padding=2, smart_position=True)
     return labels.annotate(picture, detections, labels=texts)[:, :, ::-1]

@@ -41,7 +41,8 @@ def predict_images(
         batch_size: Images at a time.
 
     Yields:
-        Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), on the CPU.
+        Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), and if the detector finds them,
+        masks (n, H, W) bool, on the CPU.
 
     Raises:
         ValueError: If batch_size is less than 1.
@@ -54,4 +55,18 @@ def predict_images(
         with torch.inference_mode():
             predictions = detector([image.to(device).float() / 255 for image in batch])
         for prediction in predictions:
+            if "masks" in prediction:  # as bool they take a quarter of the memory
+                prediction["masks"] = binary_masks(prediction["masks"])
             yield {name: value.cpu() for name, value in prediction.items()}
+
+
+def binary_masks(masks: Tensor) -> Tensor:
+    """Decides pixel by pixel.
+
+    Args:
+        masks: (n, 1, H, W) probabilities, torchvision's form, or (n, H, W) bool, which stays.
+
+    Returns:
+        (n, H, W) bool.
+    """
+    return masks.flatten(0, -3) > 0.5

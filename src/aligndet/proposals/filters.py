@@ -45,9 +45,9 @@ def filter_boxes(
     return kept[order.numpy()[:max_proposals]]
 
 
-def best_overlaps(
+def best_proposals(
     proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """How well each object is covered by its best proposal.
 
     Args:
@@ -55,9 +55,10 @@ def best_overlaps(
         objects: (M, 4) xyxy pixels.
 
     Returns:
-        (M,) intersection over union, 0 where there is no proposal.
+        Intersection over union (M,), 0 where there is no proposal, and the proposal's position (M,).
     """
     if not len(proposals) or not len(objects):
-        return np.zeros(len(objects), np.float32)
+        return np.zeros(len(objects), np.float32), np.zeros(len(objects), np.int64)
     overlaps = box_iou(torch.from_numpy(objects).float(), torch.from_numpy(proposals).float())
-    return overlaps.max(dim=1).values.numpy()
+    best = overlaps.max(dim=1)
+    return best.values.numpy(), best.indices.numpy()

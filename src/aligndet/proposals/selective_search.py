@@ -28,10 +28,7 @@ def selective_search(
         (N, 4) xyxy pixels of the image, best first, as OpenCV ranks them.
     """
     height, width = image.shape[:2]
-    scale = min(1.0, resolution / max(height, width)) if resolution else 1.0
-    if scale < 1.0:
-        size = (max(8, round(width * scale)), max(8, round(height * scale)))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+    image = shrink(image, resolution)
     _C_LIBRARY.srand(0)  # OpenCV ranks by chance, with C's rand(); the same image shall give the same order
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
@@ -42,3 +39,21 @@ def selective_search(
     boxes = np.asarray(search.process(), np.float32).reshape(-1, 4)  # xywh
     boxes[:, 2:] += boxes[:, :2]
     return boxes * np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
+
+
+def shrink(image: npt.NDArray[np.uint8], resolution: int | None) -> npt.NDArray[np.uint8]:
+    """Scales a large image down.
+
+    Args:
+        image: (H, W, 3).
+        resolution: Longest side at most; None: any.
+
+    Returns:
+        (h, w, 3), the image itself if it is small enough.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, resolution / max(height, width)) if resolution else 1.0
+    if scale == 1.0:
+        return image
+    size = (max(8, round(width * scale)), max(8, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]

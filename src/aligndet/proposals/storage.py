@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -12,8 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from aligndet.data.files import atomic_write
+from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
+from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
 
 SCHEMA = pa.schema(
     [
@@ -22,6 +26,12 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("boxes", pa.list_(pa.float32())),  # flat xyxy pixels, in rank order
         ("skipped", pa.string()),  # why the image has no proposals, or null
+    ]
+)
+MASK_SCHEMA = pa.schema(
+    [
+        ("mask_side", pa.int32()),  # of the grid over its box that each mask is on
+        ("masks", pa.list_(pa.binary())),  # COCO's compressed run lengths, one a box
     ]
 )
 
@@ -34,6 +44,7 @@ class ImageProposals(NamedTuple):
     height: int
     boxes: npt.NDArray[np.float32]  # (N, 4) xyxy pixels, in rank order
     skipped: str | None = None
+    masks: Sequence[bytes] | None = None  # (N,) run lengths on the grid over each box, if known
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,9 @@ class ProposalTable:
     sizes: npt.NDArray[np.int32]  # (images, 2) width, height
     boxes: npt.NDArray[np.float32]  # (all boxes, 4) xyxy pixels, in rank order within an image
     offsets: npt.NDArray[np.int64]  # (images + 1,) into boxes
+    # run lengths of all masks (bytes,) uint8, and offsets (all boxes + 1,) into them; a tensor, because
+    # the processes of a loader share it instead of having a copy each
+    masks: tuple[Tensor, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -60,32 +74,55 @@ class ProposalTable:
         """
         return self.boxes[self.offsets[index] : self.offsets[index + 1]]
 
+    def masks_of(self, index: int, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Pseudo-masks of some boxes of an image, on the grid over each box.
+
+        Args:
+            index: Of the image.
+            chosen: (N,) positions among the image's boxes.
+
+        Returns:
+            (N, MASK_SIDE, MASK_SIDE), 0 or 1; all 0 where nothing is known.
+        """
+        assert self.masks is not None
+        runs, offsets = self.masks[0].numpy(), self.masks[1]
+        first = self.offsets[index] + chosen
+        bounds = zip(offsets[first].tolist(), offsets[first + 1].tolist(), strict=True)
+        return decode(EncodedMasks(MASK_SIDE, MASK_SIDE, [runs[a:b].tobytes() for a, b in bounds]))
+
     @classmethod
     def of(cls, rows: Iterable[ImageProposals]) -> ProposalTable:
         """Collects images.
 
         Args:
-            rows: One an image.
+            rows: One an image; their masks are kept if all have them.
         """
         rows = list(rows)
         boxes = [row.boxes.reshape(-1, 4).astype(np.float32) for row in rows]
-        return cls(
+        table = cls(
             [row.file_name for row in rows],
             np.array([(row.width, row.height) for row in rows], np.int32).reshape(-1, 2),
             np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
             np.cumsum([0, *(len(b) for b in boxes)], dtype=np.int64),
         )
+        counts = [mask for row in rows for mask in row.masks or ()]
+        if len(counts) < len(table.boxes):
+            return table
+        runs = torch.from_numpy(np.frombuffer(b"".join(counts), np.uint8).copy())
+        return replace(table, masks=(runs, np.cumsum([0, *map(len, counts)], dtype=np.int64)))
 
 
-def read_proposals(path: Path) -> ProposalTable:
+def read_proposals(path: Path, *, masks: bool = False) -> ProposalTable:
     """Reads the proposals of a data set.
 
     Args:
         path: A folder that `aligndet propose` has written, a Parquet file, or a COCO-style JSON (one
             category, ``bbox`` xywh) of any origin.
+        masks: Read their masks, too.
 
     Raises:
-        ValueError: If there are none, or the file is broken; the message names it.
+        ValueError: If there are none, they have no masks but shall, or the file is broken; the message names
+            it.
     """
     if path.is_dir():
         shards = sorted(path.glob("part-*.parquet"))
@@ -96,71 +133,93 @@ def read_proposals(path: Path) -> ProposalTable:
             raise ValueError(
                 f"{path}: these proposals are not complete; run the same `aligndet propose` again to finish"
             )
-        rows = [row for shard in shards for row in read_shard(shard)]
+        rows = [row for shard in shards for row in read_shard(shard, masks=masks)]
     elif not path.is_file():
         raise ValueError(f"{path}: no such file or folder of proposals")
     elif path.suffix == ".json":
-        rows = _read_coco(path)
+        rows = _read_coco(path, masks)
     else:
-        rows = read_shard(path)
+        rows = read_shard(path, masks=masks)
     kept = [row for row in rows if row.skipped is None]
     if not kept:
         raise ValueError(f"{path}: holds no image with proposals")
     names = {row.file_name for row in kept}
     if len(names) < len(kept):
         raise ValueError(f"{path}: holds an image twice")
-    return ProposalTable.of(kept)
+    table = ProposalTable.of(kept)
+    if masks and table.masks is None:
+        raise ValueError(f"{path}: its proposals have no masks; make them with `aligndet propose --masks`")
+    return table
 
 
-def read_shard(path: Path) -> list[ImageProposals]:
+def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
     """Reads one Parquet file.
 
     Args:
         path: Of the file.
+        masks: Read masks, too, if there are any.
 
     Raises:
         ValueError: If it is broken or lacks a column.
     """
+    schema = SCHEMA
     try:
-        columns = pq.read_table(path).cast(SCHEMA).to_pydict()
+        file = pq.ParquetFile(path)
+        if masks and "masks" in file.schema_arrow.names:
+            schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
+        rows = file.read(schema.names).select(schema.names).cast(schema).to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again"
         ) from error
-    rows = []
-    for name, width, height, flat, skipped in zip(*columns.values(), strict=True):
-        if len(flat) % 4:
-            raise ValueError(f"{path}: the boxes of {name} are not in fours")
-        boxes = (
-            clean(np.array(flat, np.float32).reshape(-1, 4), width, height)
-            if skipped is None
-            else np.zeros((0, 4), np.float32)
-        )
-        rows.append(ImageProposals(safe_name(name, path), width, height, boxes, skipped))
-    return rows
+    return [_of_row(path, row) for row in rows]
+
+
+def _of_row(path: Path, row: dict[str, Any]) -> ImageProposals:
+    name, width, height = safe_name(row["file_name"], path), row["width"], row["height"]
+    if len(row["boxes"]) % 4:
+        raise ValueError(f"{path}: the boxes of {name} are not in fours")
+    boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
+    if row["skipped"] is not None:
+        return ImageProposals(name, width, height, boxes[:0], row["skipped"])
+    boxes, kept = _clip(boxes, width, height)
+    masks = row.get("masks")
+    if masks is not None:
+        if row["mask_side"] != MASK_SIDE or len(masks) != len(kept):
+            raise ValueError(
+                f"{path}: {name} has {len(kept)} boxes and {len(masks)} masks of side {row['mask_side']};"
+                f" there must be a mask of side {MASK_SIDE} for each box"
+            )
+        masks = [mask for mask, is_kept in zip(masks, kept.tolist(), strict=True) if is_kept]
+    return ImageProposals(name, width, height, boxes[kept], None, masks)
 
 
 def write_shard(path: Path, rows: Sequence[ImageProposals]) -> None:
-    """Writes one Parquet file, whole or not at all.
+    """Writes one Parquet file, whole or not at all; with masks if an image has them.
 
     Args:
         path: Of the file.
         rows: Its images.
     """
-    columns = {
+    columns: dict[str, list[Any]] = {
         "file_name": [row.file_name for row in rows],
         "width": [row.width for row in rows],
         "height": [row.height for row in rows],
         "boxes": [row.boxes.astype(np.float32).ravel() for row in rows],
         "skipped": [row.skipped for row in rows],
     }
+    schema = SCHEMA
+    if any(row.masks is not None for row in rows):
+        schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
+        columns["mask_side"] = [MASK_SIDE for _ in rows]
+        columns["masks"] = [row.masks for row in rows]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
     atomic_write(path, sink.getvalue().to_pybytes())
 
 
 def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:
-    """Writes COCO-style JSON: one category, ``bbox`` xywh, in rank order.
+    """Writes COCO-style JSON: one category, ``bbox`` xywh and ``segmentation`` if known, in rank order.
 
     Args:
         path: Of the file.
@@ -174,42 +233,70 @@ def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:
         images.append(
             {"id": len(images) + 1, "file_name": row.file_name, "width": row.width, "height": row.height}
         )
-        for x0, y0, x1, y1 in row.boxes.astype(float).tolist():
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
-            )
+        masks = [] if row.masks is None else whole_masks(row, np.arange(len(row.boxes))).segmentations()
+        for position, (x0, y0, x1, y1) in enumerate(row.boxes.astype(float).tolist()):
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": len(images),
+                "category_id": 1,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": 0,
+            }
+            if masks:
+                annotation["segmentation"] = masks[position]
+            annotations.append(annotation)
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "proposal"}]}
     atomic_write(path, json.dumps(document))
 
 
-def _read_coco(path: Path) -> list[ImageProposals]:
+def whole_masks(row: ImageProposals, chosen: npt.NDArray[np.int64]) -> EncodedMasks:
+    """Masks of some boxes at the size of their image.
+
+    Args:
+        row: An image with its masks.
+        chosen: (N,) positions among its boxes.
+    """
+    assert row.masks is not None
+    grids = decode(EncodedMasks(MASK_SIDE, MASK_SIDE, [row.masks[i] for i in chosen.tolist()]))
+    size = row.width, row.height
+    # one by one: all of a large image's masks together can be larger than the memory
+    masks = (on_image(grid, box, *size) for grid, box in zip(grids, row.boxes[chosen], strict=True))
+    return EncodedMasks(row.height, row.width, [encode(mask[None]).counts[0] for mask in masks])
+
+
+def _read_coco(path: Path, masks: bool) -> list[ImageProposals]:
     try:
         document = json.loads(path.read_text())
         images = {image["id"]: image for image in document["images"]}
         if len(images) < len(document["images"]):
             raise ValueError("an image id occurs twice")
-        boxes: dict[Any, list[list[float]]] = {key: [] for key in images}
+        found: dict[Any, list[dict[str, Any]]] = {key: [] for key in images}
         for annotation in document["annotations"]:
-            x, y, width, height = annotation["bbox"]
-            boxes[annotation["image_id"]].append([x, y, x + width, y + height])
-        return [
-            ImageProposals(
-                safe_name(image["file_name"], path),
-                int(image["width"]),
-                int(image["height"]),
-                clean(np.array(boxes[key], np.float32).reshape(-1, 4), image["width"], image["height"]),
-            )
-            for key, image in images.items()
-        ]
+            found[annotation["image_id"]].append(annotation)
+        return [_of_coco(path, image, found[key], masks) for key, image in images.items()]
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no COCO-style proposals: {type(error).__name__}: {error}") from error
+        wanted = "proposals with masks" if masks else "proposals"
+        raise ValueError(f"{path}: no COCO-style {wanted}: {type(error).__name__}: {error}") from error
+
+
+def _of_coco(
+    path: Path, image: dict[str, Any], annotations: list[dict[str, Any]], masks: bool
+) -> ImageProposals:
+    name, width, height = safe_name(image["file_name"], path), int(image["width"]), int(image["height"])
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
+    boxes, kept = _clip(np.array(corners, np.float32).reshape(-1, 4), width, height)
+    counts = None
+    if masks:
+        grids = np.zeros((kept.sum(), MASK_SIDE, MASK_SIDE), np.uint8)
+        for row, index in enumerate(np.flatnonzero(kept).tolist()):
+            try:
+                runs = read_segmentation(annotations[index].get("segmentation"), width, height)
+            except ValueError as error:
+                raise ValueError(f"annotation {annotations[index].get('id')} {error}") from error
+            grids[row] = on_grid(decode(EncodedMasks(height, width, [runs]))[0], boxes[index])
+        counts = encode(grids).counts
+    return ImageProposals(name, width, height, boxes[kept], None, counts)
 
 
 def clean(boxes: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArray[np.float32]:
@@ -223,9 +310,17 @@ def clean(boxes: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArra
     Returns:
         (M, 4), M <= N, in the same order.
     """
-    boxes = boxes[np.isfinite(boxes).all(axis=1)]
-    boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
-    return boxes[((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)]
+    clipped, kept = _clip(boxes, width, height)
+    return clipped[kept]
+
+
+def _clip(
+    boxes: npt.NDArray[np.float32], width: int, height: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Boxes (N, 4) within the image, and which of them (N,) are of use."""
+    clipped = boxes.clip(0, np.array([width, height, width, height], np.float32))
+    large = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
+    return clipped, large & np.isfinite(boxes).all(axis=1)
 
 
 def safe_name(name: str, source: Path) -> str:

@@ -1,0 +1,127 @@
+"""Pseudo-masks of proposals: the coherent segments (Felzenszwalb and Huttenlocher, 2004) that a box holds.
+
+Selective search merges such segments into boxes; their union within a box is a first guess at the object's
+outline. A mask is kept on a grid over its box: it cannot reach beyond it, and no resizing of the image
+changes it.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from aligndet.proposals.selective_search import shrink
+
+MASK_SIDE = 56
+"""Cells of a mask's grid, across and down: twice what Mask R-CNN predicts."""
+
+Grids = npt.NDArray[np.uint8]  # (N, MASK_SIDE, MASK_SIDE), 0 or 1, over the box of each proposal
+
+
+def pseudo_masks(
+    image: npt.NDArray[np.uint8],
+    boxes: npt.NDArray[np.float32],
+    *,
+    resolution: int | None,
+    sigma: float,
+    scale: float,
+    min_size: int,
+    min_inside: float,
+) -> Grids:
+    """Guesses the outlines of proposals.
+
+    Args:
+        image: (H, W, 3) RGB.
+        boxes: (N, 4) xyxy pixels.
+        resolution: Longest side to run at, as for `selective_search`.
+        sigma: Of the Gaussian that smooths the image before it is segmented.
+        scale: Larger values make larger segments (k of the segmentation's paper).
+        min_size: Pixels of a segment at least.
+        min_inside: Share of a segment's pixels that a box holds if the segment belongs to its mask.
+
+    Returns:
+        (N, MASK_SIDE, MASK_SIDE), all 0 where a box holds no segment.
+    """
+    height, width = image.shape[:2]
+    image = shrink(image, resolution)
+    segmentation = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, scale, min_size)
+    segments = np.asarray(segmentation.processImage(np.ascontiguousarray(image[:, :, ::-1])), np.int32)
+    boxes = boxes * np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32)
+    inside = shares_inside(segments, np.rint(boxes).astype(np.int64)) >= min_inside
+    below = segments[_cells(boxes, *segments.shape)]  # (N, MASK_SIDE, MASK_SIDE)
+    return inside[np.arange(len(boxes))[:, None, None], below].astype(np.uint8)
+
+
+def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """How much of each segment lies within each box.
+
+    Args:
+        segments: (H, W) numbers of segments, from 0 without a gap.
+        boxes: (N, 4) xyxy, whole pixels.
+
+    Returns:
+        (N, segments) shares of the segments' pixels.
+    """
+    flat, width = segments.ravel(), segments.shape[1]
+    # horizontal runs of one segment: some dozens a row, where pixels are hundreds
+    starts = np.ones(segments.shape, np.bool_)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = np.flatnonzero(starts)
+    length = np.diff(start, append=flat.size)
+    order = np.argsort(flat[start], kind="stable")  # the runs of a segment one after another
+    start, length = start[order], length[order]
+    y, left = np.divmod(start, width)
+    x0, y0, x1, y1 = boxes.T[:, :, None]  # (N, 1) each, against (runs,)
+    overlap = (np.minimum(left + length, x1) - np.maximum(left, x0)).clip(0) * ((y >= y0) & (y < y1))
+    first = np.flatnonzero(np.diff(flat[start], prepend=-1))  # run of each segment
+    assert len(first) == flat.max() + 1
+    return np.add.reduceat(overlap, first, axis=1) / np.add.reduceat(length, first)
+
+
+def on_grid(mask: npt.NDArray[np.uint8], box: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Takes a mask from an image to the grid over its box.
+
+    Args:
+        mask: (H, W).
+        box: (4,) xyxy pixels.
+
+    Returns:
+        (MASK_SIDE, MASK_SIDE).
+    """
+    return mask[_cells(box[None], *mask.shape)][0]
+
+
+def on_image(
+    grid: npt.NDArray[np.uint8], box: npt.NDArray[np.float32], width: int, height: int
+) -> npt.NDArray[np.uint8]:
+    """Takes a mask from the grid over its box to an image.
+
+    Args:
+        grid: (MASK_SIDE, MASK_SIDE).
+        box: (4,) xyxy pixels.
+        width: Of the image.
+        height: Of the image.
+
+    Returns:
+        (H, W), 0 outside of the box: a pixel belongs to the box if its centre does.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    (left, top), (right, bottom) = np.ceil(box.reshape(2, 2) - 0.5).astype(int)
+    columns, rows = (
+        ((np.arange(*ends) + 0.5 - low) * (MASK_SIDE / (high - low))).astype(int)
+        for ends, low, high in (((left, right), box[0], box[2]), ((top, bottom), box[1], box[3]))
+    )
+    mask[top:bottom, left:right] = grid[rows[:, None], columns]
+    return mask
+
+
+def _cells(
+    boxes: npt.NDArray[np.float32], height: int, width: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The pixels below the centres of the cells: rows (N, MASK_SIDE, 1) and columns (N, 1, MASK_SIDE)."""
+    part = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
+    sides = boxes[:, 2:] - boxes[:, :2]
+    places = (boxes[:, :2, None] + sides[:, :, None] * part).astype(np.int64)  # (N, 2, MASK_SIDE) x and y
+    columns, rows = places[:, 0].clip(0, width - 1), places[:, 1].clip(0, height - 1)
+    return rows[:, :, None], columns[:, None, :]
