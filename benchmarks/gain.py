@@ -97,6 +97,7 @@ def cell(
                 **TRUNK,
                 **common,
             )
+    regions = {"box_batch_size_per_image": args.regions}  # torchvision's 512 are for images of 800 pixels
     run = folder / f"finetune_{arm}_{steps if init_from else 0}_seed{seed}_lr{rate:g}-{args.batch_norm}"
     result = run / "result.json"
     if not result.is_file():
@@ -112,6 +113,7 @@ def cell(
                 learning_rate=rate,
                 min_size=(192, 256),
                 batch_norm=args.batch_norm,
+                options=regions if "rcnn" in detector or detector == "htc" else None,
                 weight_decay=0.05,
                 checkpoint_every=50,
                 resume=run.is_dir(),
@@ -164,13 +166,15 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.996, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
+    parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / "proposals").exists():
-        propose(args.data / "train", output=args.output / "proposals", annotations=args.data / "train.json")
+        annotations = args.data / "train.json"
+        propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
     for seed, detector, arm in itertools.product(args.seeds, args.detectors, args.arms):
         for steps, rate in itertools.product(args.pretrain_steps, args.learning_rates):
             figures = cell(args, detector, arm, steps, seed, rate)

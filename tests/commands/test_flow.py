@@ -202,6 +202,15 @@ def test_values_that_make_no_sense(
         )
 
 
+def test_options_of_the_detector_are_kept_with_it(sample: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 1, "output": tmp_path / "run", "detector": "faster_rcnn"}
+    tuned = aligndet.finetune(sample / "train.json", **settings, options={"box_detections_per_img": 3})
+    detector: Any = aligndet.load_detector(tuned)[0]
+    assert detector.roi_heads.detections_per_img == 3
+    with pytest.raises(ValueError, match=r"no option 'colour'; there are: .*box_nms_thresh"):
+        aligndet.finetune(sample / "train.json", **settings, options={"colour": 1}, overwrite=True)
+
+
 def test_proposals_of_other_images(proposals: Path, sample: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of its 12 images"):
         aligndet.pretrain(tmp_path, proposals=proposals, output=tmp_path / "run", **SMALL)

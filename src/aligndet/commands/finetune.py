@@ -48,6 +48,7 @@ def finetune(
     trunk: str = "resnet50",
     trunk_weights: str = "default",
     fpn_channels: int = 256,
+    options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (800, 800),
     max_size: int = 1333,
     schedule: Literal["12k", "90k", "1x", "2x", "3x", "4x"] = "12k",
@@ -94,6 +95,7 @@ def finetune(
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where
             init_from brings the trunk.
         fpn_channels: Width of the feature pyramid.
+        options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
         max_size: Bound of the long side.
@@ -145,6 +147,8 @@ def finetune(
         masks = predicts_masks(architecture["detector"])
         coco = read_coco(annotations, images, strict=strict, masks=masks)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
+        if options:
+            architecture["options"] = options
         model = build_detector(
             **architecture,
             trunk_weights="none" if "trunk" in init and state else trunk_weights,

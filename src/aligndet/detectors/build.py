@@ -44,10 +44,8 @@ def build_pretrainable(
         ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
     """
     family = _family(detector)
-    known = [p.name for p in signature(family).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options or {}) - set(known))
-    if unknown:
-        raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(known)}")
+    parameters = signature(family).parameters.values()
+    _check(detector, options, {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
     mean, std = normalisation(trunk)
     return family(
         family.backbone(trunk, trunk_weights, fpn_channels),
@@ -67,6 +65,7 @@ def build_detector(
     min_size: int = 800,
     max_size: int = 1333,
     resize_in_training: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Builds the plain detector of fine-tuning and prediction.
 
@@ -79,23 +78,30 @@ def build_detector(
         min_size: Images are resized to this short side for prediction.
         max_size: Bound of their long side.
         resize_in_training: False where the data loader has resized the images already.
+        options: Further arguments of torchvision's detector, such as ``box_batch_size_per_image``.
 
     Raises:
-        ValueError: If the detector or the trunk is unknown, or the weights do not fit.
+        ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     family = _family(detector)
     mean, std = normalisation(trunk)
-    return family.plain(
-        family.backbone(trunk, trunk_weights, fpn_channels),
-        num_classes + 1,
-        min_size=min_size,
-        max_size=max_size,
-        image_mean=list(mean),
-        image_std=list(std),
-        _skip_resize=not resize_in_training,
+    settings = {
+        "min_size": min_size,
+        "max_size": max_size,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "_skip_resize": not resize_in_training,
+        **(options or {}),
+    }
+    model: nn.Module = family.plain(
+        family.backbone(trunk, trunk_weights, fpn_channels), num_classes + 1, **settings
     )
+    # torchvision's constructors swallow what they do not know
+    known = {name for ancestor in type(model).__mro__[:-1] for name in signature(ancestor).parameters}
+    _check(detector, options, known)
+    return model
 
 
 def predicts_masks(detector: str) -> bool:
@@ -108,6 +114,12 @@ def predicts_masks(detector: str) -> bool:
         ValueError: If the detector is unknown.
     """
     return getattr(_family(detector), "masks", False)
+
+
+def _check(detector: str, options: dict[str, Any] | None, known: set[str]) -> None:
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
 
 
 def _family(detector: str) -> Any:

@@ -170,7 +170,7 @@ class FcosPretraining(_DensePretraining):
         torchvision's way.
         """
         # torchvision reports boxes above 0.2 only, fit for pictures; average precision wants the tail as well
-        return FCOS(backbone, num_classes, score_thresh=0.05, **transform)
+        return FCOS(backbone, num_classes, **{"score_thresh": 0.05, **transform})
 
 
 class RetinaNetPretraining(_DensePretraining):
