@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,3 +105,18 @@ def test_masks_are_a_parameter_like_others(images: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"min_inside=0\.9, now 0\.5"):
         propose(images, output=tmp_path / "masks", workers=1, masks=True, min_inside=0.5)
     propose(images, output=tmp_path / "masks", workers=1, masks=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_inside": 90}, "min_inside must be a share from 0 to 1, not 90"),
+        ({"segmentation": (-1.0, 150.0, 50)}, "segmentation must be sigma, scale and smallest size"),
+    ],
+)
+def test_settings_of_masks_that_make_no_sense(
+    changes: Any, message: str, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        propose(images, output=tmp_path / "out", workers=1, masks=True, **changes)
+    assert not (tmp_path / "out").exists()
