@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,8 +28,15 @@ def curve(run: Path) -> list[float]:
         return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
 
 
-def test_two_processes(sample: Path, proposals: Path, tmp_path: Path) -> None:
-    command = ["pretrain", str(sample / "train"), f"--proposals={proposals}", *SMALL]
+@pytest.mark.parametrize("detector", ["fcos", pytest.param("htc", marks=pytest.mark.slow)])
+def test_two_processes(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = [
+        "pretrain",
+        str(sample / "train"),
+        f"--proposals={proposals}",
+        f"--detector={detector}",
+        *SMALL,
+    ]
     # the contrast and the detector's normalisation are over a process's own boxes: what equals two processes
     # is two batches for one step of the optimizer, not one batch of twice the size
     finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")

@@ -71,10 +71,9 @@ class Finetuning(TrainingModule):
         if self.evaluator is not None:
             result = self.evaluator.compute()
             self.evaluator.reset()
-            figures = {name: float(result.to_dict()[name]) for name in ("AP", "AP50", "AP75")}
-            self.log_dict(
-                {f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=False
-            )
+            watched = ("AP", "AP50", "AP75", "mask_AP")
+            figures = {f"val/{name}": result.figures[name] for name in watched if name in result.figures}
+            self.log_dict(figures, prog_bar=True, sync_dist=False)
 
     def configure_optimizers(self) -> Any:
         """Optimizer with a smaller learning rate for the trunk, and the schedule."""

@@ -71,7 +71,10 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "faster_rcnn", "cascade_rcnn")]
+
+
+@pytest.mark.parametrize("detector", ["fcos", "mask_rcnn", *SLOW])
 def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
     command = [
         "pretrain",

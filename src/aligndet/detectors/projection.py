@@ -20,6 +20,9 @@ class ProjectionHead(nn.Module):
         self.hidden = nn.Linear(in_channels, in_channels)
         self.output = nn.Linear(in_channels, num_anchors * embedding_dim)
         self.num_anchors = num_anchors
+        # RetinaNet's towers start with features so small that random biases alone would make the embeddings
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, features: Tensor, anchors: Tensor | None = None) -> Tensor:
         """Projects box features.
