@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from aligndet.boxes import PretrainableDetector
-from aligndet.detectors.backbones import normalisation
+from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 
 DETECTORS: dict[str, Any] = {
@@ -23,6 +23,7 @@ def build_pretrainable(
     trunk: str,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     options: dict[str, Any] | None = None,
 ) -> PretrainableDetector:
     """Builds a detector for box-domain pre-training.
@@ -32,6 +33,7 @@ def build_pretrainable(
         trunk: As for `aligndet.detectors.backbones.build_backbone`.
         trunk_weights: Likewise.
         fpn_channels: Likewise.
+        fpn_norm: Likewise.
         options: Further arguments of the detector's adapter, such as ``embedding_dim``.
 
     Raises:
@@ -44,7 +46,7 @@ def build_pretrainable(
         raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(known)}")
     mean, std = normalisation(trunk)
     return family(
-        family.backbone(trunk, trunk_weights, fpn_channels),
+        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm),
         image_mean=list(mean),
         image_std=list(std),
         **(options or {}),
@@ -58,6 +60,7 @@ def build_detector(
     trunk: str,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     min_size: int = 800,
     max_size: int = 1333,
     resize_in_training: bool = True,
@@ -70,6 +73,7 @@ def build_detector(
         trunk: As for `aligndet.detectors.backbones.build_backbone`.
         trunk_weights: Likewise.
         fpn_channels: Likewise.
+        fpn_norm: Likewise.
         min_size: Images are resized to this short side for prediction.
         max_size: Bound of their long side.
         resize_in_training: False where the data loader has resized the images already.
@@ -82,7 +86,7 @@ def build_detector(
     family = _family(detector)
     mean, std = normalisation(trunk)
     return family.plain(
-        family.backbone(trunk, trunk_weights, fpn_channels),
+        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm),
         num_classes + 1,
         min_size=min_size,
         max_size=max_size,
