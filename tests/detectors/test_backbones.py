@@ -84,7 +84,8 @@ def test_any_image_size() -> None:
     assert [tuple(f.shape) for f in features] == [
         (1, c, 96 // s, 128 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
     ]
-    assert body.layers_3.blocks[1].shift_size == (3, 3)  # in detection even the last map has several windows
+    last: Any = body.get_submodule("layers_3.blocks.1")
+    assert last.shift_size == (3, 3)  # in detection even the last map has several windows
 
 
 def test_a_batch_norm_gives_the_pyramid_one_magnitude() -> None:

@@ -91,7 +91,7 @@ LAYOUTS: dict[str, tuple[Rule, ...]] = {
         (r"\bblock\.5\.", "mlp.fc2."),
         (r"\blayer_scale\b", "gamma"),
     ),
-    "OpenMMLab's ViT": ((r"\blayers\.(\d+)\.", r"blocks.\1."), (r"\bln([12])\.", r"norm\1."), *_MLP),
+    "OpenMMLab's ViT": (*_MLP, (r"\blayers\.(\d+)\.", r"blocks.\1."), (r"\bln([12])\.", r"norm\1.")),
     "torchvision's ViT": (
         (r"\bclass_token\b", "cls_token"),
         (r"\bencoder\.pos_embedding\b", "pos_embed"),
