@@ -49,7 +49,7 @@ def test_a_file_that_runs_code_is_refused(kind: Any, suffix: str, inside: str, t
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays_of_every_protocol(protocol: int, tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, Any] = {
         "float": np.arange(6, dtype=np.float32).reshape(2, 3),
         "half": np.ones(3, np.float16),
         "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
-from aligndet.data.coco import read_coco
+from aligndet.data.coco import CocoDetection, read_coco
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import PyramidNorm
@@ -170,7 +170,9 @@ def finetune(
             held_out = read_coco(val_annotations, val_images, strict=strict, categories=coco.categories)
             evaluator = CocoEvaluator(held_out.categories)
             validation = DataLoader(
-                ValidationDataset(held_out, strict=strict), batch_size, collate_fn=collate_readable
+                ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict),
+                batch_size,
+                collate_fn=collate_readable,
             )
         module = Finetuning(
             model,
