@@ -8,7 +8,6 @@ from typing import Any, Literal
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from torch import nn
 from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
@@ -115,7 +114,7 @@ def finetune(
         warmup_steps: Steps of linear warm-up.
         clip: Bound of the gradient norm; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
-            pyramid too (the paper's choice for self-supervised trunks; on GPUs).
+            pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
         patience: Stop after so many evaluations without a better average precision; null to go on to the end.
@@ -162,8 +161,6 @@ def finetune(
         )
         origins = initialise(model, state, init)
         pretrained = bool(state) and "head" in init
-        if batch_norm == "sync":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         adam = optimizer == "adamw"
         evaluator, validation = None, None
         if val_annotations is not None:
@@ -195,6 +192,7 @@ def finetune(
             collate,
             steps=total,
             checkpoint=checkpoint,
+            sync_batch_norm=batch_norm == "sync",
             validation=validation,
             callbacks=_callbacks(output, validation is not None, patience, ema),
             val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,

@@ -167,7 +167,7 @@ def pretrain(
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
-        run = {name: settings[name] for name in RUN_SETTINGS}
+        run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
         if fit(module, dataset, collate, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import seed_everything
 from torch.utils.data import DataLoader
 
@@ -164,7 +163,6 @@ def pretrain_backbone(
             seed=seed,
             **(own | {"processes": processes} if method == "moco" else {}),
         )
-        on_gpus = accelerator != "cpu" and torch.cuda.is_available()
         written = fit(
             module,
             TwoCropsDataset(images, names, augment, strict=strict),
@@ -175,7 +173,7 @@ def pretrain_backbone(
             val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if validation is not None else 0,
-            sync_batchnorm=batch_norm == "sync" and processes > 1 and on_gpus,
+            sync_batch_norm=batch_norm == "sync",
             **{name: settings[name] for name in RUN_SETTINGS},
         )
         if written:
