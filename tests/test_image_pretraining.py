@@ -109,11 +109,11 @@ def test_collapse_is_warned_of_once(method: str, capsys: pytest.CaptureFixture[s
 
 def test_a_low_spread_that_recovers_is_no_collapse(capsys: pytest.CaptureFixture[str]) -> None:
     ours = module("moco", patience=3)
-    for share in (0.1, 0.1, COLLAPSED + 0.1, 0.1, 0.1):
+    for share in (0.05, 0.05, COLLAPSED + 0.1, 0.05, 0.05):
         ours._watch(share)
     assert not capsys.readouterr().out
-    ours._watch(0.1)
-    assert "spread 0.100 of a healthy 1" in capsys.readouterr().out
+    ours._watch(0.05)
+    assert "spread 0.050 of a healthy 1" in capsys.readouterr().out
 
 
 def test_neighbours_of_the_same_class() -> None:

@@ -30,7 +30,7 @@ except ImportError as error:
         f'image-domain pre-training needs lightly: pip install "aligndet[backbone]" ({error})'
     ) from error
 
-COLLAPSED = 0.2
+COLLAPSED = 0.1
 """Below this share of a healthy spread, embeddings of different images are nearly the same."""
 
 
