@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--pretrain-learning-rate", type=float, default=1e-3)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
     # the images are 4:3 and 256 long at most: short sides of 128 to 192 let views differ in scale
-    parser.add_argument("--view-sizes", nargs=2, type=int, default=[128, 192], help="short sides of the views")
+    parser.add_argument(
+        "--view-sizes", nargs=2, type=int, default=[128, 192], help="short sides of the views"
+    )
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.996, help="of the momentum detector at the start")

@@ -45,3 +45,24 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, tmp_path: P
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     assert len(curve(tmp_path / "two")) == 4
+
+
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
+def test_two_processes_pretrain_a_trunk(method: str, sample: Path, tmp_path: Path) -> None:
+    command = [
+        *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
+        *("--crop-size=32", "--batch-size=4", "--queue=32", "--steps=3", "--workers=0", "--log-every=1"),
+        *("--accelerator=cpu", "--checkpoint-every=2", f"--labels={sample / 'train.json'}"),
+    ]
+    finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
+    two = load_file(tmp_path / "two" / "trunk" / "model.safetensors")
+    assert all(value.isfinite().all() for value in two.values())
+    assert len(curve(tmp_path / "two")) == 3
+    if (
+        method == "simsiam"
+    ):  # MoCo shuffles images between the processes, so its batch norms see other batches
+        finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")
+        one = load_file(tmp_path / "one" / "trunk" / "model.safetensors")
+        for name, value in one.items():
+            if "running" not in name and "num_batches" not in name:  # one process counts twice the batches
+                torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)

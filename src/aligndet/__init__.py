@@ -1,8 +1,9 @@
 """AlignDet: pre-train every module of an object detector on your own unlabelled images.
 
-The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain``, ``aligndet.export``,
-``aligndet.finetune``, ``aligndet.evaluate``, ``aligndet.predict``, ``aligndet.sample_data`` and
-``aligndet.quickstart``; ``aligndet.load_detector`` reads what they write.
+The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
+``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
+``aligndet.predict``, ``aligndet.sample_data`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads
+what they write.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from aligndet.commands.finetune import finetune
     from aligndet.commands.predict import predict
     from aligndet.commands.pretrain import pretrain
+    from aligndet.commands.pretrain_backbone import pretrain_backbone
     from aligndet.commands.propose import propose
     from aligndet.commands.quickstart import quickstart
     from aligndet.commands.sample_data import sample_data
@@ -29,6 +31,7 @@ __all__ = [
     "load_detector",
     "predict",
     "pretrain",
+    "pretrain_backbone",
     "propose",
     "quickstart",
     "sample_data",

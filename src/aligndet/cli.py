@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": "the main job on built-in data in minutes: does pre-training help?",
     "sample-data": "write a small data set of photographic objects, labelled",
     "propose": "find boxes in images without labels (selective search)",
+    "pretrain-backbone": "pre-train a trunk on images alone, where no ImageNet weights are wanted",
     "pretrain": "pre-train neck and heads on these images and boxes",
     "export": "plain torchvision weights out of a pre-training run",
     "finetune": "train on labelled images, from pre-trained parts or from scratch",
@@ -35,7 +36,7 @@ _DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object d
   aligndet predict tuned new_images/ --output predictions                5. boxes and pictures
 
 commands:
-{chr(10).join(f"  {name:<13}{line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:<19}{line}" for name, line in COMMANDS.items())}
 
 aligndet COMMAND --help tells all options of a command; every one can also stand in a YAML file
 (--config file.yaml; --print_config writes one with the defaults).

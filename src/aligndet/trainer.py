@@ -56,6 +56,7 @@ def fit(
     log_every: int,
     workers: int | None,
     seed: int,
+    sync_batch_norm: bool = False,
     validation: Any = None,
     callbacks: Sequence[Callback] = (),
     **kwargs: Any,
@@ -81,6 +82,7 @@ def fit(
         log_every: Steps between lines of the logs.
         workers: Loader processes on each device; None: one less than the cores, at most eight.
         seed: Of the order of the data and of the samples.
+        sync_batch_norm: Batch norms count over all processes, where these have GPUs (torch asks for them).
         validation: Loader of validation batches, or None.
         callbacks: More of them.
         kwargs: Further arguments of Lightning's Trainer.
@@ -116,6 +118,10 @@ def fit(
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,
+        sync_batchnorm=sync_batch_norm
+        and devices * nodes > 1
+        and accelerator != "cpu"
+        and torch.cuda.is_available(),
         log_every_n_steps=log_every,
         logger=[CSVLogger(output, "logs", "csv"), TensorBoardLogger(output, "logs", "tensorboard")],
         callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],

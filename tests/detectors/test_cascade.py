@@ -31,7 +31,7 @@ def targets() -> list[dict[str, Tensor]]:
 
 def one_stage(masks: bool) -> tuple[Any, Any]:
     """torchvision's detector, and a cascade of one stage with the same weights."""
-    backbone = HtcPretraining.backbone("resnet18", "none", 64)
+    backbone = HtcPretraining.backbone("resnet18", "none", 64, "none")
     family = MaskRCNN if masks else FasterRCNN
     single: Any = family(backbone, CLASSES, **SIZES)
     predictor = ClassAgnosticPredictor(1024, CLASSES)

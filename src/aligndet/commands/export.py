@@ -47,7 +47,7 @@ def export(
     if (output / "model.safetensors").exists() and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
-    architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels")}
+    architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels", "fpn_norm")}
     architecture |= {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}
     seed_everything(seed, verbose=False)
     detector = build_detector(**architecture)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from torch import nn
 from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
-from aligndet.data.coco import read_coco
+from aligndet.data.coco import CocoDetection, read_coco
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
+from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, predicts_masks
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
 from aligndet.evaluation.coco import CocoEvaluator
@@ -48,6 +48,7 @@ def finetune(
     trunk: str = "resnet50",
     trunk_weights: str = "default",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (800, 800),
     max_size: int = 1333,
@@ -87,14 +88,17 @@ def finetune(
         output: Folder of the run.
         val_annotations: COCO JSON of validation images; without, the last weights are the result.
         val_images: Their folder.
-        init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk and
-            fpn_channels are taken over. Without, neck and heads start from random numbers.
+        init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
+            fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
-        trunk: A torchvision ResNet or any timm model with feature maps, by name.
-        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file; not used where
-            init_from brings the trunk.
+        trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
+            "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
+        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
+            `aligndet pretrain-backbone`, or a file in a published layout (see `aligndet pretrain --help`);
+            not used where init_from brings the trunk.
         fpn_channels: Width of the feature pyramid.
+        fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
         options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
@@ -111,7 +115,8 @@ def finetune(
         trunk_factor: Of the learning rate for the trunk.
         warmup_steps: Steps of linear warm-up.
         clip: Bound of the gradient norm; null for none.
-        batch_norm: Of the trunk: "frozen", "trained", or "sync" (trained, over all processes).
+        batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
+            pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
         patience: Stop after so many evaluations without a better average precision; null to go on to the end.
@@ -139,7 +144,12 @@ def finetune(
         seed_everything(seed, verbose=False)
         images_a_step = batch_size * accumulate * devices * nodes
         total = steps_of(steps, SCHEDULES[schedule] * 16 / images_a_step)
-        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        architecture: dict[str, Any] = {
+            "detector": detector,
+            "trunk": trunk,
+            "fpn_channels": fpn_channels,
+            "fpn_norm": fpn_norm,
+        }
         state: dict[str, Any] = {}
         if init_from is not None:
             state, source = load_weights(init_from)
@@ -156,8 +166,6 @@ def finetune(
         )
         origins = initialise(model, state, init)
         pretrained = bool(state) and "head" in init
-        if batch_norm == "sync":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         adam = optimizer == "adamw"
         evaluator, validation = None, None
         if val_annotations is not None:
@@ -166,7 +174,9 @@ def finetune(
             )
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = DataLoader(
-                ValidationDataset(held_out, strict=strict), batch_size, collate_fn=collate_readable
+                ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict),
+                batch_size,
+                collate_fn=collate_readable,
             )
         module = Finetuning(
             model,
@@ -189,6 +199,7 @@ def finetune(
             collate,
             steps=total,
             checkpoint=checkpoint,
+            sync_batch_norm=batch_norm == "sync",
             validation=validation,
             callbacks=_callbacks(output, validation is not None, patience, ema),
             val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,

@@ -10,6 +10,7 @@ from lightning import seed_everything
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.views import TwoViewDataset, collate
+from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.proposals.storage import read_proposals
@@ -35,6 +36,7 @@ def pretrain(
     trunk: str = "resnet50",
     trunk_weights: str = "default",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (640, 800),
     max_size: int = 1333,
@@ -78,9 +80,14 @@ def pretrain(
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
         output: Folder of the run.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
-        trunk: A torchvision ResNet or any timm model with feature maps, by name.
-        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file.
+        trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
+            "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
+        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
+            `aligndet pretrain-backbone`, or a file (.pth, .pkl, .safetensors) as MoCo, SwAV, SimSiam, BYOL,
+            DenseCL, PixPro, DetCo, DINO, SimMIM, Swin, torchvision, timm, OpenMMLab and detectron2 publish
+            them; what matched is printed.
         fpn_channels: Width of the feature pyramid.
+        fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
         options: Further settings of the detector, such as --options.embedding_dim 256; the answer to a wrong
             one lists them all.
         min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
@@ -123,7 +130,12 @@ def pretrain(
     settings = dict(locals())
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
-        architecture: dict[str, Any] = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        architecture: dict[str, Any] = {
+            "detector": detector,
+            "trunk": trunk,
+            "fpn_channels": fpn_channels,
+            "fpn_norm": fpn_norm,
+        }
         adapter = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
         table = read_proposals(proposals, masks="masks" in getattr(adapter, "needs", ()))
         dataset = TwoViewDataset(
@@ -155,7 +167,7 @@ def pretrain(
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
-        run = {name: settings[name] for name in RUN_SETTINGS}
+        run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
         if fit(module, dataset, collate, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",

@@ -5,7 +5,9 @@ word.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ MIN_SIDE = 8
 MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses from twice this on
+
+
+Item = TypeVar("Item")
 
 
 class ImageError(ValueError):
@@ -47,6 +52,34 @@ def list_images(folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
     return names
+
+
+def first_readable(
+    read: Callable[[int], Item], index: int, length: int, *, strict: bool
+) -> tuple[Item, int, tuple[str, ...]]:
+    """Reads an image, or in the place of a broken one the next that can be read.
+
+    Args:
+        read: From a position to the image; raises ImageError.
+        index: Where to begin.
+        length: Number of images.
+        strict: A broken image is an error.
+
+    Returns:
+        What was read, its position, and the messages about the broken ones before it.
+
+    Raises:
+        ImageError: If none can be read, or the first with strict.
+    """
+    skipped: list[str] = []
+    for position in ((index + offset) % length for offset in range(length)):
+        try:
+            return read(position), position, tuple(skipped)
+        except ImageError as error:
+            if strict:
+                raise
+            skipped.append(str(error))
+    raise ImageError(f"none of the {length} images can be read; the first: {skipped[0]}")
 
 
 def read_image(path: Path) -> Tensor:

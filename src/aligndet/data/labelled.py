@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from aligndet.data.coco import CocoDataset, CocoDetection
-from aligndet.data.images import ImageError
+from aligndet.data.images import ImageError, first_readable
 from aligndet.data.views import geometric
-
-Readable: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class Labelled(NamedTuple):
@@ -53,55 +51,46 @@ class LabelledDataset(Dataset[Labelled]):
 
     def __getitem__(self, item: tuple[int, int]) -> Labelled:
         index, seed = item
-        skipped: list[str] = []
-        for offset in range(len(self)):
-            position = (index + offset) % len(self)
-            try:
-                image, target = self.images[position]
-            except ImageError as error:
-                if self.strict:
-                    raise
-                skipped.append(str(error))
-                continue
-            objects = {
-                "boxes": tv_tensors.BoundingBoxes(
-                    target["boxes"], format="XYXY", canvas_size=tuple(image.shape[1:])
-                ),
-                "labels": target["labels"],
-            }
-            if "masks" in target:
-                objects["masks"] = tv_tensors.Mask(target["masks"])
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                image, objects = self.augment(tv_tensors.Image(image), objects)
-            return Labelled(
-                image.as_subclass(Tensor),
-                objects["boxes"].as_subclass(Tensor),
-                objects["labels"],
-                self.file_names[position],
-                tuple(skipped),
-                objects["masks"].as_subclass(Tensor) if "masks" in objects else None,
-            )
-        raise ImageError(f"none of the {len(self)} images can be read; the first: {skipped[0]}")
+        (image, target), position, skipped = first_readable(
+            self.images.__getitem__, index, len(self), strict=self.strict
+        )
+        size = tuple(image.shape[1:])
+        objects = {
+            "boxes": tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size),
+            "labels": target["labels"],
+        }
+        if "masks" in target:
+            objects["masks"] = tv_tensors.Mask(target["masks"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            image, objects = self.augment(tv_tensors.Image(image), objects)
+        return Labelled(
+            image.as_subclass(Tensor),
+            objects["boxes"].as_subclass(Tensor),
+            objects["labels"],
+            self.file_names[position],
+            skipped,
+            objects["masks"].as_subclass(Tensor) if "masks" in objects else None,
+        )
 
 
-class ValidationDataset(Dataset["Readable | None"]):
-    """Labelled images as they are, crowds included; a broken one is named once, and None."""
+class ValidationDataset(Dataset[Any]):
+    """Images and targets as they are; a broken one is named once, and None."""
 
-    def __init__(self, coco: CocoDataset, *, strict: bool = False) -> None:
+    def __init__(self, images: Dataset[Any], *, strict: bool = False) -> None:
         """Prepares the data set.
 
         Args:
-            coco: Images and boxes.
+            images: With their targets; raises ImageError where an image is broken.
             strict: A broken image is an error, not a warning.
         """
-        self.images, self.strict = CocoDetection(coco, crowds=True), strict
+        self.images, self.strict = images, strict
         self._named: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Readable | None:
+    def __getitem__(self, index: int) -> Any:
         try:
             return self.images[index]
         except ImageError as error:
@@ -113,7 +102,7 @@ class ValidationDataset(Dataset["Readable | None"]):
             return None
 
 
-def collate_readable(items: Sequence[Readable | None]) -> list[Readable]:
+def collate_readable(items: Sequence[Any]) -> list[Any]:
     """Keeps a batch a list, without the broken images.
 
     Args:

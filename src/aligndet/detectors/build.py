@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from aligndet.boxes import PretrainableDetector
-from aligndet.detectors.backbones import normalisation
+from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 from aligndet.detectors.roi import FasterRcnnPretraining, MaskRcnnPretraining
@@ -29,6 +29,7 @@ def build_pretrainable(
     trunk: str,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     options: dict[str, Any] | None = None,
 ) -> PretrainableDetector:
     """Builds a detector for box-domain pre-training.
@@ -38,6 +39,7 @@ def build_pretrainable(
         trunk: As for `aligndet.detectors.backbones.build_backbone`.
         trunk_weights: Likewise.
         fpn_channels: Likewise.
+        fpn_norm: Likewise.
         options: Further arguments of the detector's adapter, such as ``embedding_dim``.
 
     Raises:
@@ -48,7 +50,7 @@ def build_pretrainable(
     _check(detector, options, {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
     mean, std = normalisation(trunk)
     return family(
-        family.backbone(trunk, trunk_weights, fpn_channels),
+        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm),
         image_mean=list(mean),
         image_std=list(std),
         **(options or {}),
@@ -62,6 +64,7 @@ def build_detector(
     trunk: str,
     trunk_weights: str = "none",
     fpn_channels: int = 256,
+    fpn_norm: PyramidNorm = "none",
     min_size: int = 800,
     max_size: int = 1333,
     resize_in_training: bool = True,
@@ -75,6 +78,7 @@ def build_detector(
         trunk: As for `aligndet.detectors.backbones.build_backbone`.
         trunk_weights: Likewise.
         fpn_channels: Likewise.
+        fpn_norm: Likewise.
         min_size: Images are resized to this short side for prediction.
         max_size: Bound of their long side.
         resize_in_training: False where the data loader has resized the images already.
@@ -96,7 +100,7 @@ def build_detector(
         **(options or {}),
     }
     model: nn.Module = family.plain(
-        family.backbone(trunk, trunk_weights, fpn_channels), num_classes + 1, **settings
+        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm), num_classes + 1, **settings
     )
     # torchvision's constructors swallow what they do not know
     known = {name for ancestor in type(model).__mro__[:-1] for name in signature(ancestor).parameters}

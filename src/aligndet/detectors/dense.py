@@ -20,7 +20,7 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput, as_targets
-from aligndet.detectors.backbones import Backbone, build_backbone
+from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
 _IGNORED = Matcher.BETWEEN_THRESHOLDS
@@ -138,13 +138,15 @@ class _DensePretraining(nn.Module):
     prediction_layers: tuple[str, ...] = ("head.classification_head.cls_logits", "head.projection_head")
 
     @staticmethod
-    def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
+    def backbone(trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> Backbone:
         """Builds the backbone of this family: P3 to P7."""
         if fpn_channels % 32 or fpn_channels < 64:  # a group of one channel has no variance at 1x1 pixels
             raise ValueError(
                 f"fpn_channels must be a multiple of 32 from 64 on (group norm), not {fpn_channels}"
             )
-        return build_backbone(trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels)
+        return build_backbone(
+            trunk, trunk_weights=trunk_weights, fpn_channels=fpn_channels, fpn_norm=fpn_norm
+        )
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
         losses = self.detector(images, as_targets(proposals))

@@ -21,7 +21,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
 from aligndet.boxes import BoxPredictions, PretrainOutput, as_targets
-from aligndet.detectors.backbones import Backbone, build_backbone
+from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
 REPRESENTATION = 1024  # width of torchvision's box heads
@@ -174,12 +174,13 @@ class RoIPretraining(nn.Module):
         )
 
     @staticmethod
-    def backbone(trunk: str, trunk_weights: str, fpn_channels: int) -> Backbone:
+    def backbone(trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> Backbone:
         """Builds the backbone of this family: P2 to P6."""
         return build_backbone(
             trunk,
             trunk_weights=trunk_weights,
             fpn_channels=fpn_channels,
+            fpn_norm=fpn_norm,
             strides=(4, 8, 16, 32),
             extra_levels=False,
         )

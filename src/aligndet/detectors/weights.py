@@ -139,6 +139,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{folder}: broken weights or manifest: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("architecture"), dict):
         raise ValueError(f"{folder / 'manifest.json'}: does not say the architecture")
+    manifest["architecture"].setdefault("fpn_norm", "none")  # written before there was a choice
     return state, manifest
 
 

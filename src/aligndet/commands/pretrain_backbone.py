@@ -1,0 +1,190 @@
+"""`aligndet pretrain-backbone`: image-domain pre-training of a trunk on unlabelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import seed_everything
+from torch.utils.data import DataLoader
+
+from aligndet.commands._runs import provenance, run_folder, steps_of
+from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
+from aligndet.data.images import list_images
+from aligndet.data.labelled import ValidationDataset, collate_readable
+from aligndet.data.views import collate
+from aligndet.detectors.backbones import build_trunk, normalisation
+from aligndet.detectors.weights import save_weights
+from aligndet.trainer import RUN_SETTINGS, fit
+from aligndet.training import OptimizerName, ScheduleName
+
+_EXPLANATION = """A run of `aligndet pretrain-backbone`.
+
+run.json       settings, command line and versions
+checkpoints/   last.ckpt: all that --resume needs
+logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs); embeddings/std_of_healthy near
+               0 means that the trunk has collapsed, near 1 that it has not
+trunk/         the result, written at the end: model.safetensors and manifest.json;
+               `aligndet pretrain ... --trunk NAME --trunk-weights THIS_FOLDER` takes it
+"""
+
+
+def pretrain_backbone(
+    images: Path,
+    *,
+    output: Path,
+    trunk: str = "resnet50",
+    trunk_weights: str = "none",
+    method: Literal["simsiam", "moco"] = "simsiam",
+    labels: str | None = None,
+    crop_size: int = 224,
+    min_scale: float = 0.2,
+    steps: int | None = None,
+    epochs: float = 100.0,
+    batch_size: int = 64,
+    accumulate: int = 1,
+    optimizer: OptimizerName = "sgd",
+    learning_rate: float | None = None,
+    weight_decay: float = 1e-4,
+    schedule: ScheduleName = "cosine",
+    warmup_steps: int = 50,
+    clip: float | None = None,
+    temperature: float = 0.2,
+    decay: float = 0.99,
+    queue: int = 4096,
+    batch_norm: Literal["sync", "local"] = "sync",
+    validate_every: int | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
+    workers: int | None = None,
+    seed: int = 0,
+    checkpoint_every: int = 500,
+    log_every: int = 10,
+    strict: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Pre-trains a trunk on images without labels, for those who have no ImageNet weights or want none.
+
+    Two crops of each image have to be recognised as the same one (SimSiam, MoCo v2). The result is what
+    `aligndet pretrain` and `aligndet finetune` take as --trunk-weights, with the same --trunk:
+
+      aligndet pretrain-backbone images/ --output backbone --trunk resnet18
+      aligndet pretrain images/ --proposals proposals --output pretrained --trunk resnet18 \
+        --trunk-weights backbone
+
+    A trunk collapses when it says the same of every image. Its embeddings' standard deviation is logged, and
+    a warning is printed when it stays low; with --labels, the accuracy of nearest neighbours is logged too.
+
+    Args:
+        images: Folder of images.
+        output: Folder of the run.
+        trunk: A torchvision ResNet or any timm model with feature maps, by name.
+        trunk_weights: To start from: "none", "default" (ImageNet, downloaded), "bundled", or a file (see
+            `aligndet pretrain --help`).
+        method: "simsiam", or "moco" (version 2), which does with smaller batches.
+        labels: Only to look at, not to learn from: a COCO JSON (an image's class is that of its largest box)
+            or "folders" (the first sub-folder is the class).
+        crop_size: Side of the square crops.
+        min_scale: Smallest share of the image's area in a crop; raise it where objects are large.
+        steps: Length of the run in optimizer steps; takes the place of epochs.
+        epochs: Length of the run in passes over the images; a few thousand images need several hundred.
+        batch_size: Images a batch on each device.
+        accumulate: Batches a step of the optimizer.
+        optimizer: "sgd", or "adamw" (better for transformers).
+        learning_rate: After the warm-up; by default, for 256 images a step and in proportion for others, 0.05
+            (SimSiam) or 0.03 (MoCo), with AdamW 5e-4.
+        weight_decay: Of matrices and kernels.
+        schedule: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
+        warmup_steps: Steps of linear warm-up.
+        clip: Bound of the gradient norm; null for none.
+        temperature: Of MoCo's loss.
+        decay: Of MoCo's momentum encoder at the start; it grows to 1.
+        queue: Embeddings that MoCo keeps as negatives; no more than there are images (ImageNet: 65536).
+        batch_norm: "sync" (over all processes, on GPUs) or "local".
+        validate_every: Steps between looks at the labelled images; by default a tenth of the run.
+        devices: Devices a machine; 2 on a machine without GPU means two processes.
+        nodes: Machines.
+        accelerator: "auto", "cpu" or "gpu".
+        strategy: Of Lightning, for several devices.
+        precision: "32", "bf16-mixed" or "16-mixed".
+        workers: Loader processes on each device; by default one less than the cores.
+        seed: Of weights, data order and augmentation.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of the logs.
+        strict: A broken image is an error; by default it is skipped, counted and named.
+        resume: Go on from the last checkpoint in output.
+        overwrite: Throw away the run that is in output.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ImportError: If lightly is not installed.
+        ValueError: If the input does not fit together; the message names the file or the value.
+    """
+    settings = dict(locals())
+    from aligndet.image_pretraining import METHODS  # late: --help works without lightly
+
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2 (batch norms, comparison), not {batch_size}")
+    with run_folder(settings, _EXPLANATION) as checkpoint:
+        seed_everything(seed, verbose=False)
+        names = list_images(images)
+        body, channels = build_trunk(trunk, weights=trunk_weights)
+        mean, std = normalisation(trunk)
+        kind, processes = METHODS[method], devices * nodes
+        augment = kind.transform(
+            input_size=crop_size, min_scale=min_scale, normalize={"mean": list(mean), "std": list(std)}
+        )
+        validation = None
+        if labels is not None:
+            classes = read_classes(labels, images, names, strict=strict)
+            whole = ClassifiedDataset(images, classes, size=crop_size, mean=mean, std=std)
+            validation = DataLoader(
+                ValidationDataset(whole, strict=strict), batch_size, collate_fn=collate_readable
+            )
+        images_a_step = batch_size * accumulate * processes
+        total = steps_of(steps, epochs * len(names) / images_a_step)
+        own: dict[str, Any] = {"temperature": temperature, "decay": decay, "queue": queue}
+        rate = kind.sgd_learning_rate if optimizer == "sgd" else 5e-4
+        module = kind(
+            body,
+            channels[-1],
+            steps=total,
+            optimizer=optimizer,
+            learning_rate=learning_rate or rate * images_a_step / 256,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=min(warmup_steps, total // 4),
+            seed=seed,
+            **(own | {"processes": processes} if method == "moco" else {}),
+        )
+        written = fit(
+            module,
+            TwoCropsDataset(images, names, augment, strict=strict),
+            collate,
+            steps=total,
+            checkpoint=checkpoint,
+            validation=validation,
+            val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if validation is not None else 0,
+            sync_batch_norm=batch_norm == "sync",
+            **{name: settings[name] for name in RUN_SETTINGS},
+        )
+        if written:
+            manifest = {
+                "kind": "trunk",
+                "architecture": {"trunk": trunk},
+                "names": "torchvision's ResNet, or timm's with features_only=True",
+                "images": len(names),
+                "pretraining": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+                **provenance(),
+            }
+            save_weights(output / "trunk", module.encoder.trunk.state_dict(), manifest)
+            print(f"trunk {trunk}: {output / 'trunk'}")
+    return output
