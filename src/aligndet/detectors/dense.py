@@ -9,6 +9,7 @@ losses; the class layer is gone, and a projection head embeds the class tower's 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
 _IGNORED = Matcher.BETWEEN_THRESHOLDS
+# The head of torchvision's second RetinaNet. Without norms, as in its first one, features start so small that
+# a short run, of pre-training as of fine-tuning, is over before they have grown.
+_RETINANET_NORM = partial(nn.GroupNorm, 32)
+_RETINANET_BOX_LOSS = "giou"
 
 
 def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
@@ -110,7 +115,8 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
 
 class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
     def __init__(self, channels: int, num_anchors: int, embedding_dim: int, max_boxes: int) -> None:
-        RetinaNetHead.__init__(self, channels, num_anchors, num_classes=1)
+        RetinaNetHead.__init__(self, channels, num_anchors, num_classes=1, norm_layer=_RETINANET_NORM)
+        self.regression_head._loss_type = _RETINANET_BOX_LOSS
         self._add_projection(channels, num_anchors, embedding_dim, max_boxes)
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
@@ -197,7 +203,11 @@ class RetinaNetPretraining(_DensePretraining):
         """Builds the detector of fine-tuning and prediction; num_classes counts the background,
         torchvision's way.
         """
-        return RetinaNet(backbone, num_classes, anchor_generator=_retinanet_anchors(), **transform)
+        anchors = _retinanet_anchors()
+        per_location = anchors.num_anchors_per_location()[0]
+        head = RetinaNetHead(backbone.out_channels, per_location, num_classes, norm_layer=_RETINANET_NORM)
+        head.regression_head._loss_type = _RETINANET_BOX_LOSS
+        return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **transform)
 
 
 def _retinanet_anchors() -> AnchorGenerator:
