@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViewDataset, TwoViews
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.finetuning import Finetuning
+from aligndet.momentum import cosine_decay
 from aligndet.proposals.storage import read_proposals
 
 
@@ -78,6 +81,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
         ours.online.detector.head.regression_head.bbox_reg.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 0.*00000\.jpg"):
         ours.training_step([item._replace(file_name="00000.jpg") for item in batch], 0)
+
+
+def test_the_decay_of_each_update_is_that_of_its_step(
+    batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+
+    def decay(step: int, steps: int, start: float) -> float:
+        asked.append(step)
+        return cosine_decay(step, steps, start)
+
+    monkeypatch.setattr("aligndet.box_pretraining.cosine_decay", decay)
+    trainer = Trainer(
+        max_steps=3,
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module(), DataLoader([batch] * 3, batch_size=None, collate_fn=list))  # type: ignore[arg-type]
+    assert asked == [0, 1, 2]
 
 
 def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:

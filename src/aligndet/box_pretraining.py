@@ -76,7 +76,7 @@ class BoxPretraining(TrainingModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the momentum detector follow after every step of the optimizer."""
         super().optimizer_step(*args, **kwargs)
-        decay = cosine_decay(self.global_step - 1, self.steps, self.decay)
+        decay = cosine_decay(self.global_step, self.steps, self.decay)
         update_momentum(self.online, self.momentum, decay, getattr(self.online, "copied_parameters", ()))
 
     def configure_optimizers(self) -> Any:

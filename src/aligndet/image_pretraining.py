@@ -185,9 +185,7 @@ class MoCo(ImagePretraining):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the momentum encoder follow after every step of the optimizer."""
         super().optimizer_step(*args, **kwargs)
-        update_momentum(
-            self.encoder, self.momentum, cosine_decay(self.global_step - 1, self.steps, self.decay)
-        )
+        update_momentum(self.encoder, self.momentum, cosine_decay(self.global_step, self.steps, self.decay))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the queue, which lightly does not count as part of the state."""

@@ -107,6 +107,9 @@ def fit(
         enable_version_counter=False,
         save_on_train_epoch_end=False,
     )
+    first = steps_done(checkpoint)
+    # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
+    table = f"csv_from_{first}" if first else "csv"
     trainer = Trainer(
         default_root_dir=output,
         max_steps=steps,
@@ -123,7 +126,7 @@ def fit(
         and accelerator != "cpu"
         and torch.cuda.is_available(),
         log_every_n_steps=log_every,
-        logger=[CSVLogger(output, "logs", "csv"), TensorBoardLogger(output, "logs", "tensorboard")],
+        logger=[CSVLogger(output, "logs", table, flush_logs_every_n_steps=1), TensorBoardLogger(output, "logs", "tensorboard")],
         callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
         plugins=[WholeCheckpointIO()],
         use_distributed_sampler=False,
@@ -136,7 +139,7 @@ def fit(
         batch_size=batch_size,
         batches=steps * accumulate,
         seed=seed,
-        first=steps_done(checkpoint) * accumulate,
+        first=first * accumulate,
         rank=trainer.global_rank,
         world=devices * nodes,
     )

@@ -31,6 +31,7 @@ SMALL = [
         "--checkpoint-every=2",
         "--workers=1",
         "--warmup-steps=2",
+        "--log-every=1",
         "--accelerator=cpu",
     ),
 ]
@@ -71,10 +72,10 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "faster_rcnn", "cascade_rcnn")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn")]
 
 
-@pytest.mark.parametrize("detector", ["fcos", "mask_rcnn", *SLOW])
+@pytest.mark.parametrize("detector", ["fcos", *SLOW])
 def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
     command = [
         "pretrain",
@@ -119,6 +120,9 @@ def test_finetune(sample: Path, tmp_path: Path) -> None:
     assert not (killed / "model").exists()
     finish(*command, f"--output={killed}", "--resume")
     assert_same_weights(tmp_path / "whole" / "model", killed / "model")
+    tables = sorted((killed / "logs").glob("csv*/metrics.csv"))
+    assert len(tables) == 2  # what was logged before the kill is still there
+    assert all(len(table.read_text().splitlines()) > 1 for table in tables)
 
 
 def test_propose(sample: Path, tmp_path: Path) -> None:

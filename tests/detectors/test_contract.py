@@ -127,6 +127,16 @@ def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+def test_boxes_are_exact_in_half_precision(name: str) -> None:
+    threshold = "score_thresh" if name in ("fcos", "retinanet") else "box_score_thresh"
+    plain = build_detector(name, num_classes=4, **ARCHITECTURE, min_size=128, options={threshold: 0.0}).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        (prediction,) = plain(images((128, 160)))
+    boxes = prediction["boxes"]
+    assert boxes.dtype == torch.float32
+    assert (boxes != boxes.bfloat16().float()).float().mean() > 0.2  # a part lies on the image's edge
+
+
 def test_weights_of_another_detector_are_refused(name: str) -> None:
     other = next(n for n in DETECTORS if n != name)
     with pytest.raises(ValueError, match="another"):

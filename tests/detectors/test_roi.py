@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import box_iou
 
 from aligndet.boxes import as_targets
@@ -77,6 +78,38 @@ def test_torchvisions_losses(detector: str) -> None:
         loss = adapter(images, [BOXES[0][:1], BOXES[1]], **known).losses["loss_mask"]
         torch.manual_seed(1)
         torch.testing.assert_close(loss, plain(images, targets)["loss_mask"])
+
+
+def test_pseudo_masks_of_large_boxes_lie_where_torchvision_would_have_them() -> None:
+    """A mask on a grid of half the image's resolution costs what the mask of the image itself does."""
+    adapter: Any = build_pretrainable("mask_rcnn", **SMALL)
+    torch.nn.init.normal_(adapter.detector.roi_heads.mask_predictor.mask_fcn_logits.weight, std=1.0)
+    features = {str(i): torch.randn(1, 64, 64 >> i, 64 >> i) for i in range(4)}
+    box, grid = torch.tensor([[32.0, 48.0, 144.0, 160.0]]), disc()
+    whole = torch.zeros(1, 256, 256, dtype=torch.uint8)
+    whole[0, 48:160, 32:144] = grid.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    region, match, label = [box + 4.0], [torch.zeros(1, dtype=torch.int64)], torch.ones(1, dtype=torch.int64)
+    targets = [{"boxes": box, "labels": label, "masks": grid[None]}]
+    ours = adapter._mask_loss(1, features, region, match, targets, [(256, 256)])
+    heads = adapter.detector.roi_heads
+    logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, region, [(256, 256)])))
+    theirs = maskrcnn_loss(logits, region, [whole], [label - 1], match)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)
+
+
+def test_half_precision_leaves_out_exactly_the_added_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter: Any = build_pretrainable("cascade_rcnn", **SMALL)
+    sizes: list[list[int]] = []
+
+    def watched(*args: Any) -> list[Tensor]:
+        moved = refine(*args)
+        sizes.append([len(before) - len(after) for before, after in zip(args[2], moved, strict=True)])
+        return moved
+
+    monkeypatch.setattr("aligndet.detectors.roi.refine", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter([torch.rand(3, 128, 128), torch.rand(3, 128, 96)], BOXES)
+    assert sizes == [[2, 1]] * 3
 
 
 def test_a_region_stands_for_the_proposal_that_it_overlaps_most() -> None:

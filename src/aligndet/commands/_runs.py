@@ -21,8 +21,6 @@ _MAY_CHANGE = {
     "output",
     "resume",
     "overwrite",
-    "devices",
-    "nodes",
     "strategy",
     "accelerator",
     "workers",

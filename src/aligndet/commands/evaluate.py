@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def evaluate(
     masks = masks and predicts_masks(manifest["architecture"]["detector"])
     coco = read_coco(annotations, images, strict=strict, categories=categories, masks=masks)
     dataset = CocoDetection(coco, crowds=True)
-    targets: list[dict[str, Tensor]] = []
+    targets: deque[dict[str, Tensor]] = deque()  # of images whose predictions are not here yet
     broken: list[str] = []
 
     def readable() -> Iterator[Tensor]:
@@ -75,8 +76,8 @@ def evaluate(
 
     evaluator = CocoEvaluator(categories, masks=masks)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
-    for index, prediction in enumerate(tqdm(predictions, total=len(dataset), desc="evaluate", unit="image")):
-        evaluator.update([prediction], [targets[index]])
+    for prediction in tqdm(predictions, total=len(dataset), desc="evaluate", unit="image"):
+        evaluator.update([prediction], [targets.popleft()])
     result = evaluator.compute()
     print(result.table())
     for message in broken[:10]:

@@ -170,6 +170,10 @@ class FcosPretraining(_DensePretraining):
     ) -> None:
         super().__init__()
         head = _FcosHead(backbone.out_channels, 1, embedding_dim, max_boxes)
+        # A rectifier ends torchvision's box branch, which starts at distances around 0: there it passes no
+        # gradient for half of them, and a few large steps silence it for good. Objects of a level lie 4 to 8
+        # strides away.
+        nn.init.constant_(head.regression_head.bbox_reg.bias, 4.0)
         self.detector = FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
 
     @staticmethod

@@ -211,9 +211,7 @@ class RoIPretraining(nn.Module):
                 regions = refine(stage, predicted, regions, sizes, proposals)
             if learns and masks is not None:
                 seen = regions
-                if (
-                    len(self.stages) > 1
-                ):  # interleaved: the mask head sees the regions as the box head moved them
+                if len(self.stages) > 1:  # interleaved: mask heads see the regions where the box head moved them
                     seen, matched, _, _ = stage.select_training_samples(regions, targets)
                 loss = self._mask_loss(len(predictions), features, seen, matched, targets, sizes)
                 losses[f"loss_mask{suffix}"] = weight * loss
@@ -242,7 +240,9 @@ class RoIPretraining(nn.Module):
             scale = target["masks"].shape[-1] / (opposite - corner)
             kept_regions.append(region)
             kept_matched.append(match)
-            inside.append((region - corner.repeat(1, 2)) * scale.repeat(1, 2))
+            # torchvision takes a pixel for the point at its corner: half a pixel of the image, not of the mask
+            corner, scale = corner.repeat(1, 2), scale.repeat(1, 2)
+            inside.append((region - corner + 0.5) * scale - 0.5)
         stage = self.stages[depth - 1]
         pooled = stage.mask_roi_pool(features, kept_regions, sizes)
         logits = stage.mask_predictor(mask_features(self.stages[:depth], self.flows[: depth - 1], pooled)[-1])
