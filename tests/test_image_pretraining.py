@@ -101,7 +101,7 @@ def test_the_queue_is_part_of_a_checkpoint() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_collapse_is_warned_of_once(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     ours = module(method, patience=3)
-    # alike to the last bit: embeddings of equal images are not, once batch norms have blown up rounding errors
+    # alike to the last bit: of equal images they are not, once batch norms have blown up rounding errors
     ours.encoder.projection.register_forward_hook(lambda _, __, output: output * 0 + 1)
     for step in range(8):
         ours.training_step(batch(*crops()), step)

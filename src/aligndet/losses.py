@@ -15,7 +15,8 @@ def box_contrastive_loss(
     """Pulls boxes of the same proposal together and pushes all others apart.
 
     A query is an online box that stands for a proposal. Its positives are the momentum boxes of the same
-    proposal; its negatives are the boxes of other proposals and of the background in both views, the online
+    proposal (equation 3 prints the online view there; algorithm 1 compares with the momentum one); its
+    negatives are the boxes of other proposals and of the background in both views, the online
     ones detached. With cosine similarities s divided by the temperature, one (query, positive) pair costs
 
         -log( exp(s+) / (exp(s+) + sum over negatives of exp(s-)) )  =  softplus( logsumexp(s-) - s+ ).

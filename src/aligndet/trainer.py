@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -110,7 +111,11 @@ def fit(
     first = steps_done(checkpoint)
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
     table = f"csv_from_{first}" if first else "csv"
-    trainer = Trainer(
+    loggers = [
+        CSVLogger(output, "logs", table, flush_logs_every_n_steps=1),
+        TensorBoardLogger(output, "logs", "tensorboard"),
+    ]
+    trainer = _trainer(
         default_root_dir=output,
         max_steps=steps,
         max_epochs=1,
@@ -126,7 +131,7 @@ def fit(
         and accelerator != "cpu"
         and torch.cuda.is_available(),
         log_every_n_steps=log_every,
-        logger=[CSVLogger(output, "logs", table, flush_logs_every_n_steps=1), TensorBoardLogger(output, "logs", "tensorboard")],
+        logger=loggers,
         callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
         plugins=[WholeCheckpointIO()],
         use_distributed_sampler=False,
@@ -148,6 +153,13 @@ def fit(
     loader = build_loader(dataset, sampler, collate, workers)
     trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
     return trainer.is_global_zero
+
+
+def _trainer(**settings: Any) -> Trainer:
+    try:
+        return Trainer(**settings)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
 
 
 class Throughput(Callback):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import aligndet
-from aligndet.data.files import locked
+from aligndet.files import locked
 from aligndet.proposals.storage import read_shard, write_shard
 
 SMALL: dict[str, Any] = {

@@ -72,7 +72,10 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn")
+]
 
 
 @pytest.mark.parametrize("detector", ["fcos", *SLOW])

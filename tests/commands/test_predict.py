@@ -16,9 +16,9 @@ from aligndet.commands import evaluate as evaluate_module
 from aligndet.commands import predict as predict_module
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.predict import predict
-from aligndet.data.files import locked
 from aligndet.data.rle import EncodedMasks, decode, read_segmentation
 from aligndet.detectors.build import DETECTORS
+from aligndet.files import locked
 
 MANIFEST: dict[str, Any] = {
     "architecture": {"detector": "fcos"},

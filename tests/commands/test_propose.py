@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from aligndet.commands.propose import propose
-from aligndet.data.files import locked
+from aligndet.files import locked
 from aligndet.proposals.storage import read_proposals
 
 

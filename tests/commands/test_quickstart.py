@@ -12,7 +12,7 @@ from PIL import Image
 from aligndet import cli
 from aligndet.commands import quickstart as module
 from aligndet.commands.quickstart import quickstart
-from aligndet.data.files import locked
+from aligndet.files import locked
 
 SMALL: dict[str, Any] = {
     "trunk": "resnet18",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from aligndet.commands.sample_data import sample_data
 from aligndet.data.coco import read_coco
-from aligndet.data.files import locked
+from aligndet.files import locked
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from aligndet.data.files import atomic_write, locked
+from aligndet.files import atomic_write, locked, read_json
 
 _MAY_CHANGE = {
     "output",
@@ -26,6 +27,38 @@ _MAY_CHANGE = {
     "workers",
     "log_every",
 }
+
+_AT_LEAST = {
+    **dict.fromkeys(("batch_size", "accumulate", "devices", "nodes", "steps", "fpn_channels"), 1),
+    **dict.fromkeys(("checkpoint_every", "log_every", "validate_every", "patience", "max_proposals"), 1),
+    **dict.fromkeys(("shard_size", "resolution", "num_classes", "pretrain_steps", "finetune_steps"), 1),
+    **dict.fromkeys(("workers", "seed", "warmup_steps", "weight_decay", "contrast_weight", "box_weight"), 0),
+    "trunk_factor": 0,
+    "max_aspect_ratio": 1,
+}
+_SHARES = ("nms_iou", "min_area", "max_area", "min_inside", "ema")
+_POSITIVE = ("temperature", "learning_rate", "epochs", "clip")
+
+
+def check_bounds(settings: dict[str, Any]) -> None:
+    """Refuses numbers that no command can work with; what is None or no number is left alone.
+
+    Args:
+        settings: Arguments by name; the same name means the same in every command.
+
+    Raises:
+        ValueError: Naming the setting and the bound.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        option = "--" + name.replace("_", "-")
+        if value < _AT_LEAST.get(name, -math.inf):
+            raise ValueError(f"{option} must be at least {_AT_LEAST[name]}, not {value}")
+        if name in _SHARES and not 0 <= value <= 1:
+            raise ValueError(f"{option} must be from 0 to 1, not {value}")
+        if name in _POSITIVE and not value > 0:
+            raise ValueError(f"{option} must be above 0, not {value}")
 
 
 @contextmanager
@@ -41,8 +74,10 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
 
     Raises:
         ValueError: If the folder is not empty and neither resume nor overwrite was asked for, if a resumed
-            run has other settings than before, or if another process uses the folder.
+            run has other settings than before, if another process uses the folder, or if a setting is out of
+            its bounds.
     """
+    check_bounds(settings)
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder
     first = getattr(rank_zero_only, "rank", 0) == 0
@@ -60,7 +95,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 if not path.name.startswith("."):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
-            before = json.loads(record.read_text())["settings"]
+            before = read_json(record).get("settings", {})
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 k = changed[0]

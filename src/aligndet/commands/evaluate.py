@@ -11,14 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aligndet.data.coco import Category, CocoDetection, read_coco
-from aligndet.data.files import atomic_write
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.evaluation.inference import predict_images, resolve_device
+from aligndet.files import accepts_strings, atomic_write
 
 
+@accepts_strings
 def evaluate(
     model: Path,
     annotations: Path,

@@ -7,11 +7,13 @@ from typing import Literal
 
 from lightning import seed_everything
 
-from aligndet.commands._runs import provenance
+from aligndet.commands._runs import check_bounds, provenance
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import initialise, load_weights, save_weights
+from aligndet.files import accepts_strings, locked
 
 
+@accepts_strings
 def export(
     run: Path,
     *,
@@ -44,6 +46,7 @@ def export(
     Raises:
         ValueError: If the run holds no pre-trained weights, or the output is taken.
     """
+    check_bounds({"num_classes": num_classes, "seed": seed})
     if (output / "model.safetensors").exists() and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
@@ -62,7 +65,8 @@ def export(
         "exported_from": str(run),
         **provenance(),
     }
-    save_weights(output, detector.state_dict(), manifest)
+    with locked(output):
+        save_weights(output, detector.state_dict(), manifest)
     new = [name for name, origin in modules.items() if origin == "new"]
     print(
         f"{output / 'model.safetensors'}: {len(modules) - len(new)} modules pre-trained;"

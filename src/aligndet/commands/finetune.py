@@ -18,12 +18,16 @@ from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, predicts_masks
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
 from aligndet.evaluation.coco import CocoEvaluator
+from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
 from aligndet.trainer import RUN_SETTINGS, fit
 from aligndet.training import OptimizerName, ScheduleName, load_state
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images (paper section 4.1 and table 7)."""
+
+_DEFAULTS = {"detector": "fcos", "trunk": "resnet50", "fpn_channels": 256, "fpn_norm": "none"}
+"""Of a detector whose neck and heads start from random numbers."""
 
 _EXPLANATION = """A run of `aligndet finetune`.
 
@@ -35,6 +39,7 @@ model/         the result (best, or last without validation images): model.safet
 """
 
 
+@accepts_strings
 def finetune(
     annotations: Path,
     *,
@@ -44,11 +49,11 @@ def finetune(
     val_images: Path | None = None,
     init_from: Path | None = None,
     init: tuple[str, ...] = tuple(MODULES),
-    detector: str = "fcos",
-    trunk: str = "resnet50",
+    detector: str | None = None,
+    trunk: str | None = None,
     trunk_weights: str = "default",
-    fpn_channels: int = 256,
-    fpn_norm: PyramidNorm = "none",
+    fpn_channels: int | None = None,
+    fpn_norm: PyramidNorm | None = None,
     options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (800, 800),
     max_size: int = 1333,
@@ -91,14 +96,15 @@ def finetune(
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
-        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
-        trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
+        detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
+        trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50" (the default),
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
             `aligndet pretrain-backbone`, or a file in a published layout (see `aligndet pretrain --help`);
             not used where init_from brings the trunk.
-        fpn_channels: Width of the feature pyramid.
-        fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
+        fpn_channels: Width of the feature pyramid, by default 256.
+        fpn_norm: "none" (the default), or "batch": batch norms in the pyramid, as the paper has for
+            self-supervised trunks.
         options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
@@ -144,16 +150,18 @@ def finetune(
         seed_everything(seed, verbose=False)
         images_a_step = batch_size * accumulate * devices * nodes
         total = steps_of(steps, SCHEDULES[schedule] * 16 / images_a_step)
-        architecture: dict[str, Any] = {
-            "detector": detector,
-            "trunk": trunk,
-            "fpn_channels": fpn_channels,
-            "fpn_norm": fpn_norm,
-        }
+        asked = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm}
         state: dict[str, Any] = {}
         if init_from is not None:
             state, source = load_weights(init_from)
-            architecture = {k: source["architecture"][k] for k in architecture}
+            architecture = _as_in(init_from, source["architecture"], asked)
+            options = {**source["architecture"].get("options", {}), **(options or {})}
+        else:
+            architecture = {k: _DEFAULTS[k] if v is None else v for k, v in asked.items()}
+        if patience is not None and val_annotations is None:
+            raise ValueError(
+                "--patience needs --val-annotations: without them, nothing is measured on the way"
+            )
         masks = predicts_masks(architecture["detector"])
         coco = read_coco(annotations, images, strict=strict, masks=masks)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
@@ -185,7 +193,9 @@ def finetune(
             freeze_batch_norm=batch_norm == "frozen",
             trunk_factor=trunk_factor,
             optimizer=optimizer,
-            learning_rate=learning_rate or (1e-3 if adam else 1e-2) * (1.5 if pretrained else 1.0),
+            learning_rate=learning_rate
+            if learning_rate is not None
+            else (1e-3 if adam else 1e-2) * (1.5 if pretrained else 1.0),
             weight_decay=weight_decay
             if weight_decay is not None
             else (0.05 if adam else 1e-4) * (0.5 if pretrained else 1.0),
@@ -226,6 +236,18 @@ def finetune(
             save_weights(output / "model", module.detector.state_dict(), manifest)
             print(f"fine-tuned detector: {output / 'model'}")
     return output
+
+
+def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Takes the architecture over from weights, unless another one was asked for."""
+    for name, value in asked.items():
+        if value is not None and value != architecture[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{source}: these weights are of {option} {architecture[name]}, not {value}; leave the option"
+                " out, or take other weights"
+            )
+    return {name: architecture[name] for name in asked}
 
 
 def _callbacks(output: Path, validated: bool, patience: int | None, ema: float | None) -> list[Callback]:

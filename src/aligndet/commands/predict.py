@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from aligndet.data.files import atomic_write, locked
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
 from aligndet.evaluation.inference import predict_images, resolve_device
+from aligndet.files import accepts_strings, atomic_write, locked
 
 
+@accepts_strings
 def predict(
     model: Path,
     images: Path,

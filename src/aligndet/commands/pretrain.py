@@ -13,6 +13,7 @@ from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
+from aligndet.files import accepts_strings
 from aligndet.proposals.storage import read_proposals
 from aligndet.trainer import RUN_SETTINGS, fit
 from aligndet.training import OptimizerName, ScheduleName
@@ -27,6 +28,7 @@ pretrained/    the result: neck and heads (and the trunk they belong to), writte
 """
 
 
+@accepts_strings
 def pretrain(
     images: Path,
     *,

@@ -15,6 +15,7 @@ from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
+from aligndet.files import accepts_strings
 from aligndet.trainer import RUN_SETTINGS, fit
 from aligndet.training import OptimizerName, ScheduleName
 
@@ -29,6 +30,7 @@ trunk/         the result, written at the end: model.safetensors and manifest.js
 """
 
 
+@accepts_strings
 def pretrain_backbone(
     images: Path,
     *,

@@ -19,10 +19,11 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from aligndet.commands._runs import check_bounds
 from aligndet.data.coco import CocoDataset, read_coco
-from aligndet.data.files import atomic_write, locked
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import EncodedMasks, encode, overlaps
+from aligndet.files import accepts_strings, atomic_write, locked, read_json
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
 from aligndet.proposals.selective_search import Mode, selective_search
@@ -59,6 +60,7 @@ class ProposeSummary(NamedTuple):
     mask_iou: float | None  # mean IoU of the masks of objects that are found at IoU 0.7
 
 
+@accepts_strings
 def propose(
     images: Path,
     *,
@@ -110,6 +112,7 @@ def propose(
     Raises:
         ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
     """
+    check_bounds(locals())
     names = list_images(images)
     parameters: dict[str, Any] = {
         "mode": mode,
@@ -230,7 +233,7 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
         for path in [*folder.glob("part-*.parquet"), manifest]:
             path.unlink()
     elif manifest.is_file():
-        before = json.loads(manifest.read_text())["parameters"]
+        before = read_json(manifest).get("parameters", {})
         changed = next((key for key in before | parameters if before.get(key) != parameters.get(key)), None)
         if changed == "image_list" or changed == "images":
             raise ValueError(f"{folder}: was made of other images; give --overwrite or another output")

@@ -21,11 +21,12 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
 from aligndet.data.coco import CocoDataset, read_coco
-from aligndet.data.files import atomic_write
 from aligndet.data.images import read_image
+from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
 from aligndet.evaluation.inference import predict_images, resolve_device
+from aligndet.files import accepts_strings, atomic_write
 
 _NEXT = """The same on your own images:
 
@@ -51,6 +52,7 @@ run.json         settings, command line and versions
 """
 
 
+@accepts_strings
 def quickstart(
     output: Path = Path("quickstart"),
     *,
@@ -108,7 +110,12 @@ def quickstart(
             _heading("1. sample data: photographic objects of eight classes")
             sample_data(data, train_images=images, seed=seed, overwrite=True)
         _heading("2. proposals: selective search on the training images, without their labels")
-        propose(data / "train", output=output / "proposals", annotations=data / "train.json")
+        propose(
+            data / "train",
+            output=output / "proposals",
+            annotations=data / "train.json",
+            masks=predicts_masks(detector),
+        )
         pretrained = output / "pretrained"
         if not (pretrained / "pretrained" / "manifest.json").is_file():
             _heading(f"3. pre-training of neck and heads, {pretrain_steps} steps")

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from aligndet.data.files import atomic_write, locked
 from aligndet.data.sample import BACKGROUNDS, MATTERS, compose_scene
+from aligndet.files import accepts_strings, atomic_write, locked
 
 _EXPLANATION = """Sample data of `aligndet sample-data`: pieces of photographs composed over photographs.
 
@@ -24,6 +24,7 @@ The photographs are those that scikit-image and scikit-learn carry; see there fo
 _MARK = ".sample-data"  # what a folder of sample data is known by, finished or not
 
 
+@accepts_strings
 def sample_data(
     output: Path,
     *,

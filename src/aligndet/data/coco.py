@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
+from aligndet.files import read_json
 from aligndet.proposals.storage import safe_name
 
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
@@ -212,13 +212,11 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())  # bytes: UTF-8 whatever the locale, with or without a mark
+        document = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file of annotations") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
     for section, fields in _FIELDS.items():
-        if not isinstance(document, dict) or not isinstance(document.get(section), list):
+        if not isinstance(document.get(section), list):
             raise ValueError(f"{path}: is no COCO JSON: it has no list {section!r}")
         for entry in document[section]:
             for key, kinds in fields.items():

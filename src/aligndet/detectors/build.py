@@ -104,20 +104,19 @@ def build_detector(
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     family = _family(detector)
     mean, std = normalisation(trunk)
-    settings = {
+    own = {
         "min_size": min_size,
         "max_size": max_size,
         "image_mean": list(mean),
         "image_std": list(std),
         "_skip_resize": not resize_in_training,
-        **(options or {}),
     }
-    model: nn.Module = family.plain(
-        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm), num_classes + 1, **settings
-    )
-    # torchvision's constructors swallow what they do not know
-    known = {name for ancestor in type(model).__mro__[:-1] for name in signature(ancestor).parameters}
-    _check(detector, options, known)
+    backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
+    model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
+    # torchvision's constructors swallow what they do not know; what they build themselves is None by default
+    parameters = [p for ancestor in type(model).__mro__[:-1] for p in signature(ancestor).parameters.values()]
+    known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
+    _check(detector, options, known - set(own))
     _predict_in_float32(model)
     return model
 

@@ -211,7 +211,7 @@ class RoIPretraining(nn.Module):
                 regions = refine(stage, predicted, regions, sizes, proposals)
             if learns and masks is not None:
                 seen = regions
-                if len(self.stages) > 1:  # interleaved: mask heads see the regions where the box head moved them
+                if len(self.stages) > 1:  # interleaved: mask heads see the moved regions
                     seen, matched, _, _ = stage.select_training_samples(regions, targets)
                 loss = self._mask_loss(len(predictions), features, seen, matched, targets, sizes)
                 losses[f"loss_mask{suffix}"] = weight * loss
@@ -240,7 +240,7 @@ class RoIPretraining(nn.Module):
             scale = target["masks"].shape[-1] / (opposite - corner)
             kept_regions.append(region)
             kept_matched.append(match)
-            # torchvision takes a pixel for the point at its corner: half a pixel of the image, not of the mask
+            # torchvision takes a pixel for the point at its corner: of the image, not of the grid
             corner, scale = corner.repeat(1, 2), scale.repeat(1, 2)
             inside.append((region - corner + 0.5) * scale - 0.5)
         stage = self.stages[depth - 1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.build import build_detector
+from aligndet.files import accepts_strings, atomic_write, read_json
 
 MODULES = {
     "trunk": ("backbone.body.",),
@@ -111,9 +112,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(folder / "model.safetensors")
-    partial = folder / ".manifest.json.partial"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    partial.replace(folder / "manifest.json")
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,21 +127,22 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     candidates = [folder, folder / "model", folder / "pretrained"]
     folder = next((c for c in candidates if (c / "manifest.json").is_file()), folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         state = dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: holds no weights (model.safetensors and manifest.json, as `aligndet pretrain`,"
             f" `export` and `finetune` write them): {error}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: broken weights or manifest: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("architecture"), dict):
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: broken weights: {error}") from error
+    if not isinstance(manifest.get("architecture"), dict):
         raise ValueError(f"{folder / 'manifest.json'}: does not say the architecture")
     manifest["architecture"].setdefault("fpn_norm", "none")  # written before there was a choice
     return state, manifest
 
 
+@accepts_strings
 def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Builds a fine-tuned or exported detector and loads its weights.
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from aligndet.data.files import atomic_write
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
+from aligndet.files import atomic_write, read_json
 from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
 
 SCHEMA = pa.schema(
@@ -129,7 +129,7 @@ def read_proposals(path: Path, *, masks: bool = False) -> ProposalTable:
         if not shards:
             raise ValueError(f"{path}: holds no proposals (part-*.parquet); run `aligndet propose` first")
         manifest = path / "manifest.json"
-        if manifest.is_file() and json.loads(manifest.read_text()).get("status") != "complete":
+        if manifest.is_file() and read_json(manifest).get("status") != "complete":
             raise ValueError(
                 f"{path}: these proposals are not complete; run the same `aligndet propose` again to finish"
             )
@@ -267,7 +267,7 @@ def whole_masks(row: ImageProposals, chosen: npt.NDArray[np.int64]) -> EncodedMa
 
 def _read_coco(path: Path, masks: bool) -> list[ImageProposals]:
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
         images = {image["id"]: image for image in document["images"]}
         if len(images) < len(document["images"]):
             raise ValueError("an image id occurs twice")

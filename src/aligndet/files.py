@@ -3,10 +3,55 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Lets a function that wants a Path be called with a string as well.
+
+    Args:
+        function: Parameters annotated ``Path`` or ``Path | None`` are converted.
+    """
+    parameters = signature(function)
+    paths = {name for name, p in parameters.parameters.items() if p.annotation in ("Path", "Path | None")}
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        bound = parameters.bind(*args, **kwargs)
+        given = {k: Path(v) if k in paths and isinstance(v, str) else v for k, v in bound.arguments.items()}
+        bound.arguments.update(given)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: UTF-8, whatever the locale, with or without a mark.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: Naming the file, if it is no JSON object.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return document
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
