@@ -106,6 +106,50 @@ def test_the_best_checkpoint_is_the_result(tuned: Path) -> None:
     assert manifest["class_names"][0] == "brick"
 
 
+def test_the_architecture_is_that_of_the_weights(run: Path, sample: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SMALL, "output": tmp_path / "tuned", "init_from": run, "steps": 1}
+    for changed, message in (
+        ({"detector": "retinanet"}, r"pretrained: these weights are of --detector fcos, not retinanet"),
+        ({"fpn_channels": 96}, r"of --fpn-channels 64, not 96"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            aligndet.finetune(sample / "train.json", overwrite=True, **{**settings, **changed})
+    for name in ("trunk", "fpn_channels"):
+        del settings[name]
+    options = {"nms_thresh": 0.4}
+    first = aligndet.finetune(sample / "train.json", **settings, options=options, overwrite=True)
+    settings |= {"output": str(tmp_path / "second"), "init_from": str(first)}  # strings will do
+    second = aligndet.finetune(str(sample / "train.json"), **settings)  # type: ignore[arg-type]
+    detector, manifest = aligndet.load_detector(str(second))  # type: ignore[arg-type]
+    assert manifest["architecture"]["options"] == options
+    assert detector.nms_thresh == 0.4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"accumulate": 0}, "--accumulate must be at least 1"),
+        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"max_proposals": 0}, "--max-proposals must be at least 1"),
+        ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
+        ({"options": {"embedding_dim": "wide"}}, "fcos: .*embedding_dim"),
+        pytest.param(
+            {"accelerator": "gpu"},
+            "gpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
+)
+def test_bad_numbers_are_refused_by_name(
+    setting: dict[str, Any], message: str, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "proposals": proposals, "output": tmp_path / "run", **setting}
+    with pytest.raises(ValueError, match=message):
+        aligndet.pretrain(sample / "train", **settings)
+
+
 def test_masks_all_the_way(sample: Path, proposals: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "steps": 1, "detector": "mask_rcnn"}
     run = aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "run", **settings)

@@ -175,7 +175,7 @@ def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:
     path.write_text("{broken")
     with pytest.raises(ValueError, match=r"x\.json: is no JSON"):
         read_coco(path)
-    path.write_text("[]")
+    path.write_text("{}")
     with pytest.raises(ValueError, match="is no COCO JSON"):
         read_coco(path)
 

@@ -60,12 +60,13 @@ def build_pretrainable(
     parameters = signature(family).parameters.values()
     _check(detector, options, {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
     mean, std = normalisation(trunk)
-    pretrainable: PretrainableDetector = family(
-        family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm),
-        image_mean=list(mean),
-        image_std=list(std),
-        **(options or {}),
-    )
+    backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
+    try:
+        pretrainable: PretrainableDetector = family(
+            backbone, image_mean=list(mean), image_std=list(std), **(options or {})
+        )
+    except TypeError as error:
+        raise ValueError(f"{detector}: one of the options {options} has a wrong type ({error})") from error
     _predict_in_float32(pretrainable.detector)
     return pretrainable
 

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aligndet.files import accepts_strings, atomic_write, locked, read_json
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    atomic_write(path, "first")
+    with pytest.raises(TypeError):
+        atomic_write(path, 3)  # type: ignore[arg-type]
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_has_one_owner(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\xff"])
+def test_what_is_no_json_object_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"broken\.json: (is no JSON|holds no JSON object)"):
+        read_json(path)
+
+
+def test_a_mark_at_the_start_of_json_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + '{"ä": 1}'.encode())
+    assert read_json(tmp_path / "a.json") == {"ä": 1}
+
+
+def test_strings_become_paths_where_paths_are_wanted() -> None:
+    @accepts_strings
+    def function(folder: Path, name: str, *, other: Path | None = None) -> tuple[object, ...]:
+        return folder, name, other
+
+    assert function("a", "b", other="c") == (Path("a"), "b", Path("c"))  # type: ignore[arg-type]
+    assert function(Path("a"), "b") == (Path("a"), "b", None)
