@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aligndet.box_pretraining import BoxPretraining
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
 from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
 from aligndet.losses import box_contrastive_loss
@@ -143,25 +145,44 @@ def test_weights_of_another_detector_are_refused(name: str) -> None:
         initialise(build_detector(other, num_classes=4, **ARCHITECTURE), pretrained_state(build(name)))
 
 
-class TwoPatches(nn.Module):
-    """A user's own detector becomes pre-trainable by three members."""
+class Colours(nn.Module):
+    """A user's own detector: the whole image is its only box."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.body = nn.Conv2d(3, 8, 1)
+        self.classes = nn.Linear(8, 2)
+
+
+class ColoursPretraining(nn.Module):
+    """Three members make it pre-trainable."""
 
     prediction_layers = ("classes",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.detector = nn.ModuleDict({"backbone": nn.Module(), "classes": nn.Linear(3, 2)})
-        self.projection = nn.Linear(3, 4)
+        self.detector = Colours()
+        self.projection = nn.Linear(8, 4)
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
-        colours = torch.stack([image.mean((1, 2)) for image in images])  # one box, the whole image, for each
-        ids = torch.tensor([0 if len(boxes) else BACKGROUND for boxes in proposals])
-        return PretrainOutput((BoxPredictions(self.projection(colours), ids),), {})
+        trunk = self.detector.backbone.body
+        features = torch.stack([trunk(image[None])[0].mean((1, 2)) for image in images])
+        ids = torch.tensor([i if len(boxes) else BACKGROUND for i, boxes in enumerate(proposals)])
+        return PretrainOutput((BoxPredictions(self.projection(features), ids),), {})
 
 
 def test_a_detector_of_ones_own() -> None:
-    output = TwoPatches()(images((32, 32), (32, 40)), [OBJECTS, OBJECTS[:0]])
-    assert box_contrastive_loss(output.stages[0], output.stages[0]).isfinite()
+    pictures = [(image * 255).byte() for image in images((32, 32), (32, 40), (40, 32))]
+    boxes = [OBJECTS, OBJECTS[:0], OBJECTS[:1]]
+    views = [View(image, box) for image, box in zip(pictures, boxes, strict=True)]
+    module = BoxPretraining(ColoursPretraining(), steps=1)
+    loss = module.training_step([TwoViews(view, view, "image.jpg", ()) for view in views], 0)
+    loss.backward()
+    assert loss > 0
+    assert module.online.projection.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in module.trunk.parameters())
+    assert set(pretrained_state(module.online)) == {"backbone.body.weight", "backbone.body.bias"}
 
 
 def test_an_unknown_option_is_answered_with_the_list(name: str) -> None:

@@ -56,7 +56,7 @@ class ProposeSummary(NamedTuple):
     skipped: dict[str, str]  # file name -> reason
     boxes: int
     without: int  # images in which nothing was found
-    recall: dict[str, float] | None  # "recall50", "recall75" is not COCO's: "recall50", "recall70", "AR"
+    recall: dict[str, float] | None  # "recall50", "recall70" and "AR": their mean over IoU
     mask_iou: float | None  # mean IoU of the masks of objects that are found at IoU 0.7
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-_C_LIBRARY = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+_C_LIBRARY = ctypes.CDLL(None)
 Mode = Literal["fast", "quality"]
 
 
