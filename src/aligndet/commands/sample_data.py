@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
-from aligndet.data.rle import encode
 from aligndet.data.sample import BACKGROUNDS, MATTERS, compose_scene
 from aligndet.files import accepts_strings, atomic_write, locked
 
 _EXPLANATION = """Sample data of `aligndet sample-data`: pieces of photographs composed over photographs.
 
-train/, train.json   images and COCO instances (boxes, and masks as run lengths)
+train/, train.json   images and COCO instances (boxes, and masks as uncompressed RLE)
 val/, val.json       likewise; no object and no background of train occurs here
 
 The photographs are those that scikit-image and scikit-learn carry; see there for their origin and licences.
@@ -100,6 +100,13 @@ def _write_scene(
                 "bbox": [int(value) for value in box],
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "segmentation": encode(mask[None]).segmentations()[0],
+                "segmentation": {"size": [height, width], "counts": _run_lengths(mask)},
             }
         )
+
+
+def _run_lengths(mask: npt.NDArray[np.bool_]) -> list[int]:
+    """COCO's uncompressed run lengths, which more tools read: down the columns, beginning with the zeros."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], changes, [len(flat) - 1]])).tolist()
