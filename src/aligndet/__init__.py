@@ -2,7 +2,7 @@
 
 The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
-``aligndet.predict``, ``aligndet.sample_data`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads
+``aligndet.predict``, ``aligndet.sample_data``, ``aligndet.split`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads
 what they write.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aligndet.commands.propose import propose
     from aligndet.commands.quickstart import quickstart
     from aligndet.commands.sample_data import sample_data
+    from aligndet.commands.split import split
     from aligndet.detectors.weights import load_detector
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "propose",
     "quickstart",
     "sample_data",
+    "split",
 ]
 __version__ = version("aligndet")
 

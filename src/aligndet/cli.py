@@ -18,6 +18,7 @@ from aligndet import __version__
 COMMANDS = {
     "quickstart": "the main job on built-in data in minutes: does pre-training help?",
     "sample-data": "write a small data set of photographic objects, labelled",
+    "split": "draw low-data splits of labelled images, nested, in folds",
     "propose": "find boxes in images without labels (selective search)",
     "pretrain-backbone": "pre-train a trunk on images alone, where no ImageNet weights are wanted",
     "pretrain": "pre-train neck and heads on these images and boxes",

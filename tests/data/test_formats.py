@@ -64,7 +64,7 @@ def test_xml_as_tools_write_it(tmp_path: Path) -> None:
     read = read_labelled(tmp_path)
     assert read.file_names == ["a b/one.JPG", "pictures/deep/two.png"]
     assert [c.name for c in read.categories] == ["cat", "red fox"]
-    np.testing.assert_allclose(read.boxes[0], [[1.5, 0, 10.25, 20], [2, 2, 8, 8]])
+    np.testing.assert_allclose(read.boxes[0], [[1.5, 0, 11.25, 21], [2, 2, 9, 9]])
     assert read.labels[0].tolist() == [2, 1]
     assert read.iscrowd[1].tolist() == [True]
     assert read.sizes.tolist() == [[40, 30], [40, 30]]
@@ -145,17 +145,17 @@ def test_a_folder_of_coco_parts(sample: Path, tmp_path: Path) -> None:
         read_labelled(tmp_path / "none")
 
 
-corner = st.floats(1, 20, width=32)
+corner = st.floats(1.0, 19.0, width=32)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(corner, corner, corner, corner), min_size=1, max_size=4))
 def test_any_voc_box_is_read_back(
-    tmp_path_factory: pytest.TempPathFactory, boxes: list[tuple[float, ...]]
+    tmp_path_factory: pytest.TempPathFactory, boxes: list[tuple[float, float, float, float]]
 ) -> None:
     folder = tmp_path_factory.mktemp("voc")
     written = [(x, y, x + w, y + h) for x, y, w, h in boxes]
-    written = [(x, y, min(r, 41), min(b, 31)) for x, y, r, b in written]
+    written = [(x, y, min(r, 40), min(b, 30)) for x, y, r, b in written]
     put(folder, "a.xml", xml(*(("cat", box) for box in written)), "a.jpg")
-    np.testing.assert_allclose(read_labelled(folder).boxes[0], np.array(written) - 1, atol=1e-4)
+    np.testing.assert_allclose(read_labelled(folder).boxes[0], np.array(written) - [1, 1, 0, 0], atol=1e-4)
     shutil.rmtree(folder)

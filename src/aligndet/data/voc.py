@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -119,7 +119,7 @@ def _document(
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _xml_files(folder: Path) -> Iterable[Any]:
+def _xml_files(folder: Path) -> Iterator[Path]:
     return (
         path
         for path in folder.rglob("*")
