@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def year(root: Path, name: str, lists: dict[str, list[str]]) -> None:
 
 def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) -> None:
     coco = read_coco(sample / "train.json")
-    theirs = sv.DetectionDataset.from_coco(str(sample / "train"), str(sample / "train.json"))
+    document = json.loads((sample / "train.json").read_text())
+    for entry in document[
+        "annotations"
+    ]:  # of outlines it writes pixel indices, which lose a pixel of the box
+        del entry["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    theirs = sv.DetectionDataset.from_coco(str(sample / "train"), str(tmp_path / "boxes.json"))
     voc, yolo = tmp_path / "voc", tmp_path / "yolo"
     theirs.as_pascal_voc(str(voc / "JPEGImages"), str(voc / "Annotations"))
     theirs.as_yolo(str(yolo / "images"), str(yolo / "labels"), str(yolo / "data.yaml"))

@@ -140,7 +140,7 @@ def build_dataset(
                 f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}"
             )
         image = entries[annotation["image_id"]]
-        box, note = _box(annotation["bbox"], image["width"], image["height"])
+        box, note = clip_box(annotation["bbox"], image["width"], image["height"])
         mask: bytes | None = b""
         if box is not None and masks:
             mask, flaw = _mask(annotation["segmentation"], int(image["width"]), int(image["height"]))
@@ -249,8 +249,17 @@ def _area(area: Any, box: Sequence[float]) -> float:
     return float(area) if known else (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
-    """From xywh to clipped xyxy, with a note of what was wrong."""
+def clip_box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
+    """From xywh to clipped xyxy, with a note of what was wrong.
+
+    Args:
+        bbox: As in the JSON.
+        width: Of the image.
+        height: Of the image.
+
+    Returns:
+        The box, or None if nothing is left of it, and the note, or None if all was well.
+    """
     try:
         x, y, w, h = (float(value) for value in bbox)
     except (TypeError, ValueError):

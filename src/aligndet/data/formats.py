@@ -69,8 +69,21 @@ def load_labelled(path: Path, images: Path | None = None, split: Split = "all") 
     return load_document(path, images)
 
 
+def is_bare_folder(path: Path) -> bool:
+    """Whether a path is a folder without labels of any format.
+
+    Args:
+        path: To look at.
+    """
+    return path.is_dir() and find_yaml(path) is None and not is_voc(path) and not _jsons(path)
+
+
+def _jsons(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")])
+
+
 def _find_json(folder: Path, split: str) -> Path | None:
-    found = sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")])
+    found = _jsons(folder)
     if len(found) > 1:
         named = [path for path in found if split in path.stem]
         if len(named) != 1:
