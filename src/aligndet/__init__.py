@@ -2,8 +2,8 @@
 
 The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
-``aligndet.predict``, ``aligndet.sample_data`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads
-what they write.
+``aligndet.predict``, ``aligndet.sample_data``, ``aligndet.check_data``, ``aligndet.split`` and
+``aligndet.quickstart``; ``aligndet.load_detector`` reads what they write.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aligndet.commands.check_data import check_data
     from aligndet.commands.evaluate import evaluate
     from aligndet.commands.export import export
     from aligndet.commands.finetune import finetune
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from aligndet.commands.propose import propose
     from aligndet.commands.quickstart import quickstart
     from aligndet.commands.sample_data import sample_data
+    from aligndet.commands.split import split
     from aligndet.detectors.weights import load_detector
 
 __all__ = [
+    "check_data",
     "evaluate",
     "export",
     "finetune",
@@ -35,6 +38,7 @@ __all__ = [
     "propose",
     "quickstart",
     "sample_data",
+    "split",
 ]
 __version__ = version("aligndet")
 

@@ -18,6 +18,8 @@ from aligndet import __version__
 COMMANDS = {
     "quickstart": "the main job on built-in data in minutes: does pre-training help?",
     "sample-data": "write a small data set of photographic objects, labelled",
+    "check-data": "validate a data set, labelled or not, and say what is in it",
+    "split": "draw low-data splits of labelled images, nested, in folds",
     "propose": "find boxes in images without labels (selective search)",
     "pretrain-backbone": "pre-train a trunk on images alone, where no ImageNet weights are wanted",
     "pretrain": "pre-train neck and heads on these images and boxes",
@@ -50,7 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Without the program's name; by default of this process.
 
     Returns:
-        The exit status: 0, 2 for a mistake in the input, 130 when interrupted.
+        The exit status: 0, 1 where check-data found problems, 2 for a mistake in the input, 130 when
+        interrupted.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -65,7 +68,9 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        run(arguments[0], arguments[1:])
+        result = run(arguments[0], arguments[1:])
+        if arguments[0] == "check-data" and result["problems"]:
+            return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning ends an interrupted training with an exit of its own
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from aligndet.data.coco import Category, CocoDetection, read_coco
+from aligndet.data.coco import Category, CocoDetection
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
@@ -36,7 +37,7 @@ def evaluate(
 
     Args:
         model: Folder of `aligndet finetune`, or an export.
-        annotations: COCO JSON with the classes that the detector was trained on.
+        annotations: COCO JSON, PASCAL VOC or YOLO (file or folder), with the classes of the detector.
         images: Folder of the images; by default looked for beside the JSON.
         output: JSON file for the figures.
         masks: Measure masks if the detector finds them; false for labels without masks.
@@ -58,7 +59,7 @@ def evaluate(
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
     ]
     masks = masks and predicts_masks(manifest["architecture"]["detector"])
-    coco = read_coco(annotations, images, strict=strict, categories=categories, masks=masks)
+    coco = read_labelled(annotations, images, split="val", strict=strict, categories=categories, masks=masks)
     dataset = CocoDetection(coco, crowds=True)
     targets: deque[dict[str, Tensor]] = deque()  # of images whose predictions are not here yet
     broken: list[str] = []

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
-from aligndet.data.coco import CocoDetection, read_coco
+from aligndet.data.coco import CocoDetection
+from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import PyramidNorm
@@ -88,10 +89,11 @@ def finetune(
     """Fine-tunes a detector on labelled images, from pre-trained parts or from a trunk alone.
 
     Args:
-        annotations: COCO JSON of the training images.
-        images: Their folder; by default looked for beside the JSON.
+        annotations: Of the training images: COCO JSON, PASCAL VOC, or YOLO (data.yaml); a folder will do.
+        images: Their folder; by default looked for beside the annotations.
         output: Folder of the run.
-        val_annotations: COCO JSON of validation images; without, the last weights are the result.
+        val_annotations: Of validation images, the same folder if it names its parts; without, the last
+            weights are the result.
         val_images: Their folder.
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
@@ -163,7 +165,7 @@ def finetune(
                 "--patience needs --val-annotations: without them, nothing is measured on the way"
             )
         masks = predicts_masks(architecture["detector"])
-        coco = read_coco(annotations, images, strict=strict, masks=masks)
+        coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
         if options:
             architecture["options"] = options
@@ -177,8 +179,13 @@ def finetune(
         adam = optimizer == "adamw"
         evaluator, validation = None, None
         if val_annotations is not None:
-            held_out = read_coco(
-                val_annotations, val_images, strict=strict, categories=coco.categories, masks=masks
+            held_out = read_labelled(
+                val_annotations,
+                val_images,
+                split="val",
+                strict=strict,
+                categories=coco.categories,
+                masks=masks,
             )
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = DataLoader(

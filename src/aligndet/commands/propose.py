@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from aligndet.commands._runs import check_bounds
-from aligndet.data.coco import CocoDataset, read_coco
+from aligndet.data.coco import CocoDataset
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
@@ -101,8 +102,8 @@ def propose(
         min_inside: Of masks: share of a segment that lies in the box at least.
         workers: Processes; by default one a core.
         shard_size: Images a Parquet file, which is also what a stopped run loses at most for each process.
-        annotations: COCO JSON of the objects in these images, to measure how many the boxes find, and how
-            well the masks fit if it has masks.
+        annotations: COCO JSON, PASCAL VOC or YOLO of the objects in these images, to measure how many the
+            boxes find, and how well the masks fit if it has masks.
         strict: A broken image is an error; by default it is skipped, counted and named.
         overwrite: Throw away what output holds.
 
@@ -263,7 +264,7 @@ def _summarise(
     kept = {row.file_name: row for row in rows if row.skipped is None}
     recall, mask_iou = None, None
     if annotations is not None:
-        found, fitted = _measure(kept, read_coco(annotations, images, masks=None))
+        found, fitted = _measure(kept, read_labelled(annotations, images, masks=None))
         if not len(found):
             raise ValueError(f"{annotations}: has no object in the images of {images}")
         at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aligndet.data.document import Document, load_document
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
-from aligndet.files import read_json
 from aligndet.proposals.storage import safe_name
-
-_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
-    "images": {"id": (int,), "file_name": (str,), "width": (int, float), "height": (int, float)},
-    "annotations": {"id": (int, str), "image_id": (int,), "category_id": (int,), "bbox": (object,)},
-    "categories": {"id": (int,), "name": (str, int)},
-}
 
 
 class Category(NamedTuple):
@@ -91,11 +85,32 @@ def read_coco(
             category), holds other categories, lacks a mask, or none of its images is there; the message names
             the file and the value.
     """
-    document = _load(annotations)
-    folder = images if images is not None else _guess_folder(annotations)
+    return build_dataset(
+        load_document(annotations, images), annotations, strict=strict, categories=categories, masks=masks
+    )
+
+
+def build_dataset(
+    labels: Document,
+    annotations: Path,
+    *,
+    strict: bool = False,
+    categories: Sequence[Category] | None = None,
+    masks: bool | None = False,
+) -> CocoDataset:
+    """Checks a document in COCO's form; the arguments and errors are those of `read_coco`.
+
+    Args:
+        labels: The document.
+        annotations: What it was read from, for the messages.
+        strict: Make every warning an error.
+        categories: What the categories have to be.
+        masks: Read masks, too; None: if every object has one.
+    """
+    document, folder = labels.content, labels.folder
     found = _categories(annotations, document, categories)
     label = {category.id: position + 1 for position, category in enumerate(found)}
-    warnings: list[str] = []
+    warnings: list[str] = list(labels.notes)
     without_mask = next((a["id"] for a in document["annotations"] if not a.get("segmentation")), None)
     if masks and without_mask is not None:
         raise ValueError(f"{annotations}: annotation {without_mask} has no mask (segmentation)")
@@ -125,7 +140,7 @@ def read_coco(
                 f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}"
             )
         image = entries[annotation["image_id"]]
-        box, note = _box(annotation["bbox"], image["width"], image["height"])
+        box, note = clip_box(annotation["bbox"], image["width"], image["height"])
         mask: bytes | None = b""
         if box is not None and masks:
             mask, flaw = _mask(annotation["segmentation"], int(image["width"]), int(image["height"]))
@@ -210,36 +225,6 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return image, target
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        document = read_json(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file of annotations") from error
-    for section, fields in _FIELDS.items():
-        if not isinstance(document.get(section), list):
-            raise ValueError(f"{path}: is no COCO JSON: it has no list {section!r}")
-        for entry in document[section]:
-            for key, kinds in fields.items():
-                if not isinstance(entry, dict) or key not in entry:
-                    raise ValueError(f"{path}: an entry of {section!r} has no {key!r}: {str(entry)[:200]}")
-                if not isinstance(entry[key], kinds):
-                    wanted = " or ".join(kind.__name__ for kind in kinds)
-                    raise ValueError(
-                        f"{path}: {key!r} of an entry of {section!r} is no {wanted}: {str(entry)[:200]}"
-                    )
-    return document
-
-
-def _guess_folder(annotations: Path) -> Path:
-    stem = annotations.stem.removeprefix("instances_")
-    candidates = [
-        annotations.with_name(stem),
-        annotations.with_name("images"),
-        annotations.parent.parent / stem,
-    ]
-    return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
-
-
 def _categories(
     path: Path, document: dict[str, Any], expected: Sequence[Category] | None
 ) -> tuple[Category, ...]:
@@ -264,8 +249,17 @@ def _area(area: Any, box: Sequence[float]) -> float:
     return float(area) if known else (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
-    """From xywh to clipped xyxy, with a note of what was wrong."""
+def clip_box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
+    """From xywh to clipped xyxy, with a note of what was wrong.
+
+    Args:
+        bbox: As in the JSON.
+        width: Of the image.
+        height: Of the image.
+
+    Returns:
+        The box, or None if nothing is left of it, and the note, or None if all was well.
+    """
     try:
         x, y, w, h = (float(value) for value in bbox)
     except (TypeError, ValueError):

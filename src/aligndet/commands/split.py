@@ -1,0 +1,107 @@
+"""`aligndet split`: low-data splits of labelled images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from aligndet.data.document import Document
+from aligndet.data.formats import load_labelled
+from aligndet.data.splits import nested_subsets
+from aligndet.files import accepts_strings, atomic_write, locked
+
+_EXPLANATION = """Low-data splits of `aligndet split`.
+
+foldK/train_Ppct.json    COCO JSON of P per cent of the images (train_Nimages.json: of N images)
+foldK/train_Ppct.txt     their file names, one a line
+manifest.json            source, seed, number of images and of objects of every split
+
+Within a fold every smaller split lies in the larger ones. The folds are drawn independently.
+Train on one with: aligndet finetune foldK/train_Ppct.json --images {folder} --output ...
+"""
+
+
+@accepts_strings
+def split(
+    annotations: Path,
+    *,
+    output: Path,
+    images: Path | None = None,
+    fractions: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0),
+    counts: tuple[int, ...] = (),
+    folds: int = 5,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Draws low-data splits of labelled images, as COCO JSON and as lists of file names.
+
+    The splits of a fold are nested: the images of its 1 % are among those of its 5 %.
+
+    Args:
+        annotations: Of the training images: COCO JSON, PASCAL VOC or YOLO (file or folder).
+        output: Folder for foldK/train_Ppct.json and .txt.
+        images: Folder of the images; by default looked for.
+        fractions: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
+        counts: Sizes in images, beside the fractions.
+        folds: Number of draws.
+        seed: Of the draws.
+        overwrite: Throw away the splits that output holds.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If a size does not fit the images, or output holds something else.
+    """
+    wrong = next((value for value in fractions if not 0 < value <= 100), None)
+    if wrong is not None:
+        raise ValueError(f"a fraction must be above 0 and at most 100 per cent, not {wrong}")
+    if folds < 1 or not (fractions or counts):
+        raise ValueError(f"there must be a fold and a fraction or count, not {folds} folds")
+    labels = load_labelled(annotations, images, "train")
+    entries = sorted(labels.content["images"], key=lambda entry: (entry["file_name"], entry["id"]))
+    sizes = {f"train_{value:g}pct": max(1, round(len(entries) * value / 100)) for value in fractions}
+    sizes |= {f"train_{count}images": count for count in counts}
+    subsets = nested_subsets(len(entries), list(sizes.values()), folds=folds, seed=seed)
+    manifest: dict[str, Any] = {
+        "source": str(annotations.resolve()),
+        "images_folder": str(labels.folder.resolve()),
+        "images": len(entries),
+        "seed": seed,
+        "folds": folds,
+        "splits": {},
+    }
+    with locked(output):
+        _clear(output, overwrite)
+        for fold, chosen in enumerate(subsets):
+            for name, positions in zip(sizes, chosen, strict=True):
+                part = _part(labels, [entries[position] for position in positions])
+                path = output / f"fold{fold}" / f"{name}.json"
+                atomic_write(path, json.dumps(part))
+                listed = [entry["file_name"] for entry in part["images"]]
+                atomic_write(path.with_suffix(".txt"), "\n".join(listed) + "\n")
+                summary = {"images": len(listed), "objects": len(part["annotations"])}
+                manifest["splits"][path.relative_to(output).as_posix()] = summary
+        atomic_write(output / "README.txt", _EXPLANATION.format(folder=labels.folder.resolve()))
+        atomic_write(output / "manifest.json", json.dumps(manifest, indent=2))
+    print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
+    return output
+
+
+def _part(labels: Document, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    ids = {entry["id"] for entry in entries}
+    objects = [entry for entry in labels.content["annotations"] if entry["image_id"] in ids]
+    return {"images": entries, "annotations": objects, "categories": labels.content["categories"]}
+
+
+def _clear(output: Path, overwrite: bool) -> None:
+    used = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    if used and not overwrite:
+        raise ValueError(f"{output}: is not empty; give --overwrite or another output")
+    if used and not (output / "manifest.json").is_file():
+        raise ValueError(f"{output}: holds {used[0]!r} and no splits; it is not overwritten")
+    old: Iterable[Path] = [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt")]
+    for path in old:
+        path.unlink()

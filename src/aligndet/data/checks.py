@@ -1,0 +1,125 @@
+"""What there is to say about a data set before a detector is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligndet.data.coco import clip_box
+from aligndet.data.document import Document
+from aligndet.data.images import ImageError, read_image
+from aligndet.proposals.storage import safe_name
+
+Finding = tuple[str, str]  # kind of problem, and where it is
+
+
+def check_images(labels: Document, source: Path) -> tuple[dict[int, tuple[int, int]], list[Finding], int]:
+    """Decodes every image.
+
+    Args:
+        labels: The data set.
+        source: What it was read from, for the messages.
+
+    Returns:
+        Width and height of the readable images by id, the problems, and the number of exact duplicates.
+    """
+    sizes: dict[int, tuple[int, int]] = {}
+    findings: list[Finding] = []
+    seen: dict[str, str] = {}
+    duplicates = 0
+    for entry in labels.content["images"]:
+        name = safe_name(entry["file_name"], source)
+        try:
+            height, width = read_image(labels.folder / name).shape[1:]
+        except ImageError as error:
+            findings.append(("broken image", str(error)))
+            continue
+        if (width, height) != (entry["width"], entry["height"]):
+            text = f"{name}: is {width}x{height}, its labels say {entry['width']}x{entry['height']}"
+            findings.append(("wrong size", text))
+        sizes[entry["id"]] = (width, height)
+        digest = hashlib.sha256((labels.folder / name).read_bytes()).hexdigest()
+        if digest in seen:
+            duplicates += 1
+            findings.append(("duplicate image", f"{name}: the same file as {seen[digest]}"))
+        seen.setdefault(digest, name)
+    return sizes, findings, duplicates
+
+
+def check_boxes(
+    labels: Document, sizes: dict[int, tuple[int, int]]
+) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Checks the boxes of the readable images.
+
+    Args:
+        labels: The data set.
+        sizes: Of the readable images, by id.
+
+    Returns:
+        The annotations that can be used, clipped to their images, and the problems.
+    """
+    names = {entry["id"]: entry["file_name"] for entry in labels.content["images"]}
+    categories = {entry["id"] for entry in labels.content["categories"]}
+    kept: list[dict[str, Any]] = []
+    findings: list[Finding] = []
+    for entry in labels.content["annotations"]:
+        where = f"annotation {entry['id']} of {names.get(entry['image_id'], entry['image_id'])}"
+        if entry["image_id"] not in names or entry["category_id"] not in categories:
+            findings.append(("unknown image or class", where))
+            continue
+        if entry["image_id"] not in sizes:
+            continue
+        box, note = clip_box(entry["bbox"], *sizes[entry["image_id"]])
+        if note:
+            kind = "empty box" if box is None else "box out of bounds"
+            findings.append((kind, f"{where}: {note}"))
+        if box is not None:
+            left, top, right, bottom = box
+            fixed = {**entry, "bbox": [left, top, right - left, bottom - top]} if note else entry
+            kept.append(fixed)
+    return kept, findings
+
+
+def statistics(
+    labels: Document, sizes: dict[int, tuple[int, int]], kept: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Counts images, boxes, classes and sizes.
+
+    Args:
+        labels: The data set.
+        sizes: Of the readable images.
+        kept: Usable annotations.
+    """
+    counts = Counter(entry["category_id"] for entry in kept)
+    classes = {
+        str(c["name"]): counts[c["id"]] for c in sorted(labels.content["categories"], key=lambda c: c["id"])
+    }
+    sides = [math.sqrt(entry["bbox"][2] * entry["bbox"][3]) for entry in kept]
+    present = [count for count in classes.values() if count]
+    return {
+        "images": len(labels.content["images"]),
+        "readable_images": len(sizes),
+        "boxes": len(kept),
+        "classes": classes,
+        "images_without_boxes": len(sizes.keys() - {entry["image_id"] for entry in kept}),
+        "image_width": _spread([size[0] for size in sizes.values()]),
+        "image_height": _spread([size[1] for size in sizes.values()]),
+        "box_side": _spread(sides),
+        "box_sizes": {  # COCO's bounds
+            "small": sum(side < 32 for side in sides),
+            "medium": sum(32 <= side < 96 for side in sides),
+            "large": sum(side >= 96 for side in sides),
+        },
+        "imbalance": max(present) / min(present) if present else None,
+    }
+
+
+def _spread(values: list[Any]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": float(min(values)), "median": float(np.median(values)), "max": float(max(values))}

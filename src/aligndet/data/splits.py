@@ -1,0 +1,35 @@
+"""Low-data splits: nested subsets of the training images, in folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def nested_subsets(
+    length: int, counts: Sequence[int], *, folds: int, seed: int
+) -> list[list[npt.NDArray[np.int64]]]:
+    """Draws subsets; within a fold the smaller ones are the beginning of the larger ones.
+
+    Each fold is one random order of all images, so that a fold and a count give the same images whatever
+    other counts are asked for.
+
+    Args:
+        length: Number of images.
+        counts: Sizes of the subsets.
+        folds: Number of draws, independent of each other.
+        seed: Of the draws.
+
+    Returns:
+        For each fold and count the sorted positions of its images.
+
+    Raises:
+        ValueError: If a count is not from 1 to the number of images.
+    """
+    wrong = next((count for count in counts if not 1 <= count <= length), None)
+    if wrong is not None:
+        raise ValueError(f"a split must have from 1 to {length} images, not {wrong}")
+    orders = [np.random.default_rng((seed, fold)).permutation(length) for fold in range(folds)]
+    return [[np.sort(order[:count]) for count in counts] for order in orders]

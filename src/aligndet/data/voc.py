@@ -1,0 +1,210 @@
+"""PASCAL VOC: XML as annotation tools write it, turned into COCO's form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from aligndet.data.document import Document
+from aligndet.data.images import SUFFIXES, ImageError, read_image_size
+from aligndet.proposals.storage import safe_name
+
+
+class _Object(NamedTuple):
+    name: str
+    corners: tuple[float, ...]  # as written: xmin, ymin, xmax, ymax
+    difficult: bool
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE before its entities are declared, so that none can be expanded."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError(f"has a DOCTYPE ({name}), which is refused")
+
+
+def is_voc(path: Path) -> bool:
+    """Whether a path is VOC: a devkit, a year, a folder with XML in it, or a list of a year.
+
+    Args:
+        path: Folder or file.
+    """
+    if path.is_file():
+        return path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets"
+    return path.is_dir() and next(_xml_files(path), None) is not None
+
+
+def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Document:
+    """Reads VOC annotations.
+
+    The classes are those of all XML files under the folder, sorted by name, so that the lists of a year
+    share them. Coordinates are pixels counted from 1, the last one inside, as the format has it: one is
+    taken off xmin and ymin, and xmax and ymax are the far edges as they stand. Where any coordinate of the
+    folder is below 1, they count from 0 and are all taken as they are. ``difficult`` becomes
+    COCO's crowd flag: not for training, ignored in evaluation.
+
+    Args:
+        path: A year (VOC2007), several of them (VOCdevkit), a folder of XML beside images or in a folder of
+            its own, or one list (ImageSets/Main/*.txt).
+        images: Folder of the images; by default JPEGImages, images, or where the XML is.
+        split: "train", "val" or "all". With ImageSets, "train" and "val" are trainval and test where any
+            year has a test list (the protocols 07 and 07+12), else train and val.
+
+    Raises:
+        ValueError: If no XML file is there, one has a DOCTYPE, or a name leads out of the folder.
+    """
+    chosen_list = path if path.is_file() else None
+    root = path.parents[2] if chosen_list else path
+    if root.name.lower() == "annotations":  # the images are beside it
+        root = root.parent
+    found = sorted(_xml_files(root))
+    years = sorted({year for year in (root, *root.iterdir()) if (year / "ImageSets" / "Main").is_dir()})
+    folder = images if images is not None else root
+    available = _index_images(folder)
+    chosen = None if not years else _chosen(years, split, chosen_list)
+    notes: list[str] = []
+    rows: list[tuple[Path, str, tuple[int, int], list[_Object]]] = []
+    names: set[str] = set()
+    lowest = math.inf
+    for xml in found:
+        try:
+            file_name, size, objects, flaws = _read_xml(xml)
+        except ElementTree.ParseError as error:
+            notes.append(f"{xml}: is no XML ({error}); its image is left out")
+            continue
+        names |= {item.name for item in objects}
+        lowest = min([lowest, *(min(item.corners) for item in objects)])
+        if chosen is not None and xml.with_suffix("") not in chosen:
+            continue
+        notes += [f"{xml}: {flaw}" for flaw in flaws]
+        image = _find_image(xml, file_name, root, available)
+        if image is None:
+            notes.append(f"{xml}: its image {file_name or xml.stem!r} is not in {folder}")
+            continue
+        try:
+            size = read_image_size(folder / image)
+        except ImageError as error:
+            notes.append(f"image {error}")
+        if size[0] > 0 and size[1] > 0:
+            rows.append((xml, image, size, objects))
+    if not rows:
+        raise ValueError(f"{path}: has no annotated image ({notes[0] if notes else 'no XML file is chosen'})")
+    return Document(_document(rows, sorted(names), 0.0 if lowest < 1 else 1.0), folder, tuple(notes))
+
+
+def _document(
+    rows: list[tuple[Path, str, tuple[int, int], list[_Object]]], names: list[str], shift: float
+) -> dict[str, Any]:
+    category = {name: index + 1 for index, name in enumerate(names)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (_, file_name, (width, height), objects) in enumerate(rows, 1):
+        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
+        for item in objects:
+            left, top, right, bottom = item.corners
+            left, top = left - shift, top - shift
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category[item.name],
+                    "bbox": [left, top, right - left, bottom - top],
+                    "iscrowd": int(item.difficult),
+                }
+            )
+    categories = [{"id": index, "name": name} for name, index in category.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _xml_files(folder: Path) -> Iterator[Path]:
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".xml"
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _index_images(folder: Path) -> dict[str, list[str]]:
+    """Relative paths of all images by stem."""
+    index: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            index.setdefault(path.stem, []).append(path.relative_to(folder).as_posix())
+    return index
+
+
+def _find_image(xml: Path, file_name: str, root: Path, available: dict[str, list[str]]) -> str | None:
+    """The image that is named like the XML, else as the XML says; the nearest one if there are several.
+
+    Tools leave ``filename`` stale when files are renamed, so that the XML's own name comes first.
+    """
+    candidates = available.get(xml.stem) or available.get(Path(file_name).stem, [])
+    home = xml.relative_to(root).parts[:-1]
+
+    def distance(candidate: str) -> tuple[int, int, str]:
+        parts = Path(candidate).parts[:-1]
+        exact = Path(candidate).name == Path(file_name).name
+        return -len(set(home) & set(parts)), 0 if exact else 1, candidate
+
+    return min(candidates, key=distance, default=None)
+
+
+def _chosen(years: list[Path], split: str, chosen_list: Path | None) -> set[Path] | None:
+    """The XML files of the lists, without suffix; None for all."""
+    if chosen_list is None and split == "all":
+        return None
+    tested = any((year / "ImageSets" / "Main" / "test.txt").is_file() for year in years)
+    name = {"train": "trainval" if tested else "train", "val": "test" if tested else "val"}.get(split, split)
+    chosen: set[Path] = set()
+    for year in years:
+        listed = chosen_list or year / "ImageSets" / "Main" / f"{name}.txt"
+        if not listed.is_file():
+            continue
+        for line in listed.read_text(encoding="utf-8-sig").splitlines():
+            entry = line.strip()
+            if entry.endswith((" -1", " 0", " 1")):  # lists of one class: name and whether it is there
+                entry = entry.rsplit(maxsplit=1)[0]
+            if entry:
+                chosen.add(year / "Annotations" / safe_name(entry, listed))
+    if not chosen:
+        raise ValueError(f"{years[0].parent}: has no list ImageSets/Main/{name}.txt with an image in it")
+    return chosen
+
+
+def _read_xml(path: Path) -> tuple[str, tuple[int, int], list[_Object], list[str]]:
+    try:
+        parser = ElementTree.XMLParser(target=_NoDoctype())
+        parser.feed(path.read_bytes())
+        tree = parser.close()
+    except ElementTree.ParseError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    file_name = (tree.findtext("filename") or "").strip()
+    if file_name:
+        safe_name(file_name, path)
+    size = (_number(tree.findtext("size/width")), _number(tree.findtext("size/height")))
+    objects: list[_Object] = []
+    flaws: list[str] = []
+    for item in tree.iter("object"):
+        name = (item.findtext("name") or "").strip()
+        corners = tuple(_number(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+        if not name or not all(map(math.isfinite, corners)):
+            flaws.append(f"dropped an object without a name or box ({name or 'no name'}, {corners})")
+            continue
+        difficult = (item.findtext("difficult") or "").strip().lower() in ("1", "true", "yes")
+        objects.append(_Object(name, corners, difficult))
+    width, height = (int(value) if math.isfinite(value) else 0 for value in size)
+    return file_name, (width, height), objects, flaws
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from aligndet import cli
+from aligndet.commands.check_data import check_data
+from aligndet.data.coco import read_coco
+
+
+def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
+    report = check_data(sample / "train.json")
+    assert report["problems"] == {}
+    coco = read_coco(sample / "train.json")
+    assert report["images"] == report["readable_images"] == 12
+    assert report["boxes"] == sum(report["classes"].values()) == sum(map(len, coco.boxes))
+    assert sum(report["box_sizes"].values()) == report["boxes"]
+    assert cli.main(["check-data", str(sample / "train")]) == 0
+    assert cli.main(["check-data", str(tmp_path / "none")]) == 2
+
+
+def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    document = json.loads((data / "train.json").read_text())
+    names = [entry["file_name"] for entry in document["images"]]
+    (data / "train" / names[0]).write_bytes(b"no image")
+    shutil.copyfile(data / "train" / names[1], data / "train" / names[2])
+    mine = [a for a in document["annotations"] if a["image_id"] == document["images"][3]["id"]]
+    mine[0]["bbox"] = [-20, 4, 60, 20]
+    mine[1]["bbox"] = [5, 5, 0, 9]
+    (data / "train.json").write_text(json.dumps(document))
+    arguments = ["--output", str(tmp_path / "r.json"), "--fix", str(tmp_path / "fixed")]
+    assert cli.main(["check-data", str(data / "train.json"), *arguments]) == 1
+    problems = json.loads((tmp_path / "r.json").read_text())["problems"]
+    assert {kind: len(texts) for kind, texts in problems.items()} == {
+        "broken image": 1,
+        "wrong size": 1,  # the duplicate
+        "duplicate image": 1,
+        "box out of bounds": 1,
+        "empty box": 1,
+    }
+    assert names[0] in problems["broken image"][0]
+    fixed = read_coco(tmp_path / "fixed" / "train.json", strict=True)
+    assert fixed.file_names == names[1:]
+    assert fixed.boxes[2][0].tolist() == [0, 4, 40, 24]
+    with pytest.raises(ValueError, match="not empty"):
+        check_data(data / "train.json", fix=tmp_path / "fixed")

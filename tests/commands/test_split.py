@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligndet.commands.split import split
+from aligndet.data.coco import read_coco
+from aligndet.data.splits import nested_subsets
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_subsets_are_nested_and_stay_when_others_are_added(length: int, data: st.DataObject) -> None:
+    counts = sorted(data.draw(st.lists(st.integers(1, length), min_size=1, max_size=4)))
+    folds = nested_subsets(length, counts, folds=3, seed=5)
+    for fold in folds:
+        assert [len(set(subset.tolist())) for subset in fold] == counts
+        for small, large in pairwise(fold):
+            assert set(small) <= set(large)
+    alone = nested_subsets(length, counts[:1], folds=1, seed=5)
+    assert alone[0][0].tolist() == folds[0][0].tolist()
+
+
+def test_files_explain_themselves(sample: Path, tmp_path: Path) -> None:
+    output = tmp_path / "splits"
+    split(sample / "train.json", output=output, fractions=(0.5, 25.0, 50.0), counts=(5,), folds=2)
+    names = ("train_0.5pct", "train_25pct", "train_50pct", "train_5images")
+    parts = [read_coco(output / "fold1" / f"{name}.json", sample / "train") for name in names]
+    assert [len(part) for part in parts] == [1, 3, 6, 5]
+    listed = (output / "fold1" / "train_25pct.txt").read_text().split()
+    assert listed == parts[1].file_names
+    whole = read_coco(sample / "train.json")
+    for part in parts:
+        assert part.categories == whole.categories
+        for name, labels in zip(part.file_names, part.labels, strict=True):
+            assert labels.tolist() == whole.labels[whole.file_names.index(name)].tolist()
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["splits"]["fold0/train_50pct.json"]["images"] == 6
+    folds = [(output / f"fold{k}" / "train_50pct.txt").read_text() for k in range(2)]
+    assert folds[0] != folds[1]
+    with pytest.raises(ValueError, match="not empty"):
+        split(sample / "train.json", output=output)
+    split(sample / "train.json", output=output, fractions=(50.0,), folds=1, overwrite=True)
+    assert [path.name for path in output.glob("fold*/*.txt")] == ["train_50pct.txt"]
+    assert (output / "fold0" / "train_50pct.txt").read_text() == folds[0]
+
+
+def test_sizes_that_do_not_fit(sample: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most 100"):
+        split(sample / "train.json", output=tmp_path / "a", fractions=(101.0,))
+    with pytest.raises(ValueError, match="from 1 to 12 images, not 13"):
+        split(sample / "train.json", output=tmp_path / "a", counts=(13,))

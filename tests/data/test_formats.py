@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import supervision as sv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from aligndet.data.coco import Category, read_coco
+from aligndet.data.formats import read_labelled
+
+
+def xml(*objects: tuple[str, tuple[object, ...]], extra: str = "", head: str = "") -> str:
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    body = "".join(
+        f"<object><name>{name}</name>{extra}<bndbox>"
+        + "".join(f"<{k}>{v}</{k}>" for k, v in zip(keys, box, strict=True))
+        + "</bndbox></object>"
+        for name, box in objects
+    )
+    return f"<annotation>{head}{body}</annotation>"
+
+
+def put(folder: Path, name: str, text: str, image: str | None = None) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    if image:
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(folder / image)
+
+
+def year(root: Path, name: str, lists: dict[str, list[str]]) -> None:
+    for part, stems in lists.items():
+        put(root / name, f"ImageSets/Main/{part}.txt", "\n".join(stems))
+        for stem in stems:
+            text = xml(("cat", (1, 1, 11, 11)))
+            put(root / name, f"Annotations/{stem}.xml", text, f"JPEGImages/{stem}.jpg")
+
+
+def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) -> None:
+    coco = read_coco(sample / "train.json")
+    document = json.loads((sample / "train.json").read_text())
+    for entry in document[
+        "annotations"
+    ]:  # of outlines it writes pixel indices, which lose a pixel of the box
+        del entry["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    theirs = sv.DetectionDataset.from_coco(str(sample / "train"), str(tmp_path / "boxes.json"))
+    voc, yolo = tmp_path / "voc", tmp_path / "yolo"
+    theirs.as_pascal_voc(str(voc / "JPEGImages"), str(voc / "Annotations"))
+    theirs.as_yolo(str(yolo / "images"), str(yolo / "labels"), str(yolo / "data.yaml"))
+    for folder, tolerance in ((voc, 1e-4), (yolo, 1e-2)):
+        read = read_labelled(folder, categories=coco.categories)
+        assert [Path(name).name for name in read.file_names] == coco.file_names
+        assert read.categories == coco.categories
+        assert read.warnings == ()
+        for i in range(len(coco)):
+            np.testing.assert_allclose(read.boxes[i], coco.boxes[i], atol=tolerance)
+            assert read.labels[i].tolist() == coco.labels[i].tolist()
+
+
+def test_xml_as_tools_write_it(tmp_path: Path) -> None:
+    put(tmp_path, "a b/one.XML", xml(("red fox", (2.5, 1, 11.25, 21)), ("cat", (3, 3, 9, 9))), "a b/one.JPG")
+    hard = xml(("cat", (1, 1, 5, 5)), extra="<difficult>1</difficult>", head="<filename>stale.png</filename>")
+    put(tmp_path, "deep/er/two.xml", hard, "pictures/deep/two.png")
+    read = read_labelled(tmp_path)
+    assert read.file_names == ["a b/one.JPG", "pictures/deep/two.png"]
+    assert [c.name for c in read.categories] == ["cat", "red fox"]
+    np.testing.assert_allclose(read.boxes[0], [[1.5, 0, 11.25, 21], [2, 2, 9, 9]])
+    assert read.labels[0].tolist() == [2, 1]
+    assert read.iscrowd[1].tolist() == [True]
+    assert read.sizes.tolist() == [[40, 30], [40, 30]]
+
+
+def test_coordinates_from_zero_are_taken_as_they_are(tmp_path: Path) -> None:
+    put(tmp_path, "one.xml", xml(("cat", (0, 0, 40, 30))), "one.jpg")
+    put(tmp_path, "two.xml", xml(("cat", (5, 6, 7, 8))), "two.jpg")
+    read = read_labelled(tmp_path)
+    np.testing.assert_allclose(np.concatenate(read.boxes), [[0, 0, 40, 30], [5, 6, 7, 8]])
+
+
+def test_the_protocols_of_voc(tmp_path: Path) -> None:
+    year(tmp_path, "VOC2007", {"train": ["1"], "val": ["2"], "trainval": ["1", "2"], "test": ["3"]})
+    year(tmp_path, "VOC2012", {"train": ["4"], "val": ["5"], "trainval": ["4", "5"]})
+
+    def stems(*parts: str, split: str) -> list[str]:
+        return [Path(n).stem for n in read_labelled(tmp_path.joinpath(*parts), split=split).file_names]  # type: ignore[arg-type]
+
+    assert stems(split="train") == ["1", "2", "4", "5"]
+    assert stems(split="val") == ["3"]
+    assert stems("VOC2007", split="train") == ["1", "2"]
+    assert stems("VOC2012", split="train") == ["4"]
+    assert stems("VOC2012", split="val") == ["5"]
+    assert stems("VOC2007", "ImageSets", "Main", "val.txt", split="train") == ["2"]
+    assert stems(split="all") == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;">]><annotation>&y;</annotation>', "DOCTYPE"),
+        (xml(head="<filename>../../etc/passwd.jpg</filename>"), "leads out"),
+        ("<annotation><object>", "is no XML"),
+    ],
+)
+def test_bad_xml_is_refused_by_name(tmp_path: Path, text: str, error: str) -> None:
+    put(tmp_path, "bad.xml", text, "bad.jpg")
+    with pytest.raises(ValueError, match=error) as caught:
+        read_labelled(tmp_path)
+    assert "bad.xml" in str(caught.value)
+
+
+def test_yolo_parts_outlines_and_flaws(tmp_path: Path) -> None:
+    settings = "train: ../train/images\nval: valid/images\nnames: {0: dog, 1: cat}\n"
+    put(tmp_path, "data.yaml", settings)
+    put(
+        tmp_path, "train/labels/a.txt", "1 0.5 0.5 0.5 0.2\n0 0.1 0.1 0.5 0.1 0.5 0.5\n", "train/images/a.jpg"
+    )
+    put(tmp_path, "valid/labels/b.txt", "7 0.5 0.5 0.5 0.2\n0 0.5 nan 1 1\n", "valid/images/b.jpg")
+    train = read_labelled(tmp_path, split="train")
+    assert train.categories == (Category(1, "dog"), Category(2, "cat"))
+    np.testing.assert_allclose(train.boxes[0], [[10, 12, 30, 18], [4, 3, 20, 15]], atol=1e-5)
+    val = read_labelled(
+        tmp_path / "data.yaml", split="val", categories=[Category(4, "cat"), Category(9, "dog")]
+    )
+    assert len(val.warnings) == 2
+    assert "b.txt: line 1" in val.warnings[0]
+    assert len(read_labelled(tmp_path)) == 2
+    with pytest.raises(ValueError, match="unknown one: 'dog'"):
+        read_labelled(tmp_path, categories=[Category(1, "cat")])
+
+
+def test_a_list_of_images_may_not_lead_out(tmp_path: Path) -> None:
+    put(tmp_path, "data.yaml", "train: train.txt\nnames: [dog]\n")
+    put(tmp_path, "train.txt", "./images/a.jpg\n../secret.jpg\n", "images/a.jpg")
+    with pytest.raises(ValueError, match="leads out"):
+        read_labelled(tmp_path, split="train")
+
+
+def test_a_folder_of_coco_parts(sample: Path, tmp_path: Path) -> None:
+    assert len(read_labelled(sample, split="val")) == 4
+    with pytest.raises(ValueError, match="several JSON"):
+        read_labelled(sample)
+    with pytest.raises(ValueError, match="holds no COCO JSON"):
+        read_labelled(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        read_labelled(tmp_path / "none")
+
+
+corner = st.floats(1.0, 19.0, width=32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(corner, corner, corner, corner), min_size=1, max_size=4))
+def test_any_voc_box_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, boxes: list[tuple[float, float, float, float]]
+) -> None:
+    folder = tmp_path_factory.mktemp("voc")
+    written = [(x, y, x + w, y + h) for x, y, w, h in boxes]
+    written = [(x, y, min(r, 40), min(b, 30)) for x, y, r, b in written]
+    put(folder, "a.xml", xml(*(("cat", box) for box in written)), "a.jpg")
+    np.testing.assert_allclose(read_labelled(folder).boxes[0], np.array(written) - [1, 1, 0, 0], atol=1e-4)
+    shutil.rmtree(folder)
