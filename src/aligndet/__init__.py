@@ -2,8 +2,8 @@
 
 The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
-``aligndet.predict``, ``aligndet.sample_data`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads
-what they write.
+``aligndet.predict``, ``aligndet.compare``, ``aligndet.sample_data`` and ``aligndet.quickstart``;
+``aligndet.load_detector`` reads what they write.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aligndet.commands.compare import compare
     from aligndet.commands.evaluate import evaluate
     from aligndet.commands.export import export
     from aligndet.commands.finetune import finetune
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from aligndet.detectors.weights import load_detector
 
 __all__ = [
+    "compare",
     "evaluate",
     "export",
     "finetune",
