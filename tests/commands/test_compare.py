@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -80,17 +81,13 @@ def test_resumed_refused_and_in_parts(
 
     removed = whole / "cells" / "aligndet_0.5_steps1_fold0_seed0_lr0.001"
     shutil.rmtree(removed)
-    tuned: list[Path] = []
-    finetune = module.finetune
-
-    def watched(*args: Any, **settings: Any) -> Path:
-        tuned.append(settings["output"])
-        return finetune(*args, **settings)
-
-    monkeypatch.setattr(module, "finetune", watched)
-    monkeypatch.setattr(module, "pretrain", None)  # made already
+    tuned = create_autospec(module.finetune, side_effect=module.finetune)
+    pretrained = create_autospec(module.pretrain)
+    monkeypatch.setattr(module, "finetune", tuned)
+    monkeypatch.setattr(module, "pretrain", pretrained)
     _compare(sample, proposals, whole)
-    assert tuned == [removed]
+    assert [call.kwargs["output"] for call in tuned.call_args_list] == [removed]
+    pretrained.assert_not_called()
     assert json.loads((whole / "results.json").read_text())["cells"] == results["cells"]
     with pytest.raises(ValueError, match="started with fpn_channels=64, now 32"):
         _compare(sample, proposals, whole, fpn_channels=32)
