@@ -13,6 +13,8 @@ import pytest
 
 from aligndet.commands import compare as module
 from aligndet.commands.compare import compare
+from aligndet.commands.finetune import finetune
+from aligndet.commands.pretrain import pretrain
 
 RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}
 SMALL: dict[str, Any] = {
@@ -81,8 +83,8 @@ def test_resumed_refused_and_in_parts(
 
     removed = whole / "cells" / "aligndet_0.5_steps1_fold0_seed0_lr0.001"
     shutil.rmtree(removed)
-    tuned = create_autospec(module.finetune, side_effect=module.finetune)
-    pretrained = create_autospec(module.pretrain)
+    tuned = create_autospec(finetune, side_effect=finetune)
+    pretrained = create_autospec(pretrain)
     monkeypatch.setattr(module, "finetune", tuned)
     monkeypatch.setattr(module, "pretrain", pretrained)
     _compare(sample, proposals, whole)

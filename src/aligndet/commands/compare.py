@@ -33,8 +33,8 @@ ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: th
 }
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
-_SHARED = ("annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector")
-_SHARED += ("trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning")
+_SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
+_SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}
 
 
 def compare(
@@ -163,9 +163,9 @@ class _Bench:
         if len(self.rates) > 1:
             for rate in self.rates:
                 self._tune(self._searched(cell), rate, search=True)
-        rate = self.rate(cell)
-        assert rate is not None
-        self._tune(cell, rate)
+        chosen = self.rate(cell)
+        assert chosen is not None  # all of its search is there
+        self._tune(cell, chosen)
         return True
 
     def rate(self, cell: Cell) -> float | None:
