@@ -2,8 +2,8 @@
 
 The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
-``aligndet.predict``, ``aligndet.sample_data``, ``aligndet.check_data``, ``aligndet.split`` and
-``aligndet.quickstart``; ``aligndet.load_detector`` reads what they write.
+``aligndet.predict``, ``aligndet.compare``, ``aligndet.sample_data``, ``aligndet.check_data``,
+``aligndet.split`` and ``aligndet.quickstart``; ``aligndet.load_detector`` reads what they write.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aligndet.commands.check_data import check_data
+    from aligndet.commands.compare import compare
     from aligndet.commands.evaluate import evaluate
     from aligndet.commands.export import export
     from aligndet.commands.finetune import finetune
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_data",
+    "compare",
     "evaluate",
     "export",
     "finetune",

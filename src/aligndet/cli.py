@@ -25,6 +25,7 @@ COMMANDS = {
     "pretrain": "pre-train neck and heads on these images and boxes",
     "export": "plain torchvision weights out of a pre-training run",
     "finetune": "train on labelled images, from pre-trained parts or from scratch",
+    "compare": "does pre-training help on these labels? arms at equal budgets, in one table",
     "evaluate": "COCO's figures of a detector on labelled images",
     "predict": "boxes and pictures for images without labels",
 }

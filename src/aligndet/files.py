@@ -77,19 +77,20 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Owns a folder until the end of the block, or of the process, however it ends.
 
     Args:
         folder: Made if need be; the lock is its file ``.lock``.
+        wait: Until the other owner is done.
 
     Raises:
-        ValueError: If another process owns it.
+        ValueError: If another process owns it, unless told to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ValueError(
                 f"{folder}: is in use by another process; wait for it or give another output"

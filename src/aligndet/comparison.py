@@ -1,0 +1,259 @@
+"""The arithmetic of a fair comparison: which cells there are, which labels they get, what the results say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+BASELINE = "scratch"
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One fine-tuning; cells that differ in the arm alone are a pair."""
+
+    fraction: float  # of the labelled images
+    steps: int
+    seed: int
+    fold: int
+    arm: str
+
+    def name(self, rate: float) -> str:
+        """The name of its run folder at a learning rate."""
+        return f"{self.arm}_{self.fraction:g}_steps{self.steps}_fold{self.fold}_seed{self.seed}_lr{rate:g}"
+
+
+def plan(
+    arms: Sequence[str],
+    fractions: Sequence[float],
+    folds: Sequence[int],
+    steps: Sequence[int],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    """All cells, those of a pair one after another; all labels are one fold.
+
+    Args:
+        arms: Names.
+        fractions: Of the labelled images, in (0, 1].
+        folds: Numbers of the draws of labelled images.
+        steps: Lengths of fine-tuning.
+        seeds: Of training.
+
+    Raises:
+        ValueError: If a list is empty or repeats a value, or a value is out of range.
+    """
+    lists = {"arms": arms, "fractions": fractions, "folds": folds, "steps": steps, "seeds": seeds}
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be different values, at least one, not {list(values)}")
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"fractions must be above 0 and at most 1, not {list(fractions)}")
+    if min(steps) < 1:
+        raise ValueError(f"steps must be at least 1, not {min(steps)}")
+    return [
+        Cell(fraction, length, seed, fold, arm)
+        for fraction, length, seed in itertools.product(fractions, steps, seeds)
+        for fold in (folds if fraction < 1 else folds[:1])
+        for arm in arms
+    ]
+
+
+def part_of(cells: Sequence[Cell], part: str) -> list[Cell]:
+    """Every N-th cell from the I-th on.
+
+    Args:
+        cells: All of them.
+        part: "I/N", counted from 1.
+
+    Raises:
+        ValueError: If it is no such part.
+    """
+    first, _, count = part.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"part must be I/N with I from 1 to N, such as 2/8, not {part!r}")
+    return list(cells[int(first) - 1 :: int(count)])
+
+
+def labelled_subset(document: Mapping[str, Any], fraction: float, fold: int) -> dict[str, Any]:
+    """Draws labelled images; the smaller fractions of a fold are parts of the larger ones.
+
+    Args:
+        document: COCO JSON.
+        fraction: Of its images, rounded, at least one.
+        fold: Seed of the draw.
+
+    Returns:
+        The same JSON with fewer images, in the order of the draw.
+    """
+    images = sorted(document["images"], key=lambda image: int(image["id"]))
+    random.Random(fold).shuffle(images)
+    return _with_images(document, images[: max(1, round(fraction * len(images)))])
+
+
+def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits labelled images for a search of learning rates.
+
+    Args:
+        document: COCO JSON of `labelled_subset`.
+        share: Of the images that is held out, rounded, at least one.
+
+    Returns:
+        The part to train on, and the part to choose by.
+
+    Raises:
+        ValueError: If there are fewer than two images.
+    """
+    images = document["images"]
+    if len(images) < 2:
+        raise ValueError("a search of learning rates needs two labelled images at least; give one rate alone")
+    count = max(1, round(share * len(images)))
+    return _with_images(document, images[:-count]), _with_images(document, images[-count:])
+
+
+def _with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+    kept = {image["id"] for image in images}
+    annotations = [a for a in document["annotations"] if a["image_id"] in kept]
+    return {**document, "images": images, "annotations": annotations}
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided exact sign-flip permutation test of paired differences: is their mean zero?
+
+    Args:
+        differences: One a pair; of more than 16, 65,536 random flips stand for all.
+
+    Returns:
+        The share of sign patterns whose mean is at least as far from zero; never below 2 / 2**n.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) <= 16:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
+    else:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(65_536, len(values)))
+        signs[0] = 1.0
+    return float(np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12))
+
+
+def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
+    """How many labelled images reach a figure, interpolated linearly in their logarithm.
+
+    Args:
+        curve: Figure by number of labelled images.
+        figure: To be reached.
+
+    Returns:
+        The fewest such number, or None if the curve does not cross the figure.
+    """
+    points = sorted(curve.items())
+    for (few, low), (many, high) in itertools.pairwise(points):
+        if low <= figure <= high and low < high:
+            share = (figure - low) / (high - low)
+            return math.exp((1 - share) * math.log(few) + share * math.log(many))
+    return None
+
+
+def summarise(figures: Mapping[Cell, float], labels: Mapping[float, int]) -> list[dict[str, Any]]:
+    """One row for each arm, number of labels and budget.
+
+    Args:
+        figures: AP in 0..1 of the finished cells.
+        labels: Number of labelled images by fraction.
+
+    Returns:
+        Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
+        scratch, over the pairs that are finished: pairs, difference, its spread, p, scratch_labels.
+    """
+    groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
+    for cell, value in figures.items():
+        groups.setdefault((cell.fraction, cell.steps, cell.arm), {})[cell.seed, cell.fold] = 100 * value
+    rows = []
+    for (fraction, steps, arm), values in groups.items():
+        row: dict[str, Any] = {
+            "labels": labels[fraction],
+            "steps": steps,
+            "arm": arm,
+            "n": len(values),
+            "mean": statistics.mean(values.values()),
+            "spread": _spread(values.values()),
+        }
+        baseline = groups.get((fraction, steps, BASELINE), {})
+        differences = [values[key] - baseline[key] for key in values if key in baseline]
+        if arm != BASELINE and differences:
+            curve = {
+                labels[f]: statistics.mean(v.values())
+                for (f, s, a), v in groups.items()
+                if s == steps and a == BASELINE
+            }
+            row |= {
+                "pairs": len(differences),
+                "difference": statistics.mean(differences),
+                "difference_spread": _spread(differences),
+                "p": sign_flip_p(differences),
+                "scratch_labels": labels_for(curve, row["mean"]),
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["labels"], row["steps"], row["arm"] != BASELINE, row["arm"]))
+
+
+def _spread(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def sentence(row: Mapping[str, Any], level: float = 0.05) -> str:
+    """What a row of `summarise` says, in words; empty for scratch itself.
+
+    Args:
+        row: One arm at one number of labels and steps.
+        level: Of significance.
+    """
+    if "difference" not in row:
+        return ""
+    pairs, difference, p = row["pairs"], row["difference"], row["p"]
+    where = f"{row['labels']} labelled images and {row['steps']} steps"
+    spread = row["difference_spread"]
+    amount = f"{difference:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+    evidence = f"(n = {pairs}, p = {p:.2g})"
+    if p > level:
+        text = f"{row['arm']}: {amount} AP at {where} cannot be told apart from noise {evidence}"
+        if 2 / 2**pairs > level:
+            text += "; so few pairs never can, give more seeds or folds"
+        return text + "."
+    if difference < 0:
+        return f"{row['arm']} does not help, it costs: {amount} AP at {where} {evidence}."
+    worth = row["scratch_labels"]
+    needs = (
+        f"scratch needs about {worth:.0f} labelled images for the same AP, interpolated"
+        if worth is not None
+        else "what scratch needs for the same AP lies outside the fractions that were run"
+    )
+    return f"{row['arm']} helps by {amount} AP at {where} {evidence}; {needs}."
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of `summarise` and its sentences, as Markdown.
+
+    Args:
+        rows: Of `summarise`.
+    """
+    lines = [
+        "| labels | steps | arm | n | AP | spread | difference | spread | p |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        shown = [_points(row.get(name)) for name in ("mean", "spread", "difference", "difference_spread")]
+        p = f"{row['p']:.2g}" if "p" in row else ""
+        cells = [str(row[name]) for name in ("labels", "steps", "arm", "n")]
+        lines.append(f"| {' | '.join([*cells, *shown, p])} |")
+    return "\n".join([*lines, "", *filter(None, map(sentence, rows))]) + "\n"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,130 @@
+"""A comparison in small: run, resumed, refused, and made in parts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+
+from aligndet.commands import compare as module
+from aligndet.commands.compare import compare
+from aligndet.commands.finetune import finetune
+from aligndet.commands.pretrain import pretrain
+
+RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}
+SMALL: dict[str, Any] = {
+    "fractions": (0.5, 1.0),
+    "seeds": (0,),
+    "steps": (1,),
+    "trunk": "resnet18",
+    "trunk_weights": "none",
+    "fpn_channels": 64,
+    "pretraining": {"steps": 1, "min_size": [64, 64], **RUN},
+    "finetuning": {"min_size": [64, 64], **RUN},
+}
+
+
+def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Path:
+    return compare(
+        sample / "train.json",
+        val_annotations=sample / "val.json",
+        output=output,
+        proposals=proposals,
+        **{**SMALL, **changes},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("scratch", "magic")}, "unknown arm 'magic'"),
+        ({"arms": ("scratch", "trunk-only")}, "same as 'scratch'"),
+        ({"finetuning": {"seed": 3}}, "finetuning: 'seed' cannot be set"),
+        ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
+        ({"learning_rates": ()}, "learning_rates must be different positive"),
+        ({"part": "3/2"}, "part must be I/N"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(
+    sample: Path, proposals: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _compare(sample, proposals, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'mine.txt' and no comparison"):
+        _compare(sample, proposals, tmp_path)
+
+
+@pytest.mark.slow
+def test_resumed_refused_and_in_parts(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _compare(sample, proposals, tmp_path / "whole")
+    results = json.loads((whole / "results.json").read_text())
+    assert [(c["arm"], c["labels"]) for c in results["cells"]] == [
+        ("scratch", 6),
+        ("aligndet", 6),
+        ("scratch", 12),
+        ("aligndet", 12),
+    ]
+    assert len(list((whole / "pretrained").iterdir())) == 1  # shared by the fractions
+    with (whole / "results.csv").open() as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == ["scratch", "aligndet"] * 2
+    assert "4 of 4 cells finished" in (whole / "table.md").read_text()
+
+    removed = whole / "cells" / "aligndet_0.5_steps1_fold0_seed0_lr0.001"
+    shutil.rmtree(removed)
+    tuned = create_autospec(finetune, side_effect=finetune)
+    pretrained = create_autospec(pretrain)
+    monkeypatch.setattr(module, "finetune", tuned)
+    monkeypatch.setattr(module, "pretrain", pretrained)
+    _compare(sample, proposals, whole)
+    assert [call.kwargs["output"] for call in tuned.call_args_list] == [removed]
+    pretrained.assert_not_called()
+    assert json.loads((whole / "results.json").read_text())["cells"] == results["cells"]
+    with pytest.raises(ValueError, match="started with fpn_channels=64, now 32"):
+        _compare(sample, proposals, whole, fpn_channels=32)
+    monkeypatch.undo()
+
+    parts = tmp_path / "parts"
+    _compare(sample, proposals, parts, part="1/2")
+    assert "2 of 4 cells finished" in (parts / "table.md").read_text()
+    _compare(sample, proposals, parts, part="2/2")
+    for name in ("table.md", "results.csv"):
+        assert (parts / name).read_text() == (whole / name).read_text()
+
+
+@pytest.mark.slow
+def test_each_arm_has_its_own_rate_and_other_weights_take_part(
+    sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    first = _compare(sample, proposals, tmp_path / "first", arms=("aligndet",), fractions=(1.0,))
+    source = first / "pretrained" / "aligndet_seed0"
+    output = _compare(
+        sample,
+        proposals,
+        tmp_path / "second",
+        arms=("scratch", f"from:{source}"),
+        fractions=(1.0,),
+        learning_rates=(1e-3, 1e-4),
+    )
+    searched = list((output / "search").iterdir())
+    assert len(searched) == 4
+    held_out = json.loads((output / "labels" / "1_fold0.held_out.json").read_text())
+    trained = json.loads((output / "labels" / "1_fold0.search.json").read_text())
+    assert not {i["id"] for i in held_out["images"]} & {i["id"] for i in trained["images"]}
+    cells = json.loads((output / "results.json").read_text())["cells"]
+    assert {cell["learning_rate"] for cell in cells} <= {1e-3, 1e-4}
+    assert len(list((output / "cells").iterdir())) == 2
+    assert not (output / "pretrained").exists()
+    with pytest.raises(ValueError, match="has trunk 'resnet18', the other arms 'resnet34'"):
+        _compare(sample, proposals, tmp_path / "third", arms=(f"from:{source}",), trunk="resnet34")

@@ -1,0 +1,145 @@
+"""Plans and statistics of a comparison, against cases worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from aligndet.comparison import (
+    Cell,
+    hold_out,
+    labelled_subset,
+    labels_for,
+    markdown,
+    part_of,
+    plan,
+    sentence,
+    sign_flip_p,
+    summarise,
+)
+
+DOCUMENT: dict[str, Any] = {
+    "images": [{"id": i} for i in range(10)],
+    "annotations": [{"id": 10 * i, "image_id": i} for i in range(10)],
+    "categories": [{"id": 1, "name": "coin"}],
+}
+
+
+def _ids(document: dict[str, Any]) -> list[int]:
+    return [image["id"] for image in document["images"]]
+
+
+def test_all_labels_are_one_fold() -> None:
+    cells = plan(["scratch", "aligndet"], [0.5, 1.0], [0, 1], [10, 20], [3])
+    assert len(cells) == 2 * 2 * 2 + 2 * 2
+    assert cells[:2] == [Cell(0.5, 10, 3, 0, "scratch"), Cell(0.5, 10, 3, 0, "aligndet")]
+    assert {cell.fold for cell in cells if cell.fraction == 1} == {0}
+    assert len({cell.name(1e-3) for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fractions": [0.0]}, "fractions must be above 0"),
+        ({"fractions": [20]}, "at most 1"),
+        ({"steps": [0]}, "steps must be at least 1"),
+        ({"seeds": [0, 0]}, "seeds must be different values"),
+        ({"arms": []}, "arms must be different values, at least one"),
+    ],
+)
+def test_plans_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    good = {"arms": ["scratch"], "fractions": [0.5], "folds": [0], "steps": [1], "seeds": [0]}
+    with pytest.raises(ValueError, match=message):
+        plan(**{**good, **change})
+
+
+def test_parts_are_the_whole() -> None:
+    cells = plan(["scratch", "aligndet"], [0.5], [0, 1], [10], [0, 1])
+    parts = [part_of(cells, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(cell for part in parts for cell in part) == sorted(cells)
+    for wrong in ("0/3", "4/3", "2", "a/b", "1/0"):
+        with pytest.raises(ValueError, match="I/N"):
+            part_of(cells, wrong)
+
+
+def test_subsets_are_nested_and_folds_differ() -> None:
+    few, more = labelled_subset(DOCUMENT, 0.3, 1), labelled_subset(DOCUMENT, 0.6, 1)
+    assert _ids(more)[:3] == _ids(few)
+    assert {a["image_id"] for a in few["annotations"]} == set(_ids(few))
+    assert _ids(labelled_subset(DOCUMENT, 0.3, 2)) != _ids(few)
+    assert len(_ids(labelled_subset(DOCUMENT, 0.001, 0))) == 1
+
+
+def test_the_held_out_part_is_not_trained_on() -> None:
+    train, held_out = hold_out(DOCUMENT)
+    assert (len(_ids(train)), len(_ids(held_out))) == (8, 2)
+    assert not set(_ids(train)) & set(_ids(held_out))
+    with pytest.raises(ValueError, match="two labelled images"):
+        hold_out(labelled_subset(DOCUMENT, 0.1, 0))
+
+
+def test_sign_flips_by_hand() -> None:
+    assert sign_flip_p([1.0]) == 1.0
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8
+    assert sign_flip_p([1.0, 2.0, -3.0]) == 1.0
+    # of |±1 ±2 ±4| only +++, ---, and those with the 1 flipped reach 5
+    assert sign_flip_p([-1.0, 2.0, 4.0]) == 4 / 8
+    assert sign_flip_p([1.0] * 6) == 2 / 64
+    assert 0 < sign_flip_p([1.0] * 40) < 1e-3
+
+
+def test_labels_by_interpolation() -> None:
+    curve = {10: 10.0, 100: 20.0, 1000: 40.0}
+    assert labels_for(curve, 15.0) == pytest.approx(math.sqrt(10 * 100))
+    assert labels_for(curve, 40.0) == pytest.approx(1000)
+    assert labels_for(curve, 41.0) is None
+    assert labels_for(curve, 9.0) is None
+
+
+def _results(gains: list[float]) -> list[dict[str, Any]]:
+    figures = {}
+    for seed, gain in enumerate(gains):
+        figures[Cell(0.1, 5, seed, 0, "scratch")] = 0.10
+        figures[Cell(1.0, 5, seed, 0, "scratch")] = 0.30
+        figures[Cell(0.1, 5, seed, 0, "aligndet")] = 0.10 + gain
+    return summarise(figures, {0.1: 10, 1.0: 100})
+
+
+def test_a_gain_is_said_with_its_worth_in_labels() -> None:
+    scratch, row, full = _results([0.09, 0.11] * 3)
+    assert (scratch["arm"], row["arm"], full["labels"]) == ("scratch", "aligndet", 100)
+    assert (row["n"], row["pairs"]) == (6, 6)
+    assert row["mean"] == pytest.approx(20)
+    assert row["difference"] == pytest.approx(10)
+    assert row["difference_spread"] == pytest.approx(math.sqrt(6 / 5))
+    assert row["scratch_labels"] == pytest.approx(math.sqrt(1000))
+    assert sentence(row) == (
+        "aligndet helps by +10.0 ± 1.1 AP at 10 labelled images and 5 steps (n = 6, p = 0.031); "
+        "scratch needs about 32 labelled images for the same AP, interpolated."
+    )
+    assert sentence(scratch) == ""
+    assert sentence(row) in markdown([scratch, row, full])
+    assert "| 10 | 5 | aligndet | 6 | 20.00 | 1.10 | 10.00 | 1.10 | 0.031 |" in markdown([row])
+
+
+def test_few_pairs_prove_nothing_and_a_loss_is_a_loss() -> None:
+    row = _results([0.1, 0.1])[1]
+    assert "cannot be told apart from noise (n = 2, p = 0.5); so few pairs never can" in sentence(row)
+    assert "so few" not in sentence(_results([0.1, -0.1] * 4)[1])
+    assert "does not help, it costs: -5.0" in sentence(_results([-0.05] * 6)[1])
+    single = _results([0.1])[1]
+    assert single["spread"] is None
+    assert "+10.0 AP" in sentence(single)
+
+
+def test_only_pairs_are_compared() -> None:
+    figures = {
+        Cell(0.1, 5, 0, 0, "scratch"): 0.1,
+        Cell(0.1, 5, 0, 0, "aligndet"): 0.2,
+        Cell(0.1, 5, 1, 0, "aligndet"): 0.9,
+    }
+    row = summarise(figures, {0.1: 10})[1]
+    assert (row["n"], row["pairs"]) == (2, 1)
+    assert row["difference"] == pytest.approx(10)
