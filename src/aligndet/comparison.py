@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from aligndet.data.splits import nested_subsets
 
 BASELINE = "scratch"
 
@@ -87,14 +88,15 @@ def labelled_subset(document: Mapping[str, Any], fraction: float, fold: int) -> 
     Args:
         document: COCO JSON.
         fraction: Of its images, rounded, at least one.
-        fold: Seed of the draw.
+        fold: Number of the draw; it gives the images that `aligndet split` gives in this fold.
 
     Returns:
-        The same JSON with fewer images, in the order of the draw.
+        The same JSON with fewer images.
     """
-    images = sorted(document["images"], key=lambda image: int(image["id"]))
-    random.Random(fold).shuffle(images)
-    return _with_images(document, images[: max(1, round(fraction * len(images)))])
+    images = sorted(document["images"], key=lambda image: (image["file_name"], image["id"]))
+    count = max(1, round(fraction * len(images)))
+    (chosen,) = nested_subsets(len(images), [count], folds=fold + 1, seed=0)[fold]
+    return _with_images(document, [images[i] for i in chosen])
 
 
 def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,7 +116,10 @@ def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str,
     if len(images) < 2:
         raise ValueError("a search of learning rates needs two labelled images at least; give one rate alone")
     count = max(1, round(share * len(images)))
-    return _with_images(document, images[:-count]), _with_images(document, images[-count:])
+    ((held_out,),) = nested_subsets(len(images), [count], folds=1, seed=1)
+    chosen = set(held_out.tolist())
+    train = [image for i, image in enumerate(images) if i not in chosen]
+    return _with_images(document, train), _with_images(document, [images[i] for i in sorted(chosen)])
 
 
 def _with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import supervision as sv
 import torch
 from safetensors.torch import load_file
 
@@ -148,6 +149,25 @@ def test_bad_numbers_are_refused_by_name(
     settings = {**SMALL, "proposals": proposals, "output": tmp_path / "run", **setting}
     with pytest.raises(ValueError, match=message):
         aligndet.pretrain(sample / "train", **settings)
+
+
+def test_labels_of_other_formats_all_the_way(sample: Path, tmp_path: Path) -> None:
+    folders = {}
+    for part in ("train", "val"):
+        theirs = sv.DetectionDataset.from_coco(str(sample / part), str(sample / f"{part}.json"))
+        voc, yolo = tmp_path / f"voc_{part}", tmp_path / f"yolo_{part}"
+        theirs.as_pascal_voc(str(voc), str(voc))
+        theirs.as_yolo(str(yolo / "images"), str(yolo / "labels"), str(yolo / "data.yaml"))
+        folders |= {f"voc_{part}": voc, f"yolo_{part}": yolo}
+    tuned = aligndet.finetune(folders["voc_train"], output=tmp_path / "tuned", **{**SMALL, "steps": 1})
+    manifest = json.loads((tuned / "model" / "manifest.json").read_text())
+    assert sorted(manifest["class_names"]) == manifest["class_names"]
+    results = [aligndet.evaluate(tuned, folders[name]) for name in ("voc_val", "yolo_val")]
+    for result in results:  # though the orders of classes differ
+        assert result.images == 4
+        assert list(result.ap_by_class) == manifest["class_names"]
+    recalls = [result.figures["AR100"] for result in results]
+    assert recalls[0] == pytest.approx(recalls[1], abs=0.02)
 
 
 def test_masks_all_the_way(sample: Path, proposals: Path, tmp_path: Path) -> None:

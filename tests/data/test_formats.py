@@ -71,7 +71,7 @@ def test_xml_as_tools_write_it(tmp_path: Path) -> None:
     read = read_labelled(tmp_path)
     assert read.file_names == ["a b/one.JPG", "pictures/deep/two.png"]
     assert [c.name for c in read.categories] == ["cat", "red fox"]
-    np.testing.assert_allclose(read.boxes[0], [[1.5, 0, 11.25, 21], [2, 2, 9, 9]])
+    np.testing.assert_allclose(read.boxes[0], [[1.5, 0.0, 11.25, 21.0], [2.0, 2.0, 9.0, 9.0]])
     assert read.labels[0].tolist() == [2, 1]
     assert read.iscrowd[1].tolist() == [True]
     assert read.sizes.tolist() == [[40, 30], [40, 30]]
