@@ -52,6 +52,21 @@ def compare(l1: list[int], l2: list[int], tau: float, seed: int) -> None:
     assert keys.grad is None
 
 
+def test_many_boxes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be too many similarities at a time gives the same loss and the same gradient."""
+    z1, z2 = torch.randn(40, 8), torch.randn(50, 8)
+    l1, l2 = torch.randint(BACKGROUND, 6, (40,)), torch.randint(BACKGROUND, 6, (50,))
+    results = []
+    for limit in (2**25, 300, 1):
+        monkeypatch.setattr("aligndet.losses.MOST_SIMILARITIES", limit)
+        online = z1.clone().requires_grad_()
+        loss = box_contrastive_loss(BoxPredictions(online, l1), BoxPredictions(z2, l2))
+        loss.backward()
+        results.append((loss, online.grad))
+    for part in results[1:]:
+        torch.testing.assert_close(part, results[0])
+
+
 ids = st.lists(st.integers(BACKGROUND, 4), max_size=9)
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
+
+MOST_SIMILARITIES = 2**25
+"""Held at a time (128 MiB in float32); more are made part by part, which takes time and spares memory."""
 
 
 def box_contrastive_loss(
@@ -43,14 +47,28 @@ def box_contrastive_loss(
         if len(queries) == 0:
             return online.embeddings.sum() * 0.0
 
-        keys = torch.cat([keys, boxes.detach()])  # (N + M, D)
-        same = ids[:, None] == torch.cat([momentum.proposal_ids, online.proposal_ids])  # (Q, N + M)
-        query, key = same[:, : len(momentum.proposal_ids)].nonzero(as_tuple=True)  # the P pairs: few
+        query, key = (ids[:, None] == momentum.proposal_ids).nonzero(as_tuple=True)  # the P pairs: few
         positives = (queries[query] * keys[key]).sum(1) / temperature  # (P,)
-        # similarities are at most 1: less that bound, exp() stays finite at any temperature
-        bound = torch.full((), 1.0 / temperature, device=boxes.device)
-        below = torch.addmm(-bound, queries / temperature, keys.T).exp()  # (Q, N + M)
-        negatives = below.masked_fill(same, 0.0).sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # (Q,)
-        pair_losses = F.softplus(negatives.log()[query] + bound - positives)  # (P,)
+        keys = torch.cat([keys, boxes.detach()])  # (N + M, D)
+        key_ids = torch.cat([momentum.proposal_ids, online.proposal_ids])
+        rows = max(1, MOST_SIMILARITIES // len(keys))
+        negatives = torch.cat(
+            [
+                checkpoint(_negatives, *part, keys, key_ids, temperature, use_reentrant=False)
+                if rows < len(queries)  # made once more on the way back rather than kept
+                else _negatives(*part, keys, key_ids, temperature)
+                for part in zip(queries.split(rows), ids.split(rows), strict=True)
+            ]
+        )  # (Q,)
+        pair_losses = F.softplus(negatives[query] - positives)  # (P,)
         _, proposal, pairs = ids[query].unique(return_inverse=True, return_counts=True)
         return (pair_losses / pairs[proposal]).sum() / len(pairs)
+
+
+def _negatives(queries: Tensor, ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
+    """logsumexp(s-) of each query, (Q,)."""
+    # similarities are at most 1: less that bound, exp() stays finite at any temperature
+    bound = torch.full((), 1.0 / temperature, device=keys.device)
+    below = torch.addmm(-bound, queries / temperature, keys.T).exp()  # (Q, K)
+    others = below.masked_fill(ids[:, None] == key_ids, 0.0).sum(1)
+    return others.clamp(min=torch.finfo(torch.float32).tiny).log() + bound
