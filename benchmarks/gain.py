@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=300, help="labelled images")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
-    parser.add_argument("--pretrain-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--pretrain-learning-rate", type=float, default=2e-3)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
     # the images are 4:3 and 256 long at most: short sides of 128 to 192 let views differ in scale
     parser.add_argument(
@@ -167,7 +167,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
-    parser.add_argument("--decay", type=float, default=0.996, help="of the momentum detector at the start")
+    parser.add_argument("--decay", type=float, default=0.98, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")

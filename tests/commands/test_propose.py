@@ -110,7 +110,7 @@ def test_masks_are_a_parameter_like_others(images: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_inside": 90}, "min_inside must be a share from 0 to 1, not 90"),
+        ({"min_inside": 90}, "--min-inside must be from 0 to 1, not 90"),
         ({"segmentation": (-1.0, 150.0, 50)}, "segmentation must be sigma, scale and smallest size"),
     ],
 )

@@ -128,8 +128,6 @@ def propose(
         "image_list": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
     if masks:
-        if not 0 < min_inside <= 1:
-            raise ValueError(f"min_inside must be a share from 0 to 1, not {min_inside}")
         if segmentation[0] < 0 or segmentation[1] <= 0 or segmentation[2] < 1:
             raise ValueError(f"segmentation must be sigma, scale and smallest size, not {segmentation}")
         parameters |= {"masks": True, "segmentation": list(segmentation), "min_inside": min_inside}
