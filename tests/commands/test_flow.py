@@ -152,7 +152,7 @@ def test_bad_numbers_are_refused_by_name(
 
 
 def test_labels_of_other_formats_all_the_way(sample: Path, tmp_path: Path) -> None:
-    folders = {}
+    folders: dict[str, Path] = {}
     for part in ("train", "val"):
         theirs = sv.DetectionDataset.from_coco(str(sample / part), str(sample / f"{part}.json"))
         voc, yolo = tmp_path / f"voc_{part}", tmp_path / f"yolo_{part}"

@@ -168,7 +168,7 @@ class ColoursPretraining(nn.Module):
         self.projection = nn.Linear(8, 4)
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
-        trunk = self.detector.backbone.body
+        trunk: Any = self.detector.backbone.body
         features = torch.stack([trunk(image[None])[0].mean((1, 2)) for image in images])
         ids = torch.tensor([i if len(boxes) else BACKGROUND for i, boxes in enumerate(proposals)])
         return PretrainOutput((BoxPredictions(self.projection(features), ids),), {})
