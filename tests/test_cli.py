@@ -150,3 +150,11 @@ def test_an_interrupted_training_says_so(sample: Path, proposals: Path, tmp_path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.endswith("aligndet: interrupted\n")
+
+
+def test_a_list_without_an_options_name() -> None:
+    function, parser = cli.parser_of("report")
+    arguments = ["a, b", "--output", "page.html", "c", "--score=0.5", "d"]
+    values = parser.parse_args(cli._as_options(function, arguments))
+    assert [str(path) for path in values.runs] == ["a, b", "c", "d"]
+    assert (str(values.output), values.score) == ("page.html", 0.5)

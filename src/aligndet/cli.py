@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ COMMANDS = {
     "export": "plain torchvision weights out of a pre-training run",
     "finetune": "train on labelled images, from pre-trained parts or from scratch",
     "compare": "does pre-training help on these labels? arms at equal budgets, in one table",
+    "report": "one HTML page of runs and comparisons: tables, curves, pictures, settings",
     "evaluate": "COCO's figures of a detector on labelled images",
     "predict": "boxes and pictures for images without labels",
 }
@@ -109,10 +111,14 @@ def run(command: str, arguments: Sequence[str]) -> Any:
 def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
     """Lets options be written as people do.
 
-    --batch-size for --batch_size, --resume for --resume=true, --init neck,head for --init=[neck,head].
+    --batch-size for --batch_size, --resume for --resume=true, --init neck,head for --init=[neck,head]; and
+    where a command takes a list without an option's name, a b for [a,b].
     """
-    kinds = {f"--{name}": p.annotation for name, p in signature(function).parameters.items()}
-    options, rest = [], list(arguments)
+    parameters = signature(function).parameters.values()
+    kinds = {f"--{p.name}": p.annotation for p in parameters}
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    takes_list = any(str(p.annotation).startswith("tuple") for p in positional)
+    options, listed, rest = [], [], list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if name.startswith("--"):
@@ -120,12 +126,15 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
             is_list = str(kinds.get(name)).startswith("tuple")
             if kinds.get(name) in (bool, "bool") and not equals and rest[:1] not in (["true"], ["false"]):
                 equals, value = "=", "true"
-            elif is_list and not equals and rest and not rest[0].startswith("--"):
+            elif (is_list or takes_list) and not equals and rest and not rest[0].startswith("--"):
                 equals, value = "=", rest.pop(0)
             if is_list and equals and not value.startswith("["):
                 value = f"[{value}]"
+        elif takes_list and not name.startswith("-"):
+            listed.append(name + equals + value)
+            continue
         options.append(name + equals + value)
-    return options
+    return [json.dumps(listed), *options] if listed else options
 
 
 def parser_of(command: str) -> tuple[Any, Any]:

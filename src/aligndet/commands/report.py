@@ -1,0 +1,64 @@
+"""`aligndet report`: what runs and comparisons have found, in one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aligndet.files import accepts_strings, atomic_write
+
+
+@accepts_strings
+def report(
+    runs: tuple[Path, ...],
+    *,
+    output: Path,
+    plots: Path | None = None,
+    images: Path | None = None,
+    count: int = 4,
+    score: float = 0.3,
+) -> Path:
+    """Writes one page that needs no other file and no network: tables, curves, pictures, settings.
+
+    Args:
+        runs: Folders of `aligndet compare`, `quickstart`, `finetune`, `pretrain` or `pretrain-backbone`.
+        output: The HTML file; one that is there is replaced.
+        plots: Folder for the plots as PNG files; by default beside the page, under its name with _files.
+        images: Folder of images for predictions of two detectors side by side: scratch and the best other
+            arm of a comparison, or the first two fine-tunings.
+        count: Of these images, the first by name.
+        score: Boxes below are left out.
+
+    Returns:
+        The page.
+
+    Raises:
+        ImportError: If Jinja2 or matplotlib is not installed.
+        ValueError: Naming the folder that is no run, or the file that cannot be read.
+    """
+    from aligndet.reporting.figures import comparison_plots, run_plots  # late: --help works without them
+    from aligndet.reporting.page import render
+    from aligndet.reporting.pictures import Pictures, draw_sides, sides_of
+    from aligndet.reporting.runs import read_folders
+
+    if not runs:
+        raise ValueError("runs: give at least one folder")
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder; give the name of an HTML file")
+    comparisons, single = read_folders([Path(folder) for folder in runs])
+    drawn = [(c, comparison_plots(c, f"comparison{i + 1}")) for i, c in enumerate(comparisons)]
+    of_runs = run_plots(single)
+    sides = sides_of(comparisons, single)
+    pictures: Pictures | str = "No images were given: --images FOLDER shows predictions of two detectors."
+    if images is not None and len(sides) < 2:
+        pictures = "There are no two fine-tuned detectors to show: their folders hold no model."
+    elif images is not None:
+        pictures = draw_sides(sides, images, count=count, score=score)
+    page = render(drawn, single, of_runs, pictures)
+    folder = plots or output.with_name(f"{output.stem}_files")
+    for plot in [plot for _, some in drawn for plot in some] + of_runs:
+        atomic_write(folder / f"{plot.name}.png", plot.png)
+    atomic_write(output, page)
+    print(f"report: {output}, its plots: {folder}")
+    return output

@@ -1,0 +1,146 @@
+"""What the folders of runs and comparisons hold, read for a report."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aligndet.comparison import Cell
+from aligndet.files import read_json
+
+Curve = dict[int, float]  # value by step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of `aligndet finetune`, `pretrain` or `pretrain-backbone`."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]  # settings, command, versions
+    curves: dict[str, Curve]  # by the name in the logs
+    figures: dict[str, Any] = field(default_factory=dict)  # of `aligndet evaluate`; empty if it was not run
+
+    @property
+    def model(self) -> Path | None:
+        """The folder of its detector, if fine-tuning has come to its end."""
+        folder = self.folder / "model"
+        return folder if (folder / "manifest.json").is_file() else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A folder of `aligndet compare`."""
+
+    name: str
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]  # of `aligndet.comparison.summarise`
+    cells: list[tuple[dict[str, Any], Run]]  # an entry of results.json and its run
+
+    @property
+    def arms(self) -> list[str]:
+        """All arms, in the order of the table."""
+        return list(dict.fromkeys(row["arm"] for row in self.rows))
+
+
+def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
+    """Reads whatever each folder holds.
+
+    Args:
+        folders: Of `aligndet compare`, `quickstart` (stands for its three runs), `finetune`, `pretrain` or
+            `pretrain-backbone`.
+
+    Raises:
+        ValueError: Naming the folder that holds none of these, or the file that cannot be read.
+    """
+    comparisons, runs = [], []
+    for folder in folders:
+        if (folder / "results.json").is_file():
+            comparisons.append(_read_comparison(folder))
+        elif (folder / "without" / "run.json").is_file() and (folder / "with" / "run.json").is_file():
+            parts = [folder / name for name in ("pretrained", "without", "with")]
+            runs += [read_run(part) for part in parts if (part / "run.json").is_file()]
+        elif (folder / "run.json").is_file():
+            runs.append(read_run(folder))
+        else:
+            wanted = "has neither results.json (aligndet compare) nor run.json (a run)"
+            raise ValueError(f"{folder}: {wanted if folder.is_dir() else 'there is no such folder'}")
+    return comparisons, runs
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run.
+
+    Args:
+        folder: With run.json; the figures are in result.json, or beside the folder under its name.
+
+    Raises:
+        ValueError: Naming the file that cannot be read.
+    """
+    figures: dict[str, Any] = {}
+    for path in (folder / "result.json", folder.parent / f"{folder.name}.json"):
+        if not figures and path.is_file():
+            document = read_json(path)
+            figures = document if "AP" in document else {}
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
+    return Run(name, folder, record, read_curves(folder / "logs"), figures)
+
+
+def read_curves(logs: Path) -> dict[str, Curve]:
+    """Joins the tables of a run and of its resumptions.
+
+    Args:
+        logs: Folder with csv/metrics.csv, and csv_from_N/metrics.csv of a run resumed at step N, which
+            replaces what was logged under the same name from step N on before.
+
+    Returns:
+        Curves by name, in the order of steps.
+
+    Raises:
+        ValueError: Naming the file that is no such table.
+    """
+    curves: dict[str, Curve] = {}
+    for start, path in sorted((_start(path), path) for path in logs.glob("csv*/metrics.csv")):
+        for name, values in _read_table(path).items():
+            kept = {step: value for step, value in curves.get(name, {}).items() if step < start}
+            curves[name] = dict(sorted({**kept, **values}.items()))
+    return curves
+
+
+def _start(path: Path) -> int:
+    number = path.parent.name.rpartition("_from_")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _read_table(path: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                step = int(row.pop("step"))
+                for name, text in row.items():
+                    if text and math.isfinite(value := float(text)):
+                        curves.setdefault(name, {})[step] = value
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no table of metrics by step ({error})") from error
+    return curves
+
+
+def _read_comparison(folder: Path) -> Comparison:
+    path = folder / "results.json"
+    results = read_json(path)
+    settings = folder / "compare.json"
+    record = {**results, **(read_json(settings) if settings.is_file() else {})}
+    try:
+        cells = []
+        for entry in results["cells"]:
+            cell = Cell(*(entry[name] for name in ("fraction", "steps", "seed", "fold", "arm")))
+            cells.append((entry, read_run(folder / "cells" / cell.name(entry["learning_rate"]))))
+        kept = {name: record.get(name) for name in ("command", "versions", "settings")}
+        return Comparison(folder.resolve().name, kept, results["rows"], cells)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no result of aligndet compare ({error!r})") from error

@@ -1,0 +1,150 @@
+"""Report pages of small folders in the form that the commands write."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aligndet import cli
+from aligndet.commands.report import report
+from aligndet.comparison import Cell, sentence, summarise
+from aligndet.detectors.build import build_detector
+from aligndet.detectors.weights import save_weights
+from aligndet.reporting.runs import read_curves, read_folders
+
+EVIL = "<script>alert(1)</script>"
+LABELS = {0.1: 10, 1.0: 100}
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def _run(folder: Path, settings: dict[str, Any], metrics: str = "step,loss/total\n0,2.0\n1,1.5\n") -> Path:
+    record = {"command": "aligndet finetune 'a & b.json'", "versions": {"torch": "2.9"}, "settings": settings}
+    _write(folder / "run.json", record)
+    _write(folder / "logs" / "csv" / "metrics.csv", metrics)
+    return folder
+
+
+def _comparison(folder: Path) -> Path:
+    figures, cells = {}, []
+    for fraction in LABELS:
+        for seed in range(6):
+            for arm, gain in (("scratch", 0.0), ("aligndet", 0.1)):
+                cell = Cell(fraction, 5, seed, 0, arm)
+                figures[cell] = 0.2 + gain + 0.2 * fraction + 0.01 * seed
+                by_class = {EVIL: figures[cell], "5$ and 6$": 0.5, "unseen": None}
+                result = {"AP": figures[cell], "AP_by_class": by_class}
+                entry = {"fraction": fraction, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
+                cells.append({**entry, "labels": LABELS[fraction], "learning_rate": 1e-3, "figures": result})
+                _run(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
+    rows = summarise(figures, LABELS)
+    _write(folder / "results.json", {"rows": rows, "cells": cells, "command": "aligndet compare train.json"})
+    _write(folder / "compare.json", {"settings": {"detector": "fcos"}, "versions": {"torch": "2.9"}})
+    return folder
+
+
+class _Page(HTMLParser):
+    """Tags, attributes and text, as a browser would take them."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_comparison_and_runs_on_one_page(tmp_path: Path) -> None:
+    compared = _comparison(tmp_path / "compared")
+    metrics = "step,loss/total,loss/contrast\n0,3,2\n1,2,1\n"
+    pretrained = _run(tmp_path / "quick" / "pretrained", {"images": "train"}, metrics)
+    for side, ap in (("without", 0.25), ("with", 0.35)):
+        _run(tmp_path / "quick" / side, {"annotations": "t.json"}, "step,loss/total,val/AP\n0,2,\n0,,0.1\n")
+        _write(tmp_path / "quick" / f"{side}.json", {"AP": ap, "AP_by_class": {"cup": ap}})
+    arguments = ["report", str(compared), str(pretrained.parent), "--output", str(tmp_path / "page.html")]
+    assert cli.main(arguments) == 0
+    page = _Page(tmp_path / "page.html")
+    for row in read_folders([compared])[0][0].rows:
+        assert sentence(row) in page.text
+    for expected in ("aligndet compare train.json", "aligndet finetune 'a & b.json'", "torch 2.9", '"fcos"'):
+        assert expected in page.text
+    assert "Losses of pre-training, quick/pretrained" in page.text
+    assert "35.00" in page.text  # the AP of quick/with
+    assert "No images were given" in page.text
+    names = {path.name for path in (tmp_path / "page_files").iterdir()}
+    comparison = {"ap_labels", "ap_steps", "ap_class", "loss_10_5", "loss_100_5"}
+    single = {"runs_ap_steps.png", "runs_ap_class.png", "runs_loss.png", "run1_loss.png"}
+    assert names == {f"comparison1_{name}.png" for name in comparison} | single
+    assert sum(tag == "img" for tag, _ in page.tags) == len(names)
+
+
+def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
+    page = _Page(report((_comparison(tmp_path / "a<b>"),), output=tmp_path / "page.html"))
+    links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert len(links) >= 5
+    assert all(str(link).startswith("data:") for link in links)
+    html = re.sub(r"base64,[^\"]+", "", (tmp_path / "page.html").read_text())
+    assert "http" not in html
+    assert "@import" not in html
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert not any(tag == "b" for tag, _ in page.tags)
+    assert EVIL in page.text
+
+
+def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
+    _write(tmp_path / "csv" / "metrics.csv", "step,loss,val/AP\n0,1.0,\n9,2.0,\n12,99,\n15,98,0.5\n")
+    _write(tmp_path / "csv_from_100" / "metrics.csv", "step,loss\n100,5.0\n")
+    _write(tmp_path / "csv_from_10" / "metrics.csv", "step,loss\n12,3.0\n14,nan\n100,97\n")
+    curves = read_curves(tmp_path)
+    assert curves == {"loss": {0: 1.0, 9: 2.0, 12: 3.0, 100: 5.0}, "val/AP": {15: 0.5}}
+
+
+def test_predictions_side_by_side(tmp_path: Path) -> None:
+    architecture = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64, "num_classes": 1}
+    architecture |= {"min_size": 64, "max_size": 64}
+    detector = build_detector(**architecture, trunk_weights="none")
+    manifest = {"kind": "detector", "architecture": architecture, "class_names": ["cup"], "category_ids": [1]}
+    runs = tuple(_run(tmp_path / name, {"annotations": "t.json"}) for name in ("first", "second"))
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a&b.png")
+    missing = _Page(report(runs, output=tmp_path / "page.html", images=tmp_path / "images"))
+    assert "their folders hold no model" in missing.text
+    for run in runs:
+        save_weights(run / "model", detector.state_dict(), manifest)
+    page = _Page(report(runs, output=tmp_path / "page.html", images=tmp_path / "images"))
+    shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "jpeg" in str(attrs["src"])]
+    assert shown == [f"a&b.png, {tmp_path.name}/{name}" for name in ("first", "second")]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "x: there is no such folder"),
+        ({"x/other.txt": ""}, "x: has neither results.json"),
+        ({"x/run.json": "{", "x/a": ""}, r"run\.json: is no JSON"),
+        ({"x/results.json": "{}"}, r"results\.json: is no result of aligndet compare"),
+        ({"x/run.json": "{}", "x/logs/csv/metrics.csv": "a,b\n1,2\n"}, r"metrics\.csv: is no table"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, content in files.items():
+        _write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        report((tmp_path / "x",), output=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
