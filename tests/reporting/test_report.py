@@ -115,8 +115,8 @@ def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
 
 
 def test_predictions_side_by_side(tmp_path: Path) -> None:
-    architecture = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64, "num_classes": 1}
-    architecture |= {"min_size": 64, "max_size": 64}
+    architecture: dict[str, Any] = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64}
+    architecture |= {"num_classes": 1, "min_size": 64, "max_size": 64}
     detector = build_detector(**architecture, trunk_weights="none")
     manifest = {"kind": "detector", "architecture": architecture, "class_names": ["cup"], "category_ids": [1]}
     runs = tuple(_run(tmp_path / name, {"annotations": "t.json"}) for name in ("first", "second"))

@@ -6,9 +6,9 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from aligndet import __version__
 from aligndet.comparison import sentence
 from aligndet.reporting.figures import class_table, is_tuned, run_class_table
 from aligndet.reporting.pictures import Pictures
@@ -59,7 +59,7 @@ def render(
     environment.filters |= {"data_uri": _data_uri, "shown": _shown}
     everything = [(c.name, c.record) for c, _ in comparisons] + [(run.name, run.record) for run in runs]
     return environment.get_template("page.html").render(
-        version=__version__,
+        version=version("aligndet"),
         comparisons=[
             {
                 "name": comparison.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ except ImportError as error:
 
 _GREY = "#858585"  # legible on white and on black
 _COLOURS = ["#3b82c4", "#e07b39", "#3fa45b", "#c8504d", "#8d6fc0", "#a0724f", "#cf6fae", "#33a9b5", "#a5a736"]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold a dollar sign
     "svg.hashsalt": "aligndet",
     "text.color": _GREY,
