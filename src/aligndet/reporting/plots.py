@@ -131,7 +131,8 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
     assert isinstance(figure, Figure)
     shown = [label if len(label) <= 40 else f"{label[:39]}…" for label in colours]
     shown = [f" {label}" if label.startswith("_") else label for label in shown]  # matplotlib hides _names
-    figure.legend(handles, shown, loc="outside lower center", ncols=2)
+    columns = 2 if max(map(len, shown), default=0) <= 20 else 1  # longer names side by side would be cut off
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns)
 
 
 def _render(figure: Figure, name: str, title: str) -> Plot:
