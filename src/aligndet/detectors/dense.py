@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -24,7 +23,6 @@ from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput, as_target
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
-_IGNORED = Matcher.BETWEEN_THRESHOLDS
 # The head of torchvision's second RetinaNet. Without norms, as in its first one, features start so small that
 # a short run, of pre-training as of fine-tuning, is over before they have grown.
 _RETINANET_NORM = partial(nn.GroupNorm, 32)
