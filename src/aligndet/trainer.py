@@ -16,9 +16,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from aligndet.training import StepSampler, build_loader, steps_done
+from aligndet.data.labelled import ValidationDataset, collate_readable
+from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
 
 RUN_SETTINGS = (
     *(
@@ -58,9 +59,9 @@ def fit(
     workers: int | None,
     seed: int,
     sync_batch_norm: bool = False,
-    validation: Any = None,
+    validation: ValidationDataset | None = None,
+    validate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
-    **kwargs: Any,
 ) -> bool:
     """Trains for a number of optimizer steps, from the start or from a checkpoint.
 
@@ -84,15 +85,15 @@ def fit(
         workers: Loader processes on each device; None: one less than the cores, at most eight.
         seed: Of the order of the data and of the samples.
         sync_batch_norm: Batch norms count over all processes, where these have GPUs (torch asks for them).
-        validation: Loader of validation batches, or None.
+        validation: Images to validate on, also after the last step; or None.
+        validate_every: Steps between validations; by default a tenth of the run.
         callbacks: More of them.
-        kwargs: Further arguments of Lightning's Trainer.
 
     Returns:
         Whether this process is the one that writes the result.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # meant: the frozen trunk, a validation without workers of its own, runs without validation
+    # meant: the frozen trunk, --workers 0, runs without validation
     expected = (
         "module\\(s\\) in eval mode",
         "does not have many workers",
@@ -132,12 +133,14 @@ def fit(
         and torch.cuda.is_available(),
         log_every_n_steps=log_every,
         logger=loggers,
-        callbacks=[last, Throughput(), SkippedImages(), Progress(), *callbacks],
+        callbacks=[last, Throughput(), SkippedImages(), Progress(), ValidateLast(), *callbacks],
         plugins=[WholeCheckpointIO()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        **kwargs,
+        val_check_interval=min(steps, validate_every or max(1, steps // 10)) * accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if validation is not None else 0,
     )
     sampler = StepSampler(
         len(dataset),  # type: ignore[arg-type]
@@ -151,7 +154,16 @@ def fit(
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 2) - 1))
     loader = build_loader(dataset, sampler, collate, workers)
-    trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
+    held_out = None
+    if validation is not None:
+        held_out = DataLoader(
+            validation,
+            batch_size,
+            collate_fn=collate_readable,
+            persistent_workers=workers > 0,
+            **worker_settings(workers),
+        )
+    trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     return trainer.is_global_zero
 
 
@@ -211,6 +223,19 @@ class SkippedImages(Callback):
             print(f"skipped: {message}")
         if len(self.messages) > 10:
             print(f"skipped: {len(self.messages) - 10} more images")
+
+
+class ValidateLast(Callback):
+    """Validates after the last step, too: the interval seldom divides the run, and Lightning stops where it
+    does not.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Says that the run is at its end: Lightning validates before it stops."""
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
 
 
 class Progress(TQDMProgressBar):

@@ -143,11 +143,22 @@ def build_loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=workers,
-        # workers of a process that has started threads (autograd, OpenCV) must not be forks of it
-        multiprocessing_context="forkserver" if workers else None,
-        prefetch_factor=2 if workers else None,
+        **worker_settings(workers),
     )
+
+
+def worker_settings(workers: int) -> dict[str, Any]:
+    """How a DataLoader runs its processes.
+
+    Args:
+        workers: Processes; 0 loads in this one.
+    """
+    return {
+        "num_workers": workers,
+        # workers of a process that has started threads (autograd, OpenCV) must not be forks of it
+        "multiprocessing_context": "forkserver" if workers else None,
+        "prefetch_factor": 2 if workers else None,
+    }
 
 
 def steps_done(checkpoint: Path | None) -> int:

@@ -46,7 +46,8 @@ def tuned(run: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         output=output,
         init_from=run,
         ema=0.5,
-        **SMALL,
+        validate_every=2,
+        **{**SMALL, "steps": 3, "workers": 1},
     )
 
 
@@ -105,6 +106,11 @@ def test_the_best_checkpoint_is_the_result(tuned: Path) -> None:
     manifest = json.loads((tuned / "model" / "manifest.json").read_text())
     assert manifest["initialised_from"]["modules"]["backbone.fpn.inner_blocks.0.0"] == "pre-trained"
     assert manifest["class_names"][0] == "brick"
+
+
+def test_the_last_step_is_validated(tuned: Path) -> None:
+    with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row.get("val/AP")] == ["1", "2"]
 
 
 def test_the_architecture_is_that_of_the_weights(run: Path, sample: Path, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from typing import Any, Literal
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.coco import CocoDetection
 from aligndet.data.formats import read_labelled
-from aligndet.data.labelled import LabelledDataset, ValidationDataset, collate_readable
+from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, predicts_masks
@@ -188,11 +187,7 @@ def finetune(
                 masks=masks,
             )
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
-            validation = DataLoader(
-                ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict),
-                batch_size,
-                collate_fn=collate_readable,
-            )
+            validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
         module = Finetuning(
             model,
             steps=total,
@@ -218,10 +213,8 @@ def finetune(
             checkpoint=checkpoint,
             sync_batch_norm=batch_norm == "sync",
             validation=validation,
+            validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),
-            val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
-            check_val_every_n_epoch=None,
-            limit_val_batches=1.0 if validation is not None else 0,
             **{name: settings[name] for name in RUN_SETTINGS},
         )
         if written:

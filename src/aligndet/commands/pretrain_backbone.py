@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import seed_everything
-from torch.utils.data import DataLoader
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
 from aligndet.data.images import list_images
-from aligndet.data.labelled import ValidationDataset, collate_readable
+from aligndet.data.labelled import ValidationDataset
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
@@ -146,9 +145,7 @@ def pretrain_backbone(
         if labels is not None:
             classes = read_classes(labels, images, names, strict=strict)
             whole = ClassifiedDataset(images, classes, size=crop_size, mean=mean, std=std)
-            validation = DataLoader(
-                ValidationDataset(whole, strict=strict), batch_size, collate_fn=collate_readable
-            )
+            validation = ValidationDataset(whole, strict=strict)
         images_a_step = batch_size * accumulate * processes
         total = steps_of(steps, epochs * len(names) / images_a_step)
         own: dict[str, Any] = {"temperature": temperature, "decay": decay, "queue": queue}
@@ -172,9 +169,7 @@ def pretrain_backbone(
             steps=total,
             checkpoint=checkpoint,
             validation=validation,
-            val_check_interval=min(total, validate_every or max(1, total // 10)) * accumulate,
-            check_val_every_n_epoch=None,
-            limit_val_batches=1.0 if validation is not None else 0,
+            validate_every=validate_every,
             sync_batch_norm=batch_norm == "sync",
             **{name: settings[name] for name in RUN_SETTINGS},
         )
