@@ -19,7 +19,7 @@ quickstart: install ## the main job on built-in data: does pre-training help?
 	$(RUN)aligndet quickstart
 
 test: lint types ## lint, types and the fast tests
-	$(RUN)pytest --durations=8
+	$(RUN)pytest --numprocesses auto --dist worksteal --durations=8
 
 test-slow: install ## the tests that take minutes
 	$(RUN)pytest -m slow --durations=8

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,12 @@ import torch
 
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
+
+# the processes of pytest-xdist share the cores, and so do the commands that tests start
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _PROCESSES > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 @pytest.fixture(autouse=True)
