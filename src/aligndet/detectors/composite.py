@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class CompositeBackbone(Backbone):
             F.interpolate(connection(found), size=size, mode="nearest")
             for connection, found in zip(connections, assistant[level:], strict=True)
         ]
-        return torch.stack(sent).sum(0)
+        return reduce(torch.add, sent)
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         return self._channels_first(stage(x.permute(0, 2, 3, 1) if self.channels_last else x))
