@@ -3,6 +3,8 @@
 Writes every cell as a run of its own and goes on where it stopped; the table is printed from what is there.
 
     python benchmarks/gain.py --data ../shared/data/stamps --output runs/gain
+    python benchmarks/gain.py --data ../shared/data/stamps --output runs/resnet18 --detectors mask_rcnn \
+        --trunk resnet18 --trunk-weights runs/backbone --fpn-norm batch
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.detectors.weights import MODULES
 
-TRUNK: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled", "fpn_channels": 128}
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 CocoFigures: TypeAlias = dict[str, Any]
 ALL = tuple(MODULES)
@@ -44,6 +45,18 @@ ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
     "no-mask": ({"options": {"pretrain_mask": False}}, ALL),
     "rpn-positives": ({"options": {"rpn_positives": True}}, ALL),
 }
+
+
+def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("trunk", "trunk_weights", "fpn_channels", "fpn_norm")}
+
+
+def keep_trunk(args: argparse.Namespace) -> None:
+    """Lets no cell of another trunk into the table of an output folder."""
+    path = args.output / "trunk.json"
+    if path.is_file() and json.loads(path.read_text()) != trunk_of(args):
+        raise SystemExit(f"{path}: these cells have another trunk; give another --output")
+    path.write_text(json.dumps(trunk_of(args)))
 
 
 def labelled_part(data: Path, output: Path, images: int) -> Path:
@@ -93,7 +106,7 @@ def cell(
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
                 **pretraining,
-                **TRUNK,
+                **trunk_of(args),
                 **common,
             )
     regions = {"box_batch_size_per_image": args.regions}  # torchvision's 512 are for images of 800 pixels
@@ -112,11 +125,11 @@ def cell(
                 learning_rate=rate,
                 min_size=(192, 256),
                 batch_norm=args.batch_norm,
-                options=regions if "rcnn" in detector or detector == "htc" else None,
+                options=regions if "rcnn" in detector or "htc" in detector else None,
                 weight_decay=0.05,
                 checkpoint_every=50,
                 resume=run.is_dir(),
-                **TRUNK,
+                **trunk_of(args),
                 **common,
             )
         evaluate(run / "model", args.data / "val.json", images=args.data / "val", output=result)
@@ -131,11 +144,11 @@ def table(args: argparse.Namespace) -> str:
         key = (result.parent.parent.name, int(steps), arm, rate.removeprefix("lr"))
         cells.setdefault(key, []).append(json.loads(result.read_text()))
     lines = [
-        f"{'detector':<14}{'arm':<16}{'steps':>6}{'lr':>14}{'seeds':>7}"
+        f"{'detector':<20}{'arm':<16}{'steps':>6}{'lr':>14}{'seeds':>7}"
         + "".join(f"{n:>15}" for n in FIGURES)
     ]
     for (detector, steps, arm, rate), results in sorted(cells.items()):
-        line = f"{detector:<14}{arm:<16}{steps:>6}{rate:>14}{len(results):>7}"
+        line = f"{detector:<20}{arm:<16}{steps:>6}{rate:>14}{len(results):>7}"
         for name in FIGURES:
             values = [100 * r[name] for r in results if r.get(name) is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -153,6 +166,12 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/gain"))
     parser.add_argument("--detectors", nargs="+", default=["fcos", "retinanet"])
+    parser.add_argument("--trunk", default="tf_efficientnet_lite0", help="as for `aligndet pretrain`")
+    parser.add_argument(
+        "--trunk-weights", default="bundled", help="likewise; a run of pretrain-backbone, ..."
+    )
+    parser.add_argument("--fpn-channels", type=int, default=128)
+    parser.add_argument("--fpn-norm", default="none", choices=["none", "batch"])
     parser.add_argument("--arms", nargs="+", default=["scratch", "aligndet"], choices=list(ARMS))
     parser.add_argument("--pretrain-steps", nargs="+", type=int, default=[150])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -175,6 +194,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
+    keep_trunk(args)
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)

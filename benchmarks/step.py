@@ -1,6 +1,7 @@
 """Speed: our whole pre-training step against the bare network and against torchvision's fine-tuning step.
 
     python benchmarks/step.py --detectors fcos retinanet faster_rcnn mask_rcnn cascade_rcnn htc
+    python benchmarks/step.py --detectors cascade_rcnn cbnet_cascade_rcnn --trunk resnet18 --size 192
 
 (a) bare network: the trunk twice without gradient, momentum neck and heads forward, online neck and heads
     forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on
@@ -9,7 +10,8 @@
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum
 
-Times alternate within one process and are medians; each peak of memory is one process's own.
+Times alternate within one process and are medians; each peak of memory is one process's own. The last line of
+a detector counts the parameters of (c), in millions, by the modules that fine-tuning can start from.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
 from aligndet.detectors.roi import mask_features
+from aligndet.detectors.weights import MODULES
 from aligndet.momentum import update_momentum
 
 Step = Callable[[], None]
@@ -51,8 +54,8 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
     return items
 
 
-def pretraining(detector: str, **settings: Any) -> BoxPretraining:
-    module = BoxPretraining(build_pretrainable(detector, trunk="resnet50"), steps=1000, **settings)
+def pretraining(detector: str, args: argparse.Namespace, **settings: Any) -> BoxPretraining:
+    module = BoxPretraining(build_pretrainable(detector, trunk=args.trunk), steps=1000, **settings)
     return module.train()
 
 
@@ -79,7 +82,15 @@ def dense_network(adapter: Any, images: Tensor) -> list[Tensor]:
 
 
 def region_network(adapter: Any, images: Tensor, calls: Calls) -> list[Tensor]:
-    pyramid = adapter.detector.backbone(images)
+    branches = adapter.detector.backbone.branches(images)
+    share = len(calls) // len(branches)
+    outputs = []
+    for index, branch in enumerate(branches):
+        outputs += one_branch(adapter, branch.pyramid, calls[index * share : (index + 1) * share])
+    return outputs
+
+
+def one_branch(adapter: Any, pyramid: dict[str, Tensor], calls: Calls) -> list[Tensor]:
     scores, deltas = adapter.detector.rpn.head(list(pyramid.values()))
     outputs = [*scores, *deltas]
     depth = {7: 0, 14: 0}  # stages done so far, by the size that their heads pool to
@@ -96,7 +107,7 @@ def region_network(adapter: Any, images: Tensor, calls: Calls) -> list[Tensor]:
 
 
 def bare(detector: str, args: argparse.Namespace) -> Step:
-    module = pretraining(detector)
+    module = pretraining(detector, args)
     images = torch.rand(args.batch, 3, args.size, args.size)
     networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
     if hasattr(module.online, "stages"):
@@ -121,10 +132,10 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
 
 def finetuning(detector: str, args: argparse.Namespace) -> Step:
     model: Any = build_detector(
-        detector, num_classes=90, trunk="resnet50", min_size=args.size, max_size=args.size
+        detector, num_classes=90, trunk=args.trunk, min_size=args.size, max_size=args.size
     )
-    for name, layer in model.backbone.body.named_children():
-        layer.requires_grad_(name in ("layer2", "layer3", "layer4"))
+    for name, parameter in model.backbone.body.named_parameters():
+        parameter.requires_grad_(any(f"layer{depth}." in name for depth in (2, 3, 4)))
     for layer in model.backbone.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
@@ -156,7 +167,7 @@ def silently(module: BoxPretraining) -> BoxPretraining:
 
 
 def ours(detector: str, args: argparse.Namespace) -> Step:
-    module = silently(pretraining(detector, learning_rate=1e-6))
+    module = silently(pretraining(detector, args, learning_rate=1e-6))
     optimizer: torch.optim.Optimizer = module.configure_optimizers()["optimizer"]
     items = batch(args)
 
@@ -186,6 +197,14 @@ def timings(detector: str, args: argparse.Namespace) -> dict[str, float]:
     return {part: statistics.median(values) for part, values in taken.items()}
 
 
+def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
+    network = pretraining(detector, args).online.detector
+    return {
+        module: sum(p.numel() for name, p in network.named_parameters() if name.startswith(prefixes)) / 1e6
+        for module, prefixes in MODULES.items()
+    }
+
+
 def peak_memory() -> float:
     """Of this process alone, in GiB; getrusage would count what the parent held when it was forked."""
     status = Path("/proc/self/status").read_text()
@@ -202,6 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--detectors", nargs="+", default=["fcos", "retinanet"], choices=list(DETECTORS))
+    parser.add_argument("--trunk", default="resnet50", help="one of torchvision's ResNets")
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--proposals", type=int, default=50)
@@ -217,17 +237,18 @@ def main() -> None:
             step()
         print(peak_memory())
         return
-    shape = [f"--{k}={v}" for k, v in vars(args).items() if k in ("size", "batch", "proposals", "threads")]
+    shape = [f"--{k}={getattr(args, k)}" for k in ("trunk", "size", "batch", "proposals", "threads")]
     head = ("detector", "a: bare", "b: finetune", "c: ours", "c/a", "c/b", "peak a", "peak b", "peak c (GiB)")
-    print("".join(f"{name:>13}" for name in head))
+    print("".join(f"{name:>20}" if name == "detector" else f"{name:>13}" for name in head))
     for detector in args.detectors:
         seconds = timings(detector, args)
         peaks = [peak_of(detector, part, shape) for part in PARTS]
         cells = [f"{seconds[part]:.3f} s" for part in PARTS]
         cells += [f"{seconds['c'] / seconds['a']:.3f}", f"{seconds['c'] / seconds['b']:.3f}"]
+        cells += [f"{peak:.2f}" for peak in peaks]
+        print(f"{detector:>20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
         print(
-            "".join(f"{cell:>13}" for cell in (detector, *cells, *(f"{peak:.2f}" for peak in peaks))),
-            flush=True,
+            " " * 22 + ", ".join(f"{n} {v:.2f} M" for n, v in parameters(detector, args).items()), flush=True
         )
 
 

@@ -16,6 +16,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import LayerSync
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from aligndet.data.labelled import ValidationDataset, collate_readable
@@ -116,6 +120,8 @@ def fit(
         CSVLogger(output, "logs", table, flush_logs_every_n_steps=1),
         TensorBoardLogger(output, "logs", "tensorboard"),
     ]
+    on_gpus = accelerator != "cpu" and torch.cuda.is_available()
+    synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
     trainer = _trainer(
         default_root_dir=output,
         max_steps=steps,
@@ -127,14 +133,10 @@ def fit(
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,
-        sync_batchnorm=sync_batch_norm
-        and devices * nodes > 1
-        and accelerator != "cpu"
-        and torch.cuda.is_available(),
         log_every_n_steps=log_every,
         logger=loggers,
         callbacks=[last, Throughput(), SkippedImages(), Progress(), ValidateLast(), *callbacks],
-        plugins=[WholeCheckpointIO()],
+        plugins=[WholeCheckpointIO(), *([SyncBatchNorms()] if synchronised else [])],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -172,6 +174,24 @@ def _trainer(**settings: Any) -> Trainer:
         return Trainer(**settings)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+
+
+class SyncBatchNorms(LayerSync):
+    """Lets batch norms count over all processes, those of timm too: torch's own conversion would lose the
+    activation that is part of them.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Converts all batch norms in place; one that is met twice (a shared trunk) is converted once."""
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                    parent.add_module(name, convert_sync_batchnorm(child))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Leaves the model as it is: what is kept of it are its weights."""
+        return model
 
 
 class Throughput(Callback):

@@ -39,7 +39,13 @@ def call(adapter: Any, images: list[Tensor], proposals: list[Tensor]) -> Pretrai
     return adapter(images, proposals, **{name: known[name] for name in getattr(adapter, "needs", ())})
 
 
-@pytest.fixture(params=sorted(DETECTORS))
+# CBNet's two names share what is tested here; HTC's masks, twice, take minutes
+SLOW = {"cbnet_htc"}
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(DETECTORS)]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -341,6 +341,13 @@ def test_torchvisions_networks_compute_the_same_under_timms_names(trunk: str, tm
     torch.testing.assert_close(features, as_map(seen[0]), rtol=1e-3, atol=1e-3)
 
 
+def test_what_pretrain_backbone_writes(tmp_path: Path) -> None:
+    written, _ = build_trunk("swin_tiny_patch4_window7_224")  # its first level of names is flat
+    path = write(tmp_path / "model.safetensors", written.state_dict())
+    read, _ = build_trunk("swin_tiny_patch4_window7_224", weights=str(path))
+    assert all(torch.equal(value, written.state_dict()[name]) for name, value in read.state_dict().items())
+
+
 def test_openmmlab_merges_pixels_in_another_order() -> None:
     merging: Any = build_trunk(SWIN)[0].get_submodule("layers_1.downsample")
     pixels = torch.rand(1, 6, 8, 96)

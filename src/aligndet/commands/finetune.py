@@ -97,7 +97,8 @@ def finetune(
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
-        detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
+        detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
+            CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50" (the default),
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of

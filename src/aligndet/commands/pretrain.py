@@ -81,7 +81,8 @@ def pretrain(
         images: Folder of images.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
         output: Folder of the run.
-        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
+        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc"; CBNet v2:
+            "cbnet_cascade_rcnn" or "cbnet_htc".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of

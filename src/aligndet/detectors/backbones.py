@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch.nn.functional as F
@@ -43,6 +43,14 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {  # timm builds transformers for one ima
 _STRIDES = (4, 8, 16, 32)
 
 
+class Branch(NamedTuple):
+    """A pyramid that a detector is trained on."""
+
+    pyramid: dict[str, Tensor]
+    weight: float = 1.0  # of its losses
+    prefix: str = ""  # of their names
+
+
 class Backbone(nn.Module):
     """A trunk and its feature pyramid; submodules ``body`` and ``fpn``, as in torchvision's detectors.
 
@@ -56,7 +64,14 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the pyramid's levels, finest first, (B, out_channels, H_l, W_l) each."""
-        features = trunk_features(self.body, images)
+        return self.pyramid(trunk_features(self.body, images))
+
+    def branches(self, images: Tensor) -> tuple[Branch, ...]:
+        """Returns what training sees: one pyramid; a composite trunk has another one of its assistant."""
+        return (Branch(self(images)),)
+
+    def pyramid(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns the levels out of the trunk's maps, finest first."""
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
 
 
@@ -85,14 +100,27 @@ def build_backbone(
         ValueError: If the trunk is unknown, lacks one of the strides, or the weights do not fit.
     """
     body, channels = build_trunk(trunk, strides=strides, weights=trunk_weights)
-    extra: ExtraFPNBlock = LastLevelP6P7(fpn_channels, fpn_channels) if extra_levels else LastLevelMaxPool()
-    norm = nn.BatchNorm2d if fpn_norm == "batch" else None
-    fpn: nn.Module
-    if len(channels) == 1:
-        fpn = SimpleFeaturePyramid(channels[0], fpn_channels, strides, extra, norm or LayerNorm2d)
-    else:
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=extra, norm_layer=norm)
+    fpn = build_pyramid(channels, fpn_channels, norm=fpn_norm, strides=strides, extra_levels=extra_levels)
     return Backbone(body, fpn, fpn_channels)
+
+
+def build_pyramid(
+    channels: list[int], width: int, *, norm: PyramidNorm, strides: tuple[int, ...], extra_levels: bool
+) -> nn.Module:
+    """Builds the pyramid of a trunk.
+
+    Args:
+        channels: Of the trunk's maps, as `build_trunk` returns them.
+        width: As ``fpn_channels`` of `build_backbone`.
+        norm: As its ``fpn_norm``.
+        strides: As there.
+        extra_levels: As there.
+    """
+    extra: ExtraFPNBlock = LastLevelP6P7(width, width) if extra_levels else LastLevelMaxPool()
+    layer = nn.BatchNorm2d if norm == "batch" else None
+    if len(channels) == 1:
+        return SimpleFeaturePyramid(channels[0], width, strides, extra, layer or LayerNorm2d)
+    return FeaturePyramidNetwork(channels, width, extra_blocks=extra, norm_layer=layer)
 
 
 def build_trunk(
@@ -141,15 +169,18 @@ def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
     Returns:
         (B, C_l, H_l, W_l), finest first.
     """
-    height, width = images.shape[-2:]
-    if height % 32 or width % 32:
-        images = F.pad(images, (0, -width % 32, 0, -height % 32))
-    features = body(images)
+    features = body(padded(images))
     if isinstance(features, dict):  # torchvision's
         return list(features.values())
     if getattr(body, "output_fmt", "NCHW") == "NHWC":  # timm's Swin
         return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
     return list(features)
+
+
+def padded(images: Tensor) -> Tensor:
+    """Pads images (B, 3, H, W) with zeros, at the right and below, to multiples of 32."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % 32, 0, -height % 32)) if height % 32 or width % 32 else images
 
 
 class SimpleFeaturePyramid(nn.Module):

@@ -15,6 +15,7 @@ from torchvision.models.detection.rpn import RPNHead
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
+from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
 
@@ -25,6 +26,8 @@ DETECTORS: dict[str, Any] = {
     "mask_rcnn": MaskRcnnPretraining,
     "cascade_rcnn": CascadePretraining,
     "htc": HtcPretraining,
+    "cbnet_cascade_rcnn": CompositeCascadePretraining,
+    "cbnet_htc": CompositeHtcPretraining,
 }
 
 

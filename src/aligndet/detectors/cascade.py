@@ -206,6 +206,8 @@ class CascadeRCNN(FasterRCNN):
 class CascadePretraining(RoIPretraining):
     """Cascade R-CNN: a contrast for each of IoU 0.5, 0.6 and 0.7, weighted 1, 0.5 and 0.25."""
 
+    network: type[CascadeRCNN] = CascadeRCNN
+
     def __init__(
         self,
         backbone: Backbone,
@@ -217,7 +219,7 @@ class CascadePretraining(RoIPretraining):
         **transform: Any,
     ) -> None:
         box_predictors = [EmbeddingPredictor(REPRESENTATION, embedding_dim) for _ in THRESHOLDS]
-        detector = CascadeRCNN(backbone, box_predictors, mask_predictors, **FOR_PRETRAINING, **transform)
+        detector = self.network(backbone, box_predictors, mask_predictors, **FOR_PRETRAINING, **transform)
         heads: Any = detector.roi_heads
         super().__init__(
             detector,
@@ -229,11 +231,11 @@ class CascadePretraining(RoIPretraining):
             needs=("masks",) if mask_predictors else (),
         )
 
-    @staticmethod
-    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
+    @classmethod
+    def plain(cls, backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
         box_predictors = [ClassAgnosticPredictor(REPRESENTATION, num_classes) for _ in THRESHOLDS]
-        return CascadeRCNN(backbone, box_predictors, **transform)
+        return cls.network(backbone, box_predictors, **transform)
 
 
 class HtcPretraining(CascadePretraining):
@@ -262,9 +264,9 @@ class HtcPretraining(CascadePretraining):
         )
         self.max_masks = max_masks
 
-    @staticmethod
-    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
+    @classmethod
+    def plain(cls, backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
         box_predictors = [ClassAgnosticPredictor(REPRESENTATION, num_classes) for _ in THRESHOLDS]
         mask_predictors = [MaskRCNNPredictor(256, 256, num_classes) for _ in THRESHOLDS]
-        return CascadeRCNN(backbone, box_predictors, mask_predictors, **transform)
+        return cls.network(backbone, box_predictors, mask_predictors, **transform)

@@ -157,8 +157,10 @@ def match_trunk(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> Match:
         tensors: By the file's names.
         wanted: The trunk's state dict.
     """
-    # timm flattens the first level of names for feature maps and wraps transformers as "model"
-    names = {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name.removeprefix("model.")): name for name in wanted}
+    # timm flattens the first level of names for feature maps and wraps transformers as "model"; a file has
+    # either the flat names (of `aligndet pretrain-backbone`) or those of the whole network
+    flat = {name.removeprefix("model."): name for name in wanted}
+    names = flat | {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name): own for name, own in flat.items()}
     best: tuple[tuple[int, bool], str, str, dict[str, str]] = ((0, False), "none of the layouts", "", {})
     for layout, rules in LAYOUTS.items():
         found: dict[str, dict[str, str]] = defaultdict(dict)  # by prefix: the trunk's name -> the file's

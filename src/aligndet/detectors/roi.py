@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
@@ -193,9 +194,21 @@ class RoIPretraining(nn.Module):
         if masks is not None:
             targets = [{**target, "masks": mask} for target, mask in zip(targets, masks, strict=True)]
         batch, _ = self.detector.transform(images)
-        sizes, features = batch.image_sizes, self.detector.backbone(batch.tensors)
+        self.detector.rpn.train(torch.is_grad_enabled())
+        stages: list[BoxPredictions] = []
+        losses: dict[str, Tensor] = {}
+        for pyramid, weight, prefix in self.detector.backbone.branches(batch.tensors):
+            output = self._over(pyramid, batch, targets)
+            stages += [stage._replace(weight=weight * stage.weight) for stage in output.stages]
+            losses |= {prefix + name: weight * loss for name, loss in output.losses.items()}
+        return PretrainOutput(tuple(stages), losses)
+
+    def _over(
+        self, features: dict[str, Tensor], batch: ImageList, targets: list[dict[str, Tensor]]
+    ) -> PretrainOutput:
+        """All stages over one pyramid."""
+        sizes, objects = batch.image_sizes, [target["boxes"] for target in targets]
         learns = torch.is_grad_enabled()  # the momentum detector's losses are not used
-        self.detector.rpn.train(learns)
         regions, losses = self.detector.rpn(batch, features, targets)
         predictions: list[BoxPredictions] = []
         for stage, weight in zip(self.stages, self.weights, strict=True):
@@ -208,8 +221,8 @@ class RoIPretraining(nn.Module):
                 loss = F.smooth_l1_loss(predicted.float(), torch.cat(deltas), beta=1 / 9, reduction="sum")
                 losses[f"loss_box_reg{suffix}"] = weight * loss / max(1, len(predicted))
             if len(self.stages) > 1:
-                regions = refine(stage, predicted, regions, sizes, proposals)
-            if learns and masks is not None:
+                regions = refine(stage, predicted, regions, sizes, objects)
+            if learns and "masks" in targets[0]:
                 seen = regions
                 if len(self.stages) > 1:  # interleaved: mask heads see the moved regions
                     seen, matched, _, _ = stage.select_training_samples(regions, targets)

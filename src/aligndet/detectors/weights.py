@@ -20,7 +20,7 @@ from aligndet.files import accepts_strings, atomic_write, read_json
 
 MODULES = {
     "trunk": ("backbone.body.",),
-    "neck": ("backbone.fpn.",),
+    "neck": ("backbone.fpn.", "backbone.connections."),
     "rpn": ("rpn.",),
     "head": ("head.", "roi_heads."),
 }
