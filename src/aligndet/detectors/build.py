@@ -16,6 +16,15 @@ from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
+from aligndet.detectors.query import (
+    ConditionalDetrPretraining,
+    DabDetrPretraining,
+    DeformableDetrPretraining,
+    DetrPretraining,
+    DFinePretraining,
+    RtDetrPretraining,
+    RtDetrV2Pretraining,
+)
 from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
 
 DETECTORS: dict[str, Any] = {
@@ -25,6 +34,13 @@ DETECTORS: dict[str, Any] = {
     "mask_rcnn": MaskRcnnPretraining,
     "cascade_rcnn": CascadePretraining,
     "htc": HtcPretraining,
+    "detr": DetrPretraining,
+    "conditional_detr": ConditionalDetrPretraining,
+    "dab_detr": DabDetrPretraining,
+    "deformable_detr": DeformableDetrPretraining,
+    "rt_detr": RtDetrPretraining,
+    "rt_detr_v2": RtDetrV2Pretraining,
+    "d_fine": DFinePretraining,
 }
 
 
@@ -58,7 +74,8 @@ def build_pretrainable(
     """
     family = _family(detector)
     parameters = signature(family).parameters.values()
-    _check(detector, options, {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
+    known = {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+    _check(detector, options, known | shared_options(detector))
     mean, std = normalisation(trunk)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     try:
@@ -96,7 +113,8 @@ def build_detector(
         min_size: Images are resized to this short side for prediction.
         max_size: Bound of their long side.
         resize_in_training: False where the data loader has resized the images already.
-        options: Further arguments of torchvision's detector, such as ``box_batch_size_per_image``.
+        options: Further arguments of torchvision's detector, such as ``box_batch_size_per_image``, or
+            settings of transformers' configuration, such as ``num_queries``.
 
     Raises:
         ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
@@ -112,14 +130,45 @@ def build_detector(
         "image_std": list(std),
         "_skip_resize": not resize_in_training,
     }
+    shared = shared_options(detector)
+    if shared:
+        _check(detector, options, shared)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
-    # torchvision's constructors swallow what they do not know; what they build themselves is None by default
-    parameters = [p for ancestor in type(model).__mro__[:-1] for p in signature(ancestor).parameters.values()]
-    known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
-    _check(detector, options, known - set(own))
+    if not shared:
+        # torchvision's constructors swallow what they do not know; what they build themselves is None by
+        # default
+        ancestors = type(model).__mro__[:-1]
+        parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
+        known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
+        _check(detector, options, known - set(own))
     _predict_in_float32(model)
     return model
+
+
+def weights_format(detector: str) -> str:
+    """Whose names and files a detector's weights have: "torchvision" or "transformers".
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If the detector is unknown.
+    """
+    return getattr(_family(detector), "weights_format", "torchvision")
+
+
+def shared_options(detector: str) -> frozenset[str]:
+    """Names of the options that change the plain detector, so that fine-tuning needs those of pre-training.
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If the detector is unknown, or a package that it needs is missing.
+    """
+    names: frozenset[str] = getattr(_family(detector), "settings", frozenset)()
+    return names
 
 
 def predicts_masks(detector: str) -> bool:
@@ -138,8 +187,9 @@ def _predict_in_float32(detector: nn.Module) -> None:
     """Lets no box be decoded from, or in, half precision: in bfloat16 a coordinate of 500 moves in steps of 2
     pixels.
     """
-    for module in detector.modules():
-        if isinstance(module, _PREDICTION_HEADS):
+    heads = getattr(detector, "prediction_heads", None)
+    for module in detector.modules() if heads is None else heads:
+        if heads is not None or isinstance(module, _PREDICTION_HEADS):
             module.register_forward_hook(_to_float32)
 
 
