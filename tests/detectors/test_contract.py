@@ -121,9 +121,7 @@ def test_pretrained_parts_fill_the_plain_detector(name: str) -> None:
         else:  # what serves all classes is repeated for each
             times = len(value) // len(source[key]) if value.ndim else 1
             torch.testing.assert_close(value, torch.cat([source[key]] * times) if value.ndim else source[key])
-    left_out = [
-        layer for layer in adapter.prediction_layers if any(k.startswith(layer + ".") for k in fresh)
-    ]
+    left_out = [layer for layer in adapter.prediction_layers if any(k.startswith(layer + ".") for k in fresh)]
     assert all(f"{module}.".startswith(tuple(f"{layer}." for layer in left_out)) for module in new)
     assert all(any(f"{module}.".startswith(f"{layer}.") for module in new) for layer in left_out)
 

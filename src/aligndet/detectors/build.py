@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from inspect import Parameter, signature
 from typing import Any
 
@@ -158,6 +159,21 @@ def weights_format(detector: str) -> str:
     return getattr(_family(detector), "weights_format", "torchvision")
 
 
+def training_default(detector: str, setting: str, otherwise: float) -> float:
+    """A number of the training recipe, where a kind of detectors has one of its own.
+
+    Args:
+        detector: A key of `DETECTORS`.
+        setting: "learning_rate" or "weight_decay" of AdamW, or "clip".
+        otherwise: Of all other detectors.
+
+    Raises:
+        ValueError: If the detector is unknown.
+    """
+    own: dict[str, float] = getattr(_family(detector), "training_defaults", {})
+    return own.get(setting, otherwise)
+
+
 def shared_options(detector: str) -> frozenset[str]:
     """Names of the options that change the plain detector, so that fine-tuning needs those of pre-training.
 
@@ -197,7 +213,7 @@ def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return apply_to_collection(output, Tensor, Tensor.float)
 
 
-def _check(detector: str, options: dict[str, Any] | None, known: set[str]) -> None:
+def _check(detector: str, options: dict[str, Any] | None, known: Set[str]) -> None:
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")

@@ -44,6 +44,7 @@ class QueryPretraining(nn.Module):
 
     family: ClassVar[Family]
     weights_format = "transformers"
+    training_defaults: ClassVar = {"learning_rate": 1e-4, "weight_decay": 1e-4, "clip": 0.1}  # DETR's
     top_proposals = True  # the first in rank order, not a random subset: one query a proposal
 
     def __init__(
@@ -94,9 +95,7 @@ class QueryPretraining(nn.Module):
         return settings_of(cls.family)
 
     @classmethod
-    def backbone(
-        cls, trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm
-    ) -> QueryTrunk:
+    def backbone(cls, trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> QueryTrunk:
         """Builds the trunk of this family; fpn_channels is the width of encoder and decoder."""
         if fpn_norm != "none":
             raise ValueError(f"query-based detectors have no feature pyramid: no fpn_norm={fpn_norm!r}")
@@ -133,10 +132,10 @@ class QueryPretraining(nn.Module):
     ) -> PretrainOutput:
         """Matches queries to proposals, layer by layer, and embeds them."""
         if clusters is None:
-            clusters = [torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals]
-        labels = [
-            relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)
-        ]
+            clusters = [
+                torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
+            ]
+        labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
         with _decoder_states(self.detector.network.model) as recorded:
             outputs = self.detector.run(images, labels)
         states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.build import build_detector
+from aligndet.detectors.query_detector import QueryDetector
 from aligndet.files import accepts_strings, atomic_write, read_json
 
 MODULES = {
@@ -23,7 +24,15 @@ MODULES = {
     "neck": ("backbone.fpn.", "model.input_proj", "model.encoder", "model.level_embed"),
     "rpn": ("rpn.",),
     "head": (
-        *("head.", "roi_heads.", "bbox_", "class_", "model.decoder", "model.query_", "model.reference_points"),
+        *(
+            "head.",
+            "roi_heads.",
+            "bbox_",
+            "class_",
+            "model.decoder",
+            "model.query_",
+            "model.reference_points",
+        ),
         *("model.enc_", "model.weight_embedding", "model.denoising_", "model.pos_trans"),
     ),
 }
@@ -39,8 +48,7 @@ def network_of(detector: nn.Module) -> nn.Module:
     Args:
         detector: Of `aligndet.detectors.build.build_detector`.
     """
-    network: nn.Module = getattr(detector, "network", detector)
-    return network
+    return detector.network if isinstance(detector, QueryDetector) else detector
 
 
 def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
@@ -148,7 +156,7 @@ def save_detector(folder: Path, detector: nn.Module, manifest: dict[str, Any]) -
         manifest: What JSON can hold, with ``architecture`` and, if known, ``class_names``.
     """
     files: dict[str, str] = {}
-    if hasattr(detector, "configuration_files"):
+    if isinstance(detector, QueryDetector):
         files = detector.configuration_files(manifest.get("class_names"))
     for name, text in files.items():
         atomic_write(folder / name, text)
