@@ -154,7 +154,7 @@ def slow_but(*names: str) -> list[Any]:
 def test_transformers_alone_predicts_the_same(name: str, sample: Path, tmp_path: Path) -> None:
     architecture: dict[str, Any] = {
         **{"detector": name, "trunk": "tf_efficientnet_lite0", "fpn_channels": 64, "options": OPTIONS},
-        **{"num_classes": 3, "min_size": 96, "max_size": 160},
+        **{"num_classes": 3, "min_size": 96, "max_size": 96},
     }
     detector: Any = build_detector(**architecture, trunk_weights="bundled").eval()
     names = ["apple", "pear", "plum"]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from aligndet.commands._runs import check_bounds, provenance
 from aligndet.data.images import ImageError, read_image
+from aligndet.data.views import geometric
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings
@@ -122,7 +123,8 @@ class _Boxes(Dataset[Any]):
     """Position, image (3, H, W) uint8 and boxes (N, 4), resized; or in the place of a broken one, why."""
 
     def __init__(self, images: Path, table: ProposalTable, min_size: int, max_size: int) -> None:
-        self.images, self.table, self.min_size, self.max_size = images, table, min_size, max_size
+        self.images, self.table = images, table
+        self.resize = geometric((min_size, min_size), max_size, flip=0.0)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -132,7 +134,7 @@ class _Boxes(Dataset[Any]):
             image = read_image(self.images / self.table.file_names[index])
         except ImageError as error:
             return str(error)
-        image = transforms.resize(image, [self.min_size], max_size=self.max_size, antialias=True)
+        image = self.resize(image)
         # the table knows the image's size from when the proposals were made
         size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(self.table.sizes[index])
         return index, image, torch.from_numpy(self.table.boxes_of(index)) * size.repeat(2)

@@ -136,7 +136,7 @@ class QueryPretraining(nn.Module):
                 torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
             ]
         labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
-        with _decoder_states(self.detector.network.model) as recorded:
+        with decoder_states(self.detector.network.model) as recorded:
             outputs = self.detector.run(images, labels)
         states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)
         embeddings = self.projection_head(states.flatten(0, 2)).unflatten(0, states.shape[:3]).flatten(1, 2)
@@ -212,10 +212,16 @@ def _matcher(family: Family, config: Any) -> nn.Module:
 
 
 @contextmanager
-def _decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
+def decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """What leaves the decoder's layers during one call; not all families return it.
 
     The hook lives for the call alone: one that stays would point to the original from a deep copy.
+
+    Args:
+        model: transformers' model below the prediction layers.
+
+    Yields:
+        A list that the call will add to: the stacked states of all layers.
     """
     states: list[Tensor] = []
     hook = model.register_forward_hook(lambda *call: states.append(call[2].intermediate_hidden_states))

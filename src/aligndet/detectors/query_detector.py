@@ -27,7 +27,7 @@ class Family(NamedTuple):
 
     model: str  # transformers' classes begin with it: DetrConfig, DetrForObjectDetection
     processor: str  # likewise its image processor, which may be another family's
-    matcher: str  # in transformers.loss: module and class
+    matcher: str  # class below transformers
     losses: dict[str, str | None]  # begin of a loss's name: the setting that is its weight; None: weighted
     strides: tuple[int, ...]  # of the trunk's maps
     width: tuple[str, ...]  # settings that hold the width of everything above the trunk
@@ -39,10 +39,10 @@ class Family(NamedTuple):
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
-_DEFORMABLE_MATCHER = "loss_deformable_detr.DeformableDetrHungarianMatcher"
+_DEFORMABLE_MATCHER = "loss.loss_deformable_detr.DeformableDetrHungarianMatcher"
 _RT_DETR: dict[str, Any] = {
     "processor": "RTDetr",
-    "matcher": "loss_rt_detr.RTDetrHungarianMatcher",
+    "matcher": "loss.loss_rt_detr.RTDetrHungarianMatcher",
     "losses": dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")),
     "strides": (8, 16, 32),
     "width": ("d_model", "encoder_hidden_dim"),
@@ -58,7 +58,7 @@ _RT_DETR: dict[str, Any] = {
 DETR = Family(
     model="Detr",
     processor="Detr",
-    matcher="loss_for_object_detection.HungarianMatcher",
+    matcher="loss.loss_for_object_detection.HungarianMatcher",
     losses=_DETR_LOSSES,
     strides=(32,),
     width=("d_model",),
@@ -94,17 +94,17 @@ _OURS = {
 
 
 def from_transformers(name: str) -> Any:
-    """A class of transformers, which is imported only now.
+    """A class or function of transformers, which is imported only now.
 
     Args:
-        name: Of the class, or of a module of ``transformers.loss`` and the class in it.
+        name: Below ``transformers``.
 
     Raises:
         ValueError: If transformers is not installed.
     """
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(import_module(f"transformers.loss.{module}" if module else "transformers"), attribute)
+        return getattr(import_module(f"transformers.{module}" if module else "transformers"), attribute)
     except ImportError as error:
         raise ValueError(
             f'query-based detectors need transformers: pip install "aligndet[detr]" ({error})'
@@ -289,8 +289,12 @@ class QueryDetector(nn.Module):
             side = self._square_side(side)
             images = [transforms.resize(image, [side, side], antialias=True) for image in images]
         elif self._resizes:
-            size: dict[str, Any] = {"size": [self.min_size], "max_size": self.max_size}
-            images = [transforms.resize(image, antialias=True, **size) for image in images]
+            size_of = from_transformers("image_transforms.get_size_with_aspect_ratio")
+            sizes = [size_of(image.shape[-2:], self.min_size, self.max_size) for image in images]
+            images = [
+                transforms.resize(image, list(size), antialias=True)
+                for image, size in zip(images, sizes, strict=True)
+            ]
         height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
         padding = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
         normalised = [transforms.normalize(image, self.image_mean, self.image_std) for image in images]
