@@ -19,11 +19,14 @@ from typing import Any, TypeAlias
 
 import torch
 
+from aligndet.commands.cluster import cluster
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
+from aligndet.detectors.build import training_default, weights_format
 from aligndet.detectors.weights import MODULES
+from aligndet.proposals.clusters import clusters_file
 
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 CocoFigures: TypeAlias = dict[str, Any]
@@ -44,6 +47,8 @@ ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
     # the paper's mask head at random numbers, and its sampling for the region proposal network
     "no-mask": ({"options": {"pretrain_mask": False}}, ALL),
     "rpn-positives": ({"options": {"rpn_positives": True}}, ALL),
+    # DETRs: the class layer tells objects from background alone
+    "objectness": ({"options": {"objectness": True}}, ALL),
 }
 
 
@@ -86,6 +91,8 @@ def cell(
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
+    is_query = weights_format(detector) == "transformers"
+    queries = {"num_queries": args.queries} if is_query else {}
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:
@@ -105,7 +112,7 @@ def cell(
                 max_proposals=args.proposals,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
-                **pretraining,
+                **{**pretraining, "options": {**queries, **pretraining.get("options", {})}},
                 **trunk_of(args),
                 **common,
             )
@@ -125,8 +132,8 @@ def cell(
                 learning_rate=rate,
                 min_size=(192, 256),
                 batch_norm=args.batch_norm,
-                options=regions if "rcnn" in detector or "htc" in detector else None,
-                weight_decay=0.05,
+                options=regions if "rcnn" in detector or "htc" in detector else queries,
+                weight_decay=training_default(detector, "weight_decay", 0.05),
                 checkpoint_every=50,
                 resume=run.is_dir(),
                 **trunk_of(args),
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.98, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
+    parser.add_argument("--queries", type=int, default=100, help="of query-based detectors")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()
     if args.threads:
@@ -198,6 +206,11 @@ def main() -> None:
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
+    if any(weights_format(d) == "transformers" for d in args.detectors):
+        trunk = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
+        if not clusters_file(args.output / "proposals").exists():
+            sizes: dict[str, Any] = {"min_size": 192, "max_size": 256}
+            cluster(args.data / "train", proposals=args.output / "proposals", **sizes, **trunk)
     for seed, detector, arm in itertools.product(args.seeds, args.detectors, args.arms):
         for steps, rate in itertools.product(args.pretrain_steps, args.learning_rates):
             figures = cell(args, detector, arm, steps, seed, rate)

@@ -4,9 +4,10 @@
     python benchmarks/step.py --detectors cascade_rcnn cbnet_cascade_rcnn --trunk resnet18 --size 192
 
 (a) bare network: the trunk twice without gradient, momentum neck and heads forward, online neck and heads
-    forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on
-(b) torchvision's own fine-tuning step: its detector with 91 classes and three trainable layers of the trunk,
-    all losses, backward, AdamW (cascades, which it lacks: ours, built of its parts)
+    forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on;
+    query-based detectors predict boxes from the last layer
+(b) torchvision's or transformers' own fine-tuning step: its detector with 91 classes and three trainable
+    layers of the trunk, all losses, backward, AdamW (cascades, which it lacks: ours, built of its parts)
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
+from aligndet.detectors.query import QueryPretraining, decoder_states
 from aligndet.detectors.roi import mask_features
 from aligndet.detectors.weights import MODULES
 from aligndet.momentum import update_momentum
@@ -49,7 +51,8 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
             corner = torch.rand(args.proposals, 2) * args.size * 0.7
             sides = torch.rand(args.proposals, 2) * args.size * 0.25 + args.size * 0.05
             masks = torch.ones(args.proposals, 56, 56, dtype=torch.uint8).tril()
-            views.append(View(image, torch.cat([corner, corner + sides], dim=1), masks))
+            clusters = torch.randint(0, 256, (args.proposals,))
+            views.append(View(image, torch.cat([corner, corner + sides], dim=1), masks, clusters))
         items.append(TwoViews(views[0], views[1], str(index), ()))
     return items
 
@@ -106,11 +109,22 @@ def one_branch(adapter: Any, pyramid: dict[str, Tensor], calls: Calls) -> list[T
     return outputs
 
 
+def query_network(adapter: Any, images: Tensor) -> list[Tensor]:
+    with decoder_states(adapter.detector.network.model) as states:
+        outputs = adapter.detector.run(list(images))
+    return [states[0], outputs.logits, outputs.pred_boxes]
+
+
 def bare(detector: str, args: argparse.Namespace) -> Step:
     module = pretraining(detector, args)
     images = torch.rand(args.batch, 3, args.size, args.size)
     networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
-    if hasattr(module.online, "stages"):
+    if isinstance(module.online, QueryPretraining):
+        networks = [
+            lambda: query_network(module.momentum, images),
+            lambda: query_network(module.online, images),
+        ]
+    elif hasattr(module.online, "stages"):
         items = batch(args)
         with recorded(module.online) as online, recorded(module.momentum) as momentum:
             silently(module).training_step(items, 0)

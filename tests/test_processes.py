@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.commands.test_kill import finish
+from tests.commands.test_kill import FEW_QUERIES, finish
 
 SMALL = [
     *(
@@ -28,14 +28,17 @@ def curve(run: Path) -> list[float]:
         return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
 
 
-@pytest.mark.parametrize("detector", ["fcos", pytest.param("htc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "detector",
+    ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("htc", "detr", "rt_detr_v2"))],
+)
 def test_two_processes(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
     command = [
         "pretrain",
         str(sample / "train"),
         f"--proposals={proposals}",
         f"--detector={detector}",
-        *SMALL,
+        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
     ]
     # the contrast and the detector's normalisation are over a process's own boxes: what equals two processes
     # is two batches for one step of the optimizer, not one batch of twice the size

@@ -1,6 +1,6 @@
 """AlignDet: pre-train every module of an object detector on your own unlabelled images.
 
-The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
+The commands are plain functions: ``aligndet.propose``, ``aligndet.cluster``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
 ``aligndet.predict``, ``aligndet.compare``, ``aligndet.report``, ``aligndet.sample_data``,
 ``aligndet.check_data``, ``aligndet.split`` and ``aligndet.quickstart``;
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aligndet.commands.check_data import check_data
+    from aligndet.commands.cluster import cluster
     from aligndet.commands.compare import compare
     from aligndet.commands.evaluate import evaluate
     from aligndet.commands.export import export
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_data",
+    "cluster",
     "compare",
     "evaluate",
     "export",

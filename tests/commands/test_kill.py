@@ -35,6 +35,7 @@ SMALL = [
         "--accelerator=cpu",
     ),
 ]
+FEW_QUERIES = ["--options.num_queries=20", "--options.objectness=true"]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -74,7 +75,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn")
+    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
 ]
 
 
@@ -85,7 +86,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
         str(sample / "train"),
         f"--proposals={proposals}",
         f"--detector={detector}",
-        *SMALL,
+        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
     ]
     finish(*command, f"--output={tmp_path / 'whole'}")
     killed = tmp_path / "killed"

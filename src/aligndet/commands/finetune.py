@@ -15,8 +15,8 @@ from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import PyramidNorm
-from aligndet.detectors.build import build_detector, predicts_masks
-from aligndet.detectors.weights import MODULES, initialise, load_weights, save_weights
+from aligndet.detectors.build import build_detector, predicts_masks, training_default, weights_format
+from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
@@ -25,6 +25,8 @@ from aligndet.training import OptimizerName, ScheduleName, load_state
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images (paper section 4.1 and table 7)."""
+EPOCHS = {"50e": 50, "100e": 100, "150e": 150}
+"""Passes over the images, as schedules of DETR are named (paper section 4.1 and table 6)."""
 
 _DEFAULTS = {"detector": "fcos", "trunk": "resnet50", "fpn_channels": 256, "fpn_norm": "none"}
 """Of a detector whose neck and heads start from random numbers."""
@@ -57,7 +59,7 @@ def finetune(
     options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (800, 800),
     max_size: int = 1333,
-    schedule: Literal["12k", "90k", "1x", "2x", "3x", "4x"] = "12k",
+    schedule: Literal["12k", "90k", "1x", "2x", "3x", "4x", "50e", "100e", "150e"] = "12k",
     steps: int | None = None,
     batch_size: int = 16,
     accumulate: int = 1,
@@ -67,7 +69,7 @@ def finetune(
     decay: ScheduleName = "cosine",
     trunk_factor: float = 0.1,
     warmup_steps: int = 50,
-    clip: float | None = 10.0,
+    clip: float | Literal["default"] | None = "default",
     batch_norm: Literal["frozen", "trained", "sync"] = "frozen",
     ema: float | None = None,
     validate_every: int | None = None,
@@ -98,33 +100,39 @@ def finetune(
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
         init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
-            CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc".
+            CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
+            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50" (the default),
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
             `aligndet pretrain-backbone`, or a file in a published layout (see `aligndet pretrain --help`);
             not used where init_from brings the trunk.
-        fpn_channels: Width of the feature pyramid, by default 256.
+        fpn_channels: Width of the feature pyramid, or of a query-based detector's encoder and decoder, by
+            default 256.
         fpn_norm: "none" (the default), or "batch": batch norms in the pyramid, as the paper has for
             self-supervised trunks.
-        options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128.
+        options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128,
+            or of transformers' configuration, such as --options.num_queries 100.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
         max_size: Bound of the long side.
         schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
-            images, scaled with the batch size.
+            images, scaled with the batch size; "50e", "100e", "150e" passes over the images.
         steps: Length of the run in steps; takes the place of schedule.
         batch_size: Images a batch on each device.
         accumulate: Batches a step of the optimizer.
         optimizer: "adamw" or "sgd".
-        learning_rate: By default 1e-3 (AdamW) or 0.01 (SGD, 16 images), times 1.5 from pre-trained heads.
-        weight_decay: By default 0.05 (AdamW) or 1e-4 (SGD), times 0.5 from pre-trained heads.
+        learning_rate: By default 1e-3 (AdamW; query-based detectors: 1e-4) or 0.01 (SGD, 16 images), times
+            1.5 from pre-trained heads.
+        weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
+            pre-trained heads.
         decay: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
         trunk_factor: Of the learning rate for the trunk.
         warmup_steps: Steps of linear warm-up.
-        clip: Bound of the gradient norm; null for none.
+        clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
             pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
+            Query-based detectors have frozen ones.
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
         patience: Stop after so many evaluations without a better average precision; null to go on to the end.
@@ -151,7 +159,6 @@ def finetune(
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
         images_a_step = batch_size * accumulate * devices * nodes
-        total = steps_of(steps, SCHEDULES[schedule] * 16 / images_a_step)
         asked = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm}
         state: dict[str, Any] = {}
         if init_from is not None:
@@ -164,8 +171,13 @@ def finetune(
             raise ValueError(
                 "--patience needs --val-annotations: without them, nothing is measured on the way"
             )
-        masks = predicts_masks(architecture["detector"])
+        kind = architecture["detector"]
+        if batch_norm != "frozen" and weights_format(kind) == "transformers":
+            raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
+        masks = predicts_masks(kind)
         coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
+        passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
+        total = steps_of(steps, SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
         if options:
             architecture["options"] = options
@@ -198,14 +210,19 @@ def finetune(
             optimizer=optimizer,
             learning_rate=learning_rate
             if learning_rate is not None
-            else (1e-3 if adam else 1e-2) * (1.5 if pretrained else 1.0),
+            else (training_default(kind, "learning_rate", 1e-3) if adam else 1e-2)
+            * (1.5 if pretrained else 1.0),
             weight_decay=weight_decay
             if weight_decay is not None
-            else (0.05 if adam else 1e-4) * (0.5 if pretrained else 1.0),
+            else (training_default(kind, "weight_decay", 0.05) if adam else 1e-4)
+            * (0.5 if pretrained else 1.0),
             schedule=decay,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
+        run = {name: settings[name] for name in RUN_SETTINGS}
+        if clip == "default":
+            run["clip"] = training_default(kind, "clip", 10.0)
         written = fit(
             module,
             LabelledDataset(coco, min_size=min_size, max_size=max_size, strict=strict),
@@ -216,7 +233,7 @@ def finetune(
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),
-            **{name: settings[name] for name in RUN_SETTINGS},
+            **run,
         )
         if written:
             best = output / "checkpoints" / "best.ckpt"
@@ -224,7 +241,7 @@ def finetune(
                 load_state(module, best)
             manifest = {
                 "kind": "detector",
-                "format": "torchvision",
+                "format": weights_format(kind),
                 "architecture": architecture,
                 "class_names": [category.name for category in coco.categories],
                 "category_ids": [category.id for category in coco.categories],
@@ -234,7 +251,7 @@ def finetune(
                 },
                 **provenance(),
             }
-            save_weights(output / "model", module.detector.state_dict(), manifest)
+            save_detector(output / "model", module.detector, manifest)
             print(f"fine-tuned detector: {output / 'model'}")
     return output
 

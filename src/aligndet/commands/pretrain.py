@@ -11,9 +11,10 @@ from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.backbones import PyramidNorm
-from aligndet.detectors.build import build_pretrainable
+from aligndet.detectors.build import build_pretrainable, shared_options, training_default
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.files import accepts_strings
+from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.storage import read_proposals
 from aligndet.trainer import RUN_SETTINGS, fit
 from aligndet.training import OptimizerName, ScheduleName
@@ -48,11 +49,11 @@ def pretrain(
     batch_size: int = 16,
     accumulate: int = 1,
     optimizer: OptimizerName = "adamw",
-    learning_rate: float = 5e-4,
-    weight_decay: float = 0.05,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
     schedule: ScheduleName = "cosine",
     warmup_steps: int = 50,
-    clip: float | None = 10.0,
+    clip: float | Literal["default"] | None = "default",
     temperature: float = 0.5,
     decay: float = 0.996,
     contrast_weight: float = 1.0,
@@ -79,33 +80,37 @@ def pretrain(
 
     Args:
         images: Folder of images.
-        proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
+        proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes; with
+            clusters (`aligndet cluster`) for query-based detectors.
         output: Folder of the run.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc"; CBNet v2:
-            "cbnet_cascade_rcnn" or "cbnet_htc".
+            "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
+            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
             `aligndet pretrain-backbone`, or a file (.pth, .pkl, .safetensors) as MoCo, SwAV, SimSiam, BYOL,
             DenseCL, PixPro, DetCo, DINO, SimMIM, Swin, torchvision, timm, OpenMMLab and detectron2 publish
             them; what matched is printed.
-        fpn_channels: Width of the feature pyramid.
+        fpn_channels: Width of the feature pyramid, or of a query-based detector's encoder and decoder.
         fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
         options: Further settings of the detector, such as --options.embedding_dim 256; the answer to a wrong
-            one lists them all.
+            one lists them all. Of query-based detectors: settings of transformers' configuration, such as
+            --options.num_queries 100, and --options.objectness true to do without clusters.
         min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
         max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
-        max_proposals: Most proposals of an image in a step, drawn at random.
+        max_proposals: Most proposals of an image in a step, drawn at random; for query-based detectors, the
+            first ones.
         steps: Length of the run in optimizer steps; takes the place of epochs.
         epochs: Length of the run in passes over the images.
         batch_size: Images a batch on each device.
         accumulate: Batches a step of the optimizer.
         optimizer: "adamw" or "sgd".
-        learning_rate: After the warm-up.
-        weight_decay: Of matrices and kernels.
+        learning_rate: After the warm-up; by default 5e-4, of query-based detectors 1e-4.
+        weight_decay: Of matrices and kernels; by default 0.05, of query-based detectors 1e-4.
         schedule: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
         warmup_steps: Steps of linear warm-up.
-        clip: Bound of the gradient norm; null for none.
+        clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         temperature: Of the contrastive loss.
         decay: Of the momentum detector at the start; it grows to 1.
         contrast_weight: Factor of the contrastive loss; 0 leaves the box losses alone.
@@ -140,9 +145,18 @@ def pretrain(
             "fpn_norm": fpn_norm,
         }
         adapter = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
-        table = read_proposals(proposals, masks="masks" in getattr(adapter, "needs", ()))
+        needs = getattr(adapter, "needs", ())
+        table = read_proposals(proposals, masks="masks" in needs)
+        if "clusters" in needs:
+            table = with_clusters(table, proposals, getattr(adapter, "num_clusters", None))
         dataset = TwoViewDataset(
-            images, table, min_size=min_size, max_size=max_size, max_proposals=max_proposals, strict=strict
+            images,
+            table,
+            min_size=min_size,
+            max_size=max_size,
+            max_proposals=max_proposals,
+            top_proposals=getattr(adapter, "top_proposals", False),
+            strict=strict,
         )
         if not len(table.boxes):
             raise ValueError(
@@ -164,17 +178,23 @@ def pretrain(
             box_weight=box_weight,
             train_trunk=train_trunk,
             optimizer=optimizer,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
+            learning_rate=training_default(detector, "learning_rate", 5e-4)
+            if learning_rate is None
+            else learning_rate,
+            weight_decay=training_default(detector, "weight_decay", 0.05)
+            if weight_decay is None
+            else weight_decay,
             schedule=schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
+        if clip == "default":
+            run["clip"] = training_default(detector, "clip", 10.0)
         if fit(module, dataset, collate, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",
-                "architecture": architecture,
+                "architecture": architecture | _shared(detector, options),
                 "trunk": {"weights": trunk_weights, "trained": train_trunk},
                 "left_out": list(module.online.prediction_layers),
                 "modules": list(MODULES),
@@ -184,3 +204,9 @@ def pretrain(
             save_weights(output / "pretrained", pretrained_state(module.online), manifest)
             print(f"pre-trained weights: {output / 'pretrained'}")
     return output
+
+
+def _shared(detector: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options that the fine-tuned detector must have as well."""
+    shared = {name: value for name, value in (options or {}).items() if name in shared_options(detector)}
+    return {"options": shared} if shared else {}

@@ -25,6 +25,7 @@ from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
 from aligndet.proposals.selective_search import Mode, selective_search
@@ -229,8 +230,8 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
     manifest = folder / "manifest.json"
     used = [path for path in folder.iterdir() if path.name != ".lock"]
     if overwrite and manifest.is_file():
-        for path in [*folder.glob("part-*.parquet"), manifest]:
-            path.unlink()
+        for path in [*folder.glob("part-*.parquet"), manifest, clusters_file(folder)]:
+            path.unlink(missing_ok=True)
     elif manifest.is_file():
         before = read_json(manifest).get("parameters", {})
         changed = next((key for key in before | parameters if before.get(key) != parameters.get(key)), None)

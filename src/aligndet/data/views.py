@@ -104,7 +104,7 @@ class TwoViewDataset(Dataset[TwoViews]):
 
         Args:
             images: Folder that the table's file names are relative to.
-            table: The proposals; views have masks if it has.
+            table: The proposals; views have masks and clusters if it has.
             min_size: Range of the views' short side.
             max_size: Bound of the views' long side.
             max_proposals: Most proposals of an image in a step.
@@ -133,13 +133,16 @@ class TwoViewDataset(Dataset[TwoViews]):
         if len(boxes) > self.max_proposals and not self.top_proposals:
             chosen = torch.randperm(len(boxes))
         chosen = chosen[: self.max_proposals]
-        masks = None
+        masks, clusters = None, None
+        if self.table.clusters is not None:
+            clusters = torch.from_numpy(self.table.clusters_of(index, chosen.numpy()))
         if self.table.masks is not None:
             masks = torch.from_numpy(self.table.masks_of(index, chosen.numpy()))
         # the table knows the image's size from when the proposals were made
         width, height = self.table.sizes[index].tolist()
         scale = torch.tensor([image.shape[2] / width, image.shape[1] / height]).repeat(2)
         online, momentum = (self._view(image, boxes[chosen] * scale, masks) for _ in range(2))
+        online, momentum = (view._replace(clusters=clusters) for view in (online, momentum))
         return TwoViews(online, momentum, self.table.file_names[index], skipped)
 
     def _view(self, image: Tensor, boxes: Tensor, masks: Tensor | None) -> View:

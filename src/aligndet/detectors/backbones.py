@@ -146,6 +146,38 @@ def build_trunk(
     """
     build = _torchvision_trunk if trunk in _TORCHVISION_TRUNKS else _timm_trunk
     body, channels = build(trunk, strides)
+    _load_weights(body, trunk, weights)
+    return body, channels
+
+
+def build_timm_trunk(
+    trunk: str, *, strides: tuple[int, ...] = _STRIDES, weights: str = "none"
+) -> tuple[str, nn.Module, list[int]]:
+    """Builds a convolutional trunk as ``timm.create_model(name, features_only=True)`` alone builds it.
+
+    Args:
+        trunk: By timm's name, or by torchvision's where timm has the same network under it.
+        strides: Of the wanted maps, up to the coarsest.
+        weights: As for `build_trunk`; torchvision's weights where the name is torchvision's.
+
+    Returns:
+        timm's name, the trunk, and the channels of its maps.
+
+    Raises:
+        ValueError: If timm has no such trunk with these strides that takes images of any size, or the
+            weights do not fit.
+    """
+    name = _timm_name(trunk)
+    if name.startswith(tuple(_ANY_SIZE)):
+        raise ValueError(f"trunk {trunk!r} is for images of one size here; take a convolutional one")
+    body, channels = _timm_trunk(name, strides)
+    if len(channels) < len(strides) or getattr(body, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(f"trunk {trunk!r} has no feature maps (channels first) at strides {strides}")
+    _load_weights(body, trunk, weights)
+    return name, body, channels
+
+
+def _load_weights(body: nn.Module, trunk: str, weights: str) -> None:
     if weights == "bundled":
         load_trunk(body, read_tensors(bundled_file(trunk)), f"bundled weights of {trunk!r}")
     elif weights == "default":
@@ -155,7 +187,6 @@ def build_trunk(
             body, read_tensors(weights_file(weights)), f"trunk weights {weights!r} do not fit trunk {trunk!r}"
         )
         print(f"trunk weights {weights}: {match}")
-    return body, channels
 
 
 def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from inspect import Parameter, signature
 from typing import Any
 
@@ -17,6 +18,15 @@ from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
+from aligndet.detectors.query import (
+    ConditionalDetrPretraining,
+    DabDetrPretraining,
+    DeformableDetrPretraining,
+    DetrPretraining,
+    DFinePretraining,
+    RtDetrPretraining,
+    RtDetrV2Pretraining,
+)
 from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
 
 DETECTORS: dict[str, Any] = {
@@ -28,6 +38,13 @@ DETECTORS: dict[str, Any] = {
     "htc": HtcPretraining,
     "cbnet_cascade_rcnn": CompositeCascadePretraining,
     "cbnet_htc": CompositeHtcPretraining,
+    "detr": DetrPretraining,
+    "conditional_detr": ConditionalDetrPretraining,
+    "dab_detr": DabDetrPretraining,
+    "deformable_detr": DeformableDetrPretraining,
+    "rt_detr": RtDetrPretraining,
+    "rt_detr_v2": RtDetrV2Pretraining,
+    "d_fine": DFinePretraining,
 }
 
 
@@ -61,7 +78,8 @@ def build_pretrainable(
     """
     family = _family(detector)
     parameters = signature(family).parameters.values()
-    _check(detector, options, {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
+    known = {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+    _check(detector, options, known | shared_options(detector))
     mean, std = normalisation(trunk)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     try:
@@ -99,7 +117,8 @@ def build_detector(
         min_size: Images are resized to this short side for prediction.
         max_size: Bound of their long side.
         resize_in_training: False where the data loader has resized the images already.
-        options: Further arguments of torchvision's detector, such as ``box_batch_size_per_image``.
+        options: Further arguments of torchvision's detector, such as ``box_batch_size_per_image``, or
+            settings of transformers' configuration, such as ``num_queries``.
 
     Raises:
         ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
@@ -115,14 +134,60 @@ def build_detector(
         "image_std": list(std),
         "_skip_resize": not resize_in_training,
     }
+    shared = shared_options(detector)
+    if shared:
+        _check(detector, options, shared)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
-    # torchvision's constructors swallow what they do not know; what they build themselves is None by default
-    parameters = [p for ancestor in type(model).__mro__[:-1] for p in signature(ancestor).parameters.values()]
-    known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
-    _check(detector, options, known - set(own))
+    if not shared:
+        # torchvision's constructors swallow what they do not know; what they build themselves is None by
+        # default
+        ancestors = type(model).__mro__[:-1]
+        parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
+        known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
+        _check(detector, options, known - set(own))
     _predict_in_float32(model)
     return model
+
+
+def weights_format(detector: str) -> str:
+    """Whose names and files a detector's weights have: "torchvision" or "transformers".
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If the detector is unknown.
+    """
+    return getattr(_family(detector), "weights_format", "torchvision")
+
+
+def training_default(detector: str, setting: str, otherwise: float) -> float:
+    """A number of the training recipe, where a kind of detectors has one of its own.
+
+    Args:
+        detector: A key of `DETECTORS`.
+        setting: "learning_rate" or "weight_decay" of AdamW, or "clip".
+        otherwise: Of all other detectors.
+
+    Raises:
+        ValueError: If the detector is unknown.
+    """
+    own: dict[str, float] = getattr(_family(detector), "training_defaults", {})
+    return own.get(setting, otherwise)
+
+
+def shared_options(detector: str) -> frozenset[str]:
+    """Names of the options that change the plain detector, so that fine-tuning needs those of pre-training.
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If the detector is unknown, or a package that it needs is missing.
+    """
+    names: frozenset[str] = getattr(_family(detector), "settings", frozenset)()
+    return names
 
 
 def predicts_masks(detector: str) -> bool:
@@ -141,8 +206,9 @@ def _predict_in_float32(detector: nn.Module) -> None:
     """Lets no box be decoded from, or in, half precision: in bfloat16 a coordinate of 500 moves in steps of 2
     pixels.
     """
-    for module in detector.modules():
-        if isinstance(module, _PREDICTION_HEADS):
+    heads = getattr(detector, "prediction_heads", None)
+    for module in detector.modules() if heads is None else heads:
+        if heads is not None or isinstance(module, _PREDICTION_HEADS):
             module.register_forward_hook(_to_float32)
 
 
@@ -150,7 +216,7 @@ def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return apply_to_collection(output, Tensor, Tensor.float)
 
 
-def _check(detector: str, options: dict[str, Any] | None, known: set[str]) -> None:
+def _check(detector: str, options: dict[str, Any] | None, known: Set[str]) -> None:
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")

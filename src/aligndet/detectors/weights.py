@@ -16,16 +16,42 @@ from torch import Tensor, nn
 
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors.build import build_detector
+from aligndet.detectors.query_detector import QueryDetector
 from aligndet.files import accepts_strings, atomic_write, read_json
 
 MODULES = {
-    "trunk": ("backbone.body.",),
-    "neck": ("backbone.fpn.", "backbone.connections."),
+    "trunk": ("backbone.body.", "model.backbone."),
+    "neck": (
+        *("backbone.fpn.", "backbone.connections."),
+        *("model.input_proj", "model.encoder", "model.level_embed"),
+    ),
     "rpn": ("rpn.",),
-    "head": ("head.", "roi_heads."),
+    "head": (
+        *(
+            "head.",
+            "roi_heads.",
+            "bbox_",
+            "class_",
+            "model.decoder",
+            "model.query_",
+            "model.reference_points",
+        ),
+        *("model.enc_", "model.weight_embedding", "model.denoising_", "model.pos_trans"),
+    ),
 }
-"""The parts of a detector by the names of the paper's table 9, as prefixes of torchvision's state dicts."""
+"""The parts of a detector by the names of the paper's table 9, as prefixes of state dicts: torchvision's, and
+transformers', where the encoder with what leads to it is the neck and the decoder the head.
+"""
 _CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}  # rows that serve all classes in pre-training
+
+
+def network_of(detector: nn.Module) -> nn.Module:
+    """The module whose names stand in files: the detector, or the model of transformers that it calls.
+
+    Args:
+        detector: Of `aligndet.detectors.build.build_detector`.
+    """
+    return detector.network if isinstance(detector, QueryDetector) else detector
 
 
 def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
@@ -35,7 +61,7 @@ def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
         adapter: A pre-trained detector.
     """
     left_out = tuple(f"{layer}." for layer in adapter.prediction_layers)
-    state = adapter.detector.state_dict()
+    state = network_of(adapter.detector).state_dict()
     return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(left_out)}
 
 
@@ -59,7 +85,8 @@ def initialise(
     if unknown:
         raise ValueError(f"unknown module {sorted(unknown)[0]!r}; there are: {', '.join(MODULES)}")
     prefixes = tuple(prefix for module in modules for prefix in MODULES[module])
-    wanted = detector.state_dict()
+    network = network_of(detector)
+    wanted = network.state_dict()
     alien = [name for name in state if name not in wanted]
     if alien:
         raise ValueError(
@@ -77,7 +104,7 @@ def initialise(
                 f"these weights are of another class count or width: {name!r} is {tuple(tensor.shape)}"
                 f" there and {tuple(wanted[name].shape)} here"
             )
-    detector.load_state_dict(taken, strict=False)
+    network.load_state_dict(taken, strict=False)
     return _by_module(wanted, set(taken))
 
 
@@ -91,7 +118,8 @@ def _by_module(names: dict[str, Tensor], pretrained: set[str]) -> dict[str, str]
     """One line for each layer of the neck and heads, one for the whole trunk."""
     report: dict[str, set[str]] = {}
     for name in names:
-        module = "backbone.body" if name.startswith("backbone.body.") else name.rpartition(".")[0]
+        trunk = next((prefix for prefix in MODULES["trunk"] if name.startswith(prefix)), "")
+        module = trunk.rstrip(".") or name.rpartition(".")[0] or name
         report.setdefault(module, set()).add("pre-trained" if name in pretrained else "new")
     return {
         module: "pre-trained" if origins == {"pre-trained"} else "new" for module, origins in report.items()
@@ -108,11 +136,34 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".model.safetensors.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # the format has no two names for one place in memory (heads that layers share)
+        tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    save_file(tensors, partial, metadata={"format": "pt"})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(folder / "model.safetensors")
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def save_detector(folder: Path, detector: nn.Module, manifest: dict[str, Any]) -> None:
+    """Writes a whole detector; one of transformers in a form that transformers loads by itself.
+
+    Args:
+        folder: Made if need be.
+        detector: Of `aligndet.detectors.build.build_detector`.
+        manifest: What JSON can hold, with ``architecture`` and, if known, ``class_names``.
+    """
+    files: dict[str, str] = {}
+    if isinstance(detector, QueryDetector):
+        files = detector.configuration_files(manifest.get("class_names"))
+    for name, text in files.items():
+        atomic_write(folder / name, text)
+    save_weights(folder, network_of(detector).state_dict(), manifest)
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,7 +201,7 @@ def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         folder: As for `load_weights`.
 
     Returns:
-        The plain torchvision detector in eval mode, and its manifest.
+        The plain detector in eval mode, called as torchvision's are, and its manifest.
 
     Raises:
         ValueError: If the folder holds no whole detector.
@@ -163,7 +214,7 @@ def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     try:
         detector = build_detector(**architecture)
-        detector.load_state_dict(state, strict=True)
+        network_of(detector).load_state_dict(state, strict=True)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"{folder}: the weights do not fit the architecture of the manifest: {error}"

@@ -58,6 +58,7 @@ class ProposalTable:
     # run lengths of all masks (bytes,) uint8, and offsets (all boxes + 1,) into them; a tensor, because
     # the processes of a loader share it instead of having a copy each
     masks: tuple[Tensor, npt.NDArray[np.int64]] | None = None
+    clusters: npt.NDArray[np.int64] | None = None  # (all boxes,) pseudo-classes, see proposals/clusters.py
 
     def __len__(self) -> int:
         """Number of images."""
@@ -89,6 +90,19 @@ class ProposalTable:
         first = self.offsets[index] + chosen
         bounds = zip(offsets[first].tolist(), offsets[first + 1].tolist(), strict=True)
         return decode(EncodedMasks(MASK_SIDE, MASK_SIDE, [runs[a:b].tobytes() for a, b in bounds]))
+
+    def clusters_of(self, index: int, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Pseudo-classes of some boxes of an image.
+
+        Args:
+            index: Of the image.
+            chosen: (N,) positions among the image's boxes.
+
+        Returns:
+            (N,) from 0 on.
+        """
+        assert self.clusters is not None
+        return self.clusters[self.offsets[index] + chosen]
 
     @classmethod
     def of(cls, rows: Iterable[ImageProposals]) -> ProposalTable:

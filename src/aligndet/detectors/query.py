@@ -1,0 +1,231 @@
+"""Query-based detectors, made pre-trainable: one adapter for all that transformers has.
+
+transformers' own ``forward(labels=...)`` gives each family's losses over all decoder layers, with
+pseudo-classes (clusters of the proposals' trunk features) in the place of classes. The family's own matcher,
+applied to the outputs of every layer, then says which proposal a query stands for, and a projection head
+beside the class layer embeds the queries (paper section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.detectors.backbones import PyramidNorm
+from aligndet.detectors.projection import ProjectionHead
+from aligndet.detectors.query_detector import (
+    CONDITIONAL_DETR,
+    D_FINE,
+    DAB_DETR,
+    DEFORMABLE_DETR,
+    DETR,
+    RT_DETR,
+    RT_DETR_V2,
+    Family,
+    QueryDetector,
+    QueryTrunk,
+    build_query_trunk,
+    from_transformers,
+    relative_targets,
+    settings_of,
+)
+
+
+class QueryPretraining(nn.Module):
+    """A query-based detector in the protocol of `PretrainableDetector`; a family is a subclass.
+
+    Every decoder layer is a stage of the contrast, as every layer has losses of its own in these detectors.
+    """
+
+    family: ClassVar[Family]
+    weights_format = "transformers"
+    training_defaults: ClassVar = {"learning_rate": 1e-4, "weight_decay": 1e-4, "clip": 0.1}  # DETR's
+    top_proposals = True  # the first in rank order, not a random subset: one query a proposal
+
+    def __init__(
+        self,
+        backbone: QueryTrunk,
+        *,
+        image_mean: list[float],
+        image_std: list[float],
+        embedding_dim: int = 128,
+        num_clusters: int = 256,
+        objectness: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Builds detector and projection head.
+
+        Args:
+            backbone: Of `QueryPretraining.backbone`.
+            image_mean: Of the trunk's images.
+            image_std: Likewise.
+            embedding_dim: Of the contrast.
+            num_clusters: Pseudo-classes that the class layer tells apart.
+            objectness: The paper's plain variant: the class layer tells objects from background alone, and
+                only the contrast tells objects from each other. No clusters are needed then.
+            settings: Of transformers' configuration, such as ``num_queries``; they are the fine-tuned
+                detector's, too.
+        """
+        super().__init__()
+        self.needs: tuple[str, ...] = () if objectness else ("clusters",)
+        self.num_clusters = 1 if objectness else num_clusters
+        # noisy copies of the targets would be further queries, which fine-tuning gets back
+        no_noise = {"num_denoising": 0} if "num_denoising" in settings_of(self.family) else {}
+        self.detector = QueryDetector(
+            self.family,
+            backbone,
+            self.num_clusters,
+            image_mean=image_mean,
+            image_std=image_std,
+            settings={**settings, **no_noise},
+        )
+        self.prediction_layers = self.family.class_layers
+        self.copied_parameters = tuple(f"detector.network.{name}" for name in self.family.queries)
+        self.projection_head = ProjectionHead(backbone.width, embedding_dim)
+        self.matcher = _matcher(self.family, self.detector.network.config)
+
+    @classmethod
+    def settings(cls) -> frozenset[str]:
+        """Names of the settings that pre-training and fine-tuning share."""
+        return settings_of(cls.family)
+
+    @classmethod
+    def backbone(cls, trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> QueryTrunk:
+        """Builds the trunk of this family; fpn_channels is the width of encoder and decoder."""
+        if fpn_norm != "none":
+            raise ValueError(f"query-based detectors have no feature pyramid: no fpn_norm={fpn_norm!r}")
+        return build_query_trunk(cls.family, trunk, trunk_weights, fpn_channels)
+
+    @classmethod
+    def plain(
+        cls,
+        backbone: QueryTrunk,
+        num_classes: int,
+        *,
+        image_mean: list[float],
+        image_std: list[float],
+        min_size: int = 800,
+        max_size: int = 1333,
+        _skip_resize: bool = False,
+        **settings: Any,
+    ) -> QueryDetector:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
+        return QueryDetector(
+            cls.family,
+            backbone,
+            num_classes - 1,
+            image_mean=image_mean,
+            image_std=image_std,
+            min_size=min_size,
+            max_size=max_size,
+            resize_in_training=not _skip_resize,
+            settings=settings,
+        )
+
+    def forward(
+        self, images: list[Tensor], proposals: list[Tensor], clusters: list[Tensor] | None = None
+    ) -> PretrainOutput:
+        """Matches queries to proposals, layer by layer, and embeds them."""
+        if clusters is None:
+            clusters = [
+                torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
+            ]
+        labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
+        with decoder_states(self.detector.network.model) as recorded:
+            outputs = self.detector.run(images, labels)
+        states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)
+        embeddings = self.projection_head(states.flatten(0, 2)).unflatten(0, states.shape[:3]).flatten(1, 2)
+        layers = [*outputs.auxiliary_outputs[: len(states) - 1], outputs]
+        stages = [
+            BoxPredictions(embedding, self._proposal_ids(layer, labels))
+            for embedding, layer in zip(embeddings, layers, strict=True)
+        ]
+        return PretrainOutput(tuple(stages), self.detector.losses(outputs))
+
+    @torch.no_grad()
+    def _proposal_ids(self, layer: Any, labels: list[dict[str, Tensor]]) -> Tensor:
+        """Of each query (B * Q,): the proposal that the family's own matcher gives it."""
+        logits = layer["logits"].float()
+        boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
+        ids = torch.full(logits.shape[:2], BACKGROUND)
+        first = 0
+        for image, (queries, targets) in enumerate(
+            self.matcher({"logits": logits, "pred_boxes": boxes}, labels)
+        ):
+            ids[image, queries] = first + targets
+            first += len(labels[image]["boxes"])
+        return ids.flatten().to(logits.device)
+
+
+class DetrPretraining(QueryPretraining):
+    """DETR, as in the paper."""
+
+    family = DETR
+
+
+class ConditionalDetrPretraining(QueryPretraining):
+    """Conditional DETR: queries look where they expect the ends of their object."""
+
+    family = CONDITIONAL_DETR
+
+
+class DabDetrPretraining(QueryPretraining):
+    """DAB-DETR: queries are boxes, moved from layer to layer."""
+
+    family = DAB_DETR
+
+
+class DeformableDetrPretraining(QueryPretraining):
+    """Deformable DETR: attention to few points of several maps."""
+
+    family = DEFORMABLE_DETR
+
+
+class RtDetrPretraining(QueryPretraining):
+    """RT-DETR: a hybrid encoder, whose best places are the queries."""
+
+    family = RT_DETR
+
+
+class RtDetrV2Pretraining(QueryPretraining):
+    """RT-DETR v2: RT-DETR with sampling points of its own for each map."""
+
+    family = RT_DETR_V2
+
+
+class DFinePretraining(QueryPretraining):
+    """D-FINE: RT-DETR with edges as distributions, refined from layer to layer."""
+
+    family = D_FINE
+
+
+def _matcher(family: Family, config: Any) -> nn.Module:
+    matcher = from_transformers(family.matcher)
+    if family.from_encoder:
+        return matcher(config)
+    return matcher(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
+
+
+@contextmanager
+def decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What leaves the decoder's layers during one call; not all families return it.
+
+    The hook lives for the call alone: one that stays would point to the original from a deep copy.
+
+    Args:
+        model: transformers' model below the prediction layers.
+
+    Yields:
+        A list that the call will add to: the stacked states of all layers.
+    """
+    states: list[Tensor] = []
+    hook = model.register_forward_hook(lambda *call: states.append(call[2].intermediate_hidden_states))
+    try:
+        yield states
+    finally:
+        hook.remove()

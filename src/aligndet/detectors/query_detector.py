@@ -1,0 +1,377 @@
+"""Query-based detectors: models of transformers, called the way torchvision's detectors are.
+
+The model itself is transformers' own, its loss and its post-processing too. `QueryDetector` turns lists of
+images of any size into its batches, and its outputs into torchvision's dicts, so that fine-tuning, evaluation
+and prediction treat all detectors alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.transforms.v2 import functional as transforms
+
+from aligndet.detectors.backbones import build_timm_trunk
+
+
+class Family(NamedTuple):
+    """What one kind of query-based detector does differently."""
+
+    model: str  # transformers' classes begin with it: DetrConfig, DetrForObjectDetection
+    processor: str  # likewise its image processor, which may be another family's
+    matcher: str  # class below transformers
+    losses: dict[str, str | None]  # begin of a loss's name: the setting that is its weight; None: weighted
+    strides: tuple[int, ...]  # of the trunk's maps
+    width: tuple[str, ...]  # settings that hold the width of everything above the trunk
+    class_layers: tuple[str, ...]  # what depends on the number of classes
+    queries: tuple[str, ...] = ()  # learned query embeddings
+    layer_dim: int = 0  # of the decoder's stacked states, where the layers are
+    square: bool = False  # made for square images, without masks of the padding
+    from_encoder: bool = False  # queries are the encoder's best places
+
+
+_DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
+_DEFORMABLE_MATCHER = "loss.loss_deformable_detr.DeformableDetrHungarianMatcher"
+_RT_DETR: dict[str, Any] = {
+    "processor": "RTDetr",
+    "matcher": "loss.loss_rt_detr.RTDetrHungarianMatcher",
+    "losses": dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")),
+    "strides": (8, 16, 32),
+    "width": ("d_model", "encoder_hidden_dim"),
+    "class_layers": (
+        *("class_embed", "model.decoder.class_embed", "model.enc_score_head"),
+        "model.denoising_class_embed",
+    ),
+    "layer_dim": 1,
+    "square": True,
+    "from_encoder": True,
+}
+
+DETR = Family(
+    model="Detr",
+    processor="Detr",
+    matcher="loss.loss_for_object_detection.HungarianMatcher",
+    losses=_DETR_LOSSES,
+    strides=(32,),
+    width=("d_model",),
+    class_layers=("class_labels_classifier",),
+    queries=("model.query_position_embeddings.weight",),
+)
+CONDITIONAL_DETR = DETR._replace(
+    model="ConditionalDetr", processor="ConditionalDetr", matcher=_DEFORMABLE_MATCHER
+)
+DAB_DETR = CONDITIONAL_DETR._replace(
+    model="DabDetr",
+    width=("hidden_size",),
+    class_layers=("class_embed",),
+    queries=("model.query_refpoint_embeddings.weight",),
+)
+DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
+    model="DeformableDetr",
+    processor="DeformableDetr",
+    strides=(8, 16, 32),
+    class_layers=("class_embed", "model.decoder.class_embed"),
+    layer_dim=1,
+)
+RT_DETR = Family(model="RTDetr", **_RT_DETR)
+RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
+D_FINE = Family(model="DFine", **_RT_DETR)
+
+_OURS = {
+    *("backbone_config", "num_channels", "dilation", "freeze_backbone_batch_norms", "feat_strides"),
+    *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
+    *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
+}
+"""Settings of transformers that follow from the trunk, the images or the task."""
+
+
+def from_transformers(name: str) -> Any:
+    """A class or function of transformers, which is imported only now.
+
+    Args:
+        name: Below ``transformers``.
+
+    Raises:
+        ValueError: If transformers is not installed.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(f"transformers.{module}" if module else "transformers"), attribute)
+    except ImportError as error:
+        raise ValueError(
+            f'query-based detectors need transformers: pip install "aligndet[detr]" ({error})'
+        ) from error
+
+
+def settings_of(family: Family) -> frozenset[str]:
+    """The settings of a family's configuration that may be chosen, by transformers' names.
+
+    Args:
+        family: Of the detector.
+    """
+    config = from_transformers(f"{family.model}Config")
+    chosen = {name for name in config.__annotations__ if not name.startswith("_")}
+    return frozenset(chosen - _OURS - set(family.width) - set(config.attribute_map))
+
+
+class QueryTrunk(NamedTuple):
+    """A trunk that transformers can build again by itself, and the width of what comes above it."""
+
+    name: str  # timm's
+    body: nn.Module
+    channels: list[int]
+    width: int
+
+
+def build_query_trunk(family: Family, trunk: str, weights: str, width: int) -> QueryTrunk:
+    """Builds the trunk of a query-based detector: a convolutional network of timm.
+
+    Args:
+        family: Says the strides of the maps.
+        trunk: By timm's name, or by torchvision's where timm has the same network under it.
+        weights: As for `aligndet.detectors.backbones.build_trunk`.
+        width: Of encoder and decoder.
+
+    Raises:
+        ValueError: If transformers cannot build such a trunk, or the weights do not fit.
+    """
+    return QueryTrunk(*build_timm_trunk(trunk, strides=family.strides, weights=weights), width)
+
+
+class QueryDetector(nn.Module):
+    """A model of transformers with torchvision's way to call a detector.
+
+    Attributes:
+        network: transformers' own model; its names are those of the weights on disk.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        trunk: QueryTrunk,
+        num_labels: int,
+        *,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        min_size: int = 800,
+        max_size: int = 1333,
+        resize_in_training: bool = False,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Builds the model with new weights above the trunk.
+
+        Args:
+            family: Of the detector.
+            trunk: Of `build_query_trunk`; its weights are copied.
+            num_labels: Classes, without background.
+            image_mean: Of the trunk's images.
+            image_std: Likewise.
+            min_size: Short side of images in eval mode; square images have it as both sides.
+            max_size: Bound of the long side.
+            resize_in_training: False where the images of training have their size already.
+            settings: Of transformers' configuration; those of `settings_of`.
+
+        Raises:
+            ValueError: If transformers refuses the settings.
+        """
+        super().__init__()
+        self.family, self.settings = family, dict(settings or {})
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.min_size, self.max_size, self.resize_in_training = min_size, max_size, resize_in_training
+        self.network: Any = _network(family, trunk, num_labels, self.settings)
+        self.processor: Any = self._image_processor()
+        state = trunk.body.state_dict()
+        missing = self.backbone.body.load_state_dict(state, strict=False).missing_keys
+        assert not missing, f"the trunk of transformers has {missing[0]}, ours not"
+
+    @property
+    def backbone(self) -> Any:
+        """The trunk as ``backbone.body``, where torchvision's detectors have theirs."""
+        modules: Iterator[nn.Module] = self.network.model.backbone.modules()
+        return SimpleNamespace(body=next(m for m in modules if hasattr(m, "feature_info")))
+
+    @property
+    def prediction_heads(self) -> list[nn.Module]:
+        """All that ends in class scores or boxes."""
+        found = [m for name, m in self.network.named_modules() if _is_head(name.rpartition(".")[2])]
+        return [head for entry in found for head in (entry if isinstance(entry, nn.ModuleList) else [entry])]
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training, predictions in eval mode.
+
+        Args:
+            images: (3, H_i, W_i) each, in [0, 1].
+            targets: In training, of each image: boxes (n, 4) xyxy pixels, labels (n,) from 1 on.
+
+        Returns:
+            The weighted losses by kind, each over all layers; or of each image boxes (n, 4) xyxy pixels,
+            labels (n,) and scores (n,), best first.
+        """
+        if self.training:
+            assert targets is not None
+            labels = [
+                relative_targets(image, target["boxes"], target["labels"] - 1)
+                for image, target in zip(images, targets, strict=True)
+            ]
+            return self.losses(self.run(images, labels))
+        return self._predictions(self.run(images), [tuple(image.shape[-2:]) for image in images])
+
+    def run(self, images: Sequence[Tensor], labels: list[dict[str, Tensor]] | None = None) -> Any:
+        """Calls transformers' model.
+
+        Args:
+            images: (3, H_i, W_i) each, in [0, 1].
+            labels: transformers' targets, for losses.
+
+        Returns:
+            What the model returns.
+        """
+        pixels, mask = self._batch(images)
+        return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
+
+    def losses(self, outputs: Any) -> dict[str, Tensor]:
+        """transformers' losses, summed by kind: what it returns as their sum is the sum of these.
+
+        Args:
+            outputs: Of `run` with labels.
+        """
+        config, found = self.network.config, outputs.loss_dict
+        sums = {}
+        for kind, setting in self.family.losses.items():
+            weight = 1.0 if setting is None else float(getattr(config, setting))
+            parts = [loss for name, loss in found.items() if name.startswith(kind)]
+            if parts:
+                sums[kind.removeprefix("loss_")] = weight * torch.stack(parts).sum()
+        return sums
+
+    def configuration_files(self, class_names: Sequence[str] | None) -> dict[str, str]:
+        """What transformers wants beside the weights to load and use the detector by itself.
+
+        Args:
+            class_names: If known.
+
+        Returns:
+            Text by file name.
+        """
+        config = copy.deepcopy(self.network.config)
+        config.architectures = [type(self.network).__name__]
+        if class_names is not None:
+            config.id2label = dict(enumerate(class_names))
+            config.label2id = {name: label for label, name in enumerate(class_names)}
+        return {
+            "config.json": config.to_json_string(),
+            "preprocessor_config.json": self.processor.to_json_string(),
+        }
+
+    def _predictions(self, outputs: Any, sizes: list[tuple[int, ...]]) -> list[dict[str, Tensor]]:
+        found = self.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        predictions = []
+        for result, (height, width) in zip(found, sizes, strict=True):
+            scores, order = result["scores"].float().sort(descending=True)
+            boxes = clip_boxes_to_image(result["boxes"].float()[order], (height, width))
+            predictions.append({"boxes": boxes, "labels": result["labels"][order] + 1, "scores": scores})
+        return predictions
+
+    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Resizes, normalises and pads: (B, 3, H, W), and a mask (B, H, W) that is 1 on the images."""
+        if self.family.square:
+            side = self.min_size if self._resizes else max(min(image.shape[-2:]) for image in images)
+            side = self._square_side(side)
+            images = [transforms.resize(image, [side, side], antialias=True) for image in images]
+        elif self._resizes:
+            size_of = from_transformers("image_transforms.get_size_with_aspect_ratio")
+            sizes = [size_of(image.shape[-2:], self.min_size, self.max_size) for image in images]
+            images = [
+                transforms.resize(image, list(size), antialias=True)
+                for image, size in zip(images, sizes, strict=True)
+            ]
+        height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
+        padding = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
+        normalised = [transforms.normalize(image, self.image_mean, self.image_std) for image in images]
+        masks = [torch.ones_like(image[0], dtype=torch.int64) for image in images]
+        pixels, mask = (
+            torch.stack([F.pad(item, pad) for item, pad in zip(items, padding, strict=True)])
+            for items in (normalised, masks)
+        )
+        return pixels, mask
+
+    @property
+    def _resizes(self) -> bool:
+        return self.resize_in_training or not self.training
+
+    def _square_side(self, side: int) -> int:
+        """A multiple of the coarsest stride, with as many places as there are queries at least."""
+        coarsest = self.family.strides[-1]
+        side = max(1, round(side / coarsest)) * coarsest
+        places = sum((side // stride) ** 2 for stride in self.family.strides)
+        queries = self.network.config.num_queries
+        if self.family.from_encoder and places < queries:
+            raise ValueError(
+                f"images of {side} by {side} pixels have {places} places for {queries} queries; make images"
+                " larger (--min-size), or ask for fewer (--options.num_queries)"
+            )
+        return side
+
+    def _image_processor(self) -> Any:
+        """transformers' image processor: does with an image what `_batch` does in eval mode."""
+        coarsest = self.family.strides[-1]
+        side = max(1, round(self.min_size / coarsest)) * coarsest
+        return from_transformers(f"{self.family.processor}ImageProcessor")(
+            size={"height": side, "width": side}
+            if self.family.square
+            else {"shortest_edge": self.min_size, "longest_edge": self.max_size},
+            do_normalize=True,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            do_pad=not self.family.square,
+        )
+
+
+def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """transformers' form of an image's targets: centres and sides as shares of the image.
+
+    Args:
+        image: (3, H, W).
+        boxes: (n, 4) xyxy pixels.
+        labels: (n,) from 0 on.
+    """
+    size = torch.tensor([image.shape[2], image.shape[1]], device=boxes.device).repeat(2)
+    return {"boxes": box_convert(boxes, "xyxy", "cxcywh") / size, "class_labels": labels}
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("bbox_", "class_", "enc_score_head", "enc_bbox_head"))
+
+
+def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> nn.Module:
+    """transformers' model on a trunk of timm's."""
+    backbone = from_transformers("TimmBackboneConfig")(
+        backbone=trunk.name,
+        out_indices=list(range(-len(family.strides), 0)),
+        # transformers freezes batch norms itself, but takes the activations of timm's norms away with them
+        freeze_batch_norm_2d=True,
+    )
+    own: dict[str, Any] = dict.fromkeys(family.width, trunk.width)
+    if family.from_encoder:
+        own |= {"encoder_in_channels": trunk.channels, "decoder_in_channels": [trunk.width] * 3}
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = from_transformers(f"{family.model}Config")(
+            backbone_config=backbone, num_labels=num_labels, auxiliary_loss=True, **own, **settings
+        )
+        network: nn.Module = from_transformers(f"{family.model}ForObjectDetection")(config)
+    except (StrictDataclassError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        chosen = {"width": trunk.width, **settings}
+        raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
+    return network

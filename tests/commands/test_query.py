@@ -1,0 +1,254 @@
+"""Query-based detectors from proposals to predictions, and out to transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.ops import clip_boxes_to_image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+import aligndet
+from aligndet.data.images import read_image
+from aligndet.detectors.backbones import build_timm_trunk
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, weights_format
+from aligndet.detectors.weights import save_detector
+from aligndet.proposals.clusters import clusters_file, read_manifest, with_clusters
+from aligndet.proposals.storage import read_proposals
+
+OPTIONS = {"num_queries": 20, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+TRUNK: dict[str, Any] = {"trunk": "resnet18", "trunk_weights": "none"}
+SMALL: dict[str, Any] = {
+    **TRUNK,
+    "fpn_channels": 32,
+    "min_size": (64, 96),
+    "max_size": 128,
+    "batch_size": 2,
+    "steps": 3,
+    "workers": 0,
+    "warmup_steps": 1,
+    "log_every": 1,
+    "accelerator": "cpu",
+}
+QUERY = sorted(name for name in DETECTORS if weights_format(name) == "transformers")
+ALONE = """
+import sys
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+model = AutoModelForObjectDetection.from_pretrained(sys.argv[1])
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+find = pipeline("object-detection", model=model, image_processor=processor)
+found = find(sys.argv[2], threshold=0.0)
+assert not [name for name in sys.modules if name.startswith("aligndet")]
+print(len(found), *sorted({one["label"] for one in found}))
+"""
+
+
+@pytest.fixture(scope="module")
+def clustered(sample: Path, proposals: Path) -> Path:
+    if not clusters_file(proposals).is_file():
+        aligndet.cluster(sample / "train", proposals=proposals, **TRUNK, min_size=64, max_size=96, clusters=4)
+    return proposals
+
+
+@pytest.fixture(scope="module")
+def run(sample: Path, clustered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("query") / "pretrained"
+    settings = {**SMALL, "detector": "detr", "options": {**OPTIONS, "num_clusters": 8, "embedding_dim": 16}}
+    return aligndet.pretrain(sample / "train", proposals=clustered, output=output, **settings)
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("query") / "tuned"
+    labels: dict[str, Any] = {"val_annotations": sample / "val.json"}
+    return aligndet.finetune(sample / "train.json", output=output, init_from=run, **labels, **SMALL)
+
+
+def test_clusters_lie_beside_their_proposals(sample: Path, clustered: Path) -> None:
+    table = with_clusters(read_proposals(clustered), clustered)
+    manifest = read_manifest(clusters_file(clustered))
+    assert table.clusters is not None
+    assert len(table.clusters) == len(table.boxes)
+    assert set(table.clusters.tolist()) <= set(range(manifest["clusters"]))
+    assert manifest["settings"]["min_size"] == 64
+    settings: dict[str, Any] = {**TRUNK, "proposals": clustered, "min_size": 64, "max_size": 96}
+    with pytest.raises(ValueError, match=r"clusters\.parquet: is there already"):
+        aligndet.cluster(sample / "train", **settings)
+    before = clusters_file(clustered).read_bytes()
+    aligndet.cluster(sample / "train", **settings, clusters=4, overwrite=True)
+    again = with_clusters(read_proposals(clustered), clustered)
+    assert again.clusters is not None
+    assert again.clusters.tolist() == table.clusters.tolist()  # the seed decides
+    clusters_file(clustered).write_bytes(before)
+
+
+def test_what_pretraining_does_without_clusters(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "proposals"
+    copied.mkdir()
+    for shard in proposals.glob("part-*.parquet"):
+        (copied / shard.name).write_bytes(shard.read_bytes())
+    settings: dict[str, Any] = {**SMALL, "proposals": copied, "detector": "detr", "steps": 1}
+    with pytest.raises(ValueError, match=r"run `aligndet cluster IMAGES --proposals .*proposals` first"):
+        aligndet.pretrain(sample / "train", output=tmp_path / "run", options=OPTIONS, **settings)
+    options = {**OPTIONS, "objectness": True}
+    aligndet.pretrain(sample / "train", output=tmp_path / "plain", options=options, **settings)
+    assert (tmp_path / "plain" / "pretrained" / "model.safetensors").is_file()
+
+
+def test_more_clusters_than_classes(sample: Path, clustered: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "detector": "detr", "options": {**OPTIONS, "num_clusters": 1}}
+    with pytest.raises(ValueError, match=r"holds \d clusters, .* give --options.num_clusters \d"):
+        aligndet.pretrain(sample / "train", proposals=clustered, output=tmp_path / "run", **settings)
+
+
+def test_the_tuned_detector_is_measured_used_and_transformers_own(
+    tuned: Path, sample: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((tuned / "model" / "manifest.json").read_text())
+    assert manifest["format"] == "transformers"
+    assert manifest["architecture"]["options"] == OPTIONS
+    origins = manifest["initialised_from"]["modules"]
+    assert origins["model.encoder.layers.0.self_attn.q_proj"] == "pre-trained"
+    assert [module for module, origin in origins.items() if origin == "new"] == ["class_labels_classifier"]
+    assert aligndet.evaluate(tuned, sample / "val.json").images == 4
+    output = aligndet.predict(tuned, sample / "val", output=tmp_path / "predictions", score=0.0)
+    assert len(json.loads((output / "predictions.json").read_text())["annotations"]) == 4 * 20
+    command = [sys.executable, "-c", ALONE, str(tuned / "model"), str(next((sample / "val").glob("*.jpg")))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, *labels = done.stdout.splitlines()[-1].split()
+    assert int(count) == OPTIONS["num_queries"]
+    assert set(labels) <= set(manifest["class_names"])
+
+
+def test_an_export_says_what_is_new(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="detr is a detector of transformers, there is no torchvision"):
+        aligndet.export(run, output=tmp_path, num_classes=5, format="torchvision")
+    output = aligndet.export(run, output=tmp_path / "exported", num_classes=5, min_size=96, max_size=128)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["format"] == "transformers"
+    assert [m for m, origin in manifest["modules"].items() if origin == "new"] == ["class_labels_classifier"]
+    model = AutoModelForObjectDetection.from_pretrained(output)
+    assert model.config.num_labels == 5
+    pretrained = load_file(run / "pretrained" / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in pretrained.items())
+    detector, _ = aligndet.load_detector(output)
+    assert len(detector([torch.rand(3, 64, 64)])) == 1
+
+
+def slow_but(*names: str) -> list[Any]:
+    """All query-based detectors, a few of them in the fast tests."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in QUERY]
+
+
+@pytest.mark.parametrize("name", slow_but("detr", "deformable_detr", "rt_detr_v2"))
+def test_transformers_alone_predicts_the_same(name: str, sample: Path, tmp_path: Path) -> None:
+    architecture: dict[str, Any] = {
+        **{"detector": name, "trunk": "tf_efficientnet_lite0", "fpn_channels": 64, "options": OPTIONS},
+        **{"num_classes": 3, "min_size": 96, "max_size": 96},
+    }
+    detector: Any = build_detector(**architecture, trunk_weights="bundled").eval()
+    names = ["apple", "pear", "plum"]
+    save_detector(tmp_path, detector, {"architecture": architecture, "class_names": names})
+    picture = read_image(next((sample / "val").glob("*.jpg")))[:, :112]  # not square
+    pixels, _ = detector._batch([picture.float() / 255])
+    prepared = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(prepared, pixels, rtol=0.0, atol=0.01)  # theirs are whole numbers in between
+    picture = picture[:, :96, :96]  # resized by neither: nothing is rounded
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        (ours,) = detector([picture.float() / 255])
+        outputs = model(**processor(picture, return_tensors="pt"))
+    sizes = [tuple(picture.shape[1:])]
+    (theirs,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+    assert list(model.config.id2label.values()) == names
+    order = theirs["scores"].argsort(descending=True)
+    torch.testing.assert_close(ours["scores"], theirs["scores"][order])
+    boxes = clip_boxes_to_image(theirs["boxes"], sizes[0])
+    nearest = (ours["boxes"][:, None] - boxes).abs().amax(2).amin(1)  # equal scores may change places
+    assert nearest.max() < 0.01
+
+
+@pytest.mark.parametrize("name", slow_but("detr", "rt_detr"))
+def test_the_trunk_is_the_one_that_was_asked_for(name: str) -> None:
+    """Batch norms are frozen, and the activations that timm has in them are still there."""
+    trunk: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled"}
+    detector: Any = build_detector(name, num_classes=3, **trunk, fpn_channels=64, options=OPTIONS)
+    _, body, _ = build_timm_trunk("tf_efficientnet_lite0", strides=(32,), weights="bundled")
+    image = torch.rand(1, 3, 96, 128)
+    with torch.inference_mode():
+        ours, theirs = detector.backbone.body(image)[-1], body.eval()(image)[-1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("detr", {"colour": 1}, "detr has no option 'colour'; there are: .*num_queries"),
+        ("detr", {"num_queries": "many"}, "transformers refuses Detr .*num_queries"),
+        ("deformable_detr", {"decoder_attention_heads": 7}, "transformers refuses DeformableDetr"),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:
+    for build in (build_pretrainable, partial(build_detector, num_classes=2)):
+        with pytest.raises(ValueError, match=message):
+            build(name, trunk="resnet18", fpn_channels=64, options=options)
+
+
+def test_what_query_based_detectors_cannot_be_built_of() -> None:
+    for settings, message in (
+        ({"trunk": "vit_small_patch16_224"}, "images of one size"),
+        ({"trunk": "resnet18", "fpn_norm": "batch"}, "no feature pyramid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_detector("deformable_detr", num_classes=2, **settings)  # type: ignore[arg-type]
+    few: Any = build_detector("rt_detr", num_classes=2, trunk="resnet18", fpn_channels=32, min_size=64)
+    with pytest.raises(ValueError, match="64 by 64 pixels have 84 places for 300 queries"):
+        few.eval()([torch.rand(3, 64, 64)])
+
+
+@pytest.mark.parametrize("name", slow_but("detr", "d_fine"))
+def test_losses_by_kind_are_transformers_loss(name: str) -> None:
+    small: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64, "resize_in_training": False}
+    detector: Any = build_detector(name, num_classes=3, options=OPTIONS, **small)
+    labels = [{"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.3]]), "class_labels": torch.tensor([2])}]
+    outputs = detector.train().run([torch.rand(3, 96, 128)], labels)
+    losses = detector.losses(outputs)
+    assert len(losses) >= 3
+    torch.testing.assert_close(torch.stack(list(losses.values())).sum(), outputs.loss)
+
+
+@pytest.mark.parametrize("name", slow_but("detr", "rt_detr_v2"))
+def test_padding_changes_nothing(name: str) -> None:
+    detector: Any = build_detector(
+        name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, max_size=160, options=OPTIONS
+    )
+    wide, high = torch.rand(3, 96, 160), torch.rand(3, 128, 96)
+    with torch.inference_mode():
+        alone, together = detector.eval()([wide])[0], detector([wide, high])[0]
+    torch.testing.assert_close(together["scores"], alone["scores"], rtol=0.0, atol=0.02)
+    assert (together["boxes"] - alone["boxes"]).abs().median() < 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detr", "rt_detr_v2"])
+def test_transformers_own_trainer_goes_on(name: str, sample: Path, clustered: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "detector": name, "options": {**OPTIONS, "num_clusters": 8}}
+    run = aligndet.pretrain(sample / "train", proposals=clustered, output=tmp_path / "run", **settings)
+    folder = aligndet.export(run, output=tmp_path / "exported", num_classes=8, min_size=96, max_size=128)
+    script = Path(__file__).with_name("finetune_with_transformers.py")
+    command = [sys.executable, str(script), str(folder), str(sample), str(tmp_path / "trained")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, last = (float(loss) for loss in done.stdout.splitlines()[-1].split())
+    assert last < first
