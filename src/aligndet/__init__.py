@@ -3,7 +3,7 @@
 The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
 ``aligndet.predict``, ``aligndet.compare``, ``aligndet.report``, ``aligndet.sample_data``,
-``aligndet.check_data``, ``aligndet.split`` and ``aligndet.quickstart``;
+``aligndet.check_data``, ``aligndet.split``, ``aligndet.recipes`` and ``aligndet.quickstart``;
 ``aligndet.load_detector`` reads what they write.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aligndet.commands.pretrain_backbone import pretrain_backbone
     from aligndet.commands.propose import propose
     from aligndet.commands.quickstart import quickstart
+    from aligndet.commands.recipes import recipes
     from aligndet.commands.report import report
     from aligndet.commands.sample_data import sample_data
     from aligndet.commands.split import split
@@ -41,6 +42,7 @@ __all__ = [
     "pretrain_backbone",
     "propose",
     "quickstart",
+    "recipes",
     "report",
     "sample_data",
     "split",
