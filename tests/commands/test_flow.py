@@ -219,6 +219,20 @@ def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_p
     assert (tmp_path / "thesis.txt").is_file()
 
 
+def test_details_of_an_evaluation(
+    tuned: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    result = aligndet.evaluate(tuned, sample / "val.json", output=output, details=True, score=0.0)
+    details = json.loads(output.read_text())["details"]
+    assert result.details is not None
+    document = json.loads((sample / "val.json").read_text())
+    assert sum(row["objects"] for row in details["classes"].values()) == len(document["annotations"])
+    assert sum(map(sum, details["confusion"]["counts"][:-1])) == len(document["annotations"])
+    assert set(details["errors"]) == {"class", "location", "both", "duplicate", "background", "missed"}
+    assert "boxes from score 0" in capsys.readouterr().out
+
+
 def test_broken_images_do_not_end_a_run(
     sample: Path, proposals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

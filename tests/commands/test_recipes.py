@@ -24,8 +24,8 @@ from aligndet.detectors.build import DETECTORS
 RECIPES: dict[str, dict[str, Any]] = {
     path.name.removesuffix(".yaml"): yaml.safe_load(path.read_text("utf-8")) for path in _files()
 }
-TINY = ["--trunk=mobilenetv3_small_050", "--trunk-weights=none", "--min-size=64,64", "--max-size=96", "--batch-size=2"]
-TINY += ["--steps=1", "--workers=0", "--accelerator=cpu", "--precision=32"]
+TINY = ["--trunk=mobilenetv3_small_050", "--trunk-weights=none", "--min-size=64,64", "--max-size=96"]
+TINY += ["--batch-size=2", "--steps=1", "--workers=0", "--accelerator=cpu", "--precision=32"]
 POSITIONAL = {
     "pretrain": ["images", "--proposals=p"],
     "finetune": ["train.json"],
