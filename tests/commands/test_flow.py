@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,24 @@ def test_details_of_an_evaluation(
     assert sum(map(sum, details["confusion"]["counts"][:-1])) == len(document["annotations"])
     assert set(details["errors"]) == {"class", "location", "both", "duplicate", "background", "missed"}
     assert "boxes from score 0" in capsys.readouterr().out
+
+
+def test_a_report_looks_into_a_pretraining(run: Path, sample: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    given = {"images": sample / "val", "annotations": sample / "train.json", "count": 2}
+    aligndet.report((run,), output=page, **given)
+    drawn = {path.stem for path in (tmp_path / "page_files").glob("*.png")}
+    assert {"centers1", "centers2", "features_class", "features_level"} <= drawn
+    text = page.read_text()
+    assert "Contrast features of labelled boxes (t-SNE), by pyramid level" in text
+    assert "Centres of predicted boxes before fine-tuning, 00000.jpg" in text
+    stale = tmp_path / "stale"
+    shutil.copytree(run, stale, ignore=shutil.ignore_patterns("last.ckpt"))
+    with pytest.raises(ValueError, match=r"last\.ckpt: is gone; the projection head is nowhere else"):
+        aligndet.report((stale,), output=tmp_path / "other.html", annotations=sample / "train.json")
+    shutil.copy(run / "pretrained" / "model.safetensors", stale / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt: is no checkpoint of"):
+        aligndet.report((stale,), output=tmp_path / "other.html", annotations=sample / "train.json")
 
 
 def test_broken_images_do_not_end_a_run(
