@@ -236,7 +236,7 @@ def test_details_of_an_evaluation(
 
 def test_a_report_looks_into_a_pretraining(run: Path, sample: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    given = {"images": sample / "val", "annotations": sample / "train.json", "count": 2}
+    given: dict[str, Any] = {"images": sample / "val", "annotations": sample / "train.json", "count": 2}
     aligndet.report((run,), output=page, **given)
     drawn = {path.stem for path in (tmp_path / "page_files").glob("*.png")}
     assert {"centers1", "centers2", "features_class", "features_level"} <= drawn
