@@ -4,7 +4,7 @@ The commands are plain functions: ``aligndet.propose``, ``aligndet.pretrain_back
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
 ``aligndet.predict``, ``aligndet.compare``, ``aligndet.report``, ``aligndet.sample_data``,
 ``aligndet.check_data``, ``aligndet.split``, ``aligndet.recipes`` and ``aligndet.quickstart``;
-``aligndet.load_detector`` reads what they write.
+``aligndet.load_detector`` and ``aligndet.read_detections`` read what they write.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aligndet.commands.sample_data import sample_data
     from aligndet.commands.split import split
     from aligndet.detectors.weights import load_detector
+    from aligndet.evaluation.detections import read_detections
 
 __all__ = [
     "check_data",
@@ -42,6 +43,7 @@ __all__ = [
     "pretrain_backbone",
     "propose",
     "quickstart",
+    "read_detections",
     "recipes",
     "report",
     "sample_data",
@@ -49,13 +51,17 @@ __all__ = [
 ]
 __version__ = version("aligndet")
 
+_READERS = {
+    "load_detector": "aligndet.detectors.weights",
+    "read_detections": "aligndet.evaluation.detections",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Imports a command when it is asked for: ``import aligndet`` itself does not load torch."""
     if name not in __all__:
         raise AttributeError(f"module 'aligndet' has no attribute {name!r}")
-    home = "aligndet.detectors.weights" if name == "load_detector" else f"aligndet.commands.{name}"
-    return getattr(import_module(home), name)
+    return getattr(import_module(_READERS.get(name, f"aligndet.commands.{name}")), name)
 
 
 def __dir__() -> list[str]:
