@@ -41,9 +41,8 @@ def test_the_docs_build(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     commands = (tmp_path / "site" / "commands" / "index.html").read_text("utf-8")
     assert all(f"aligndet {name}" in commands for name in cli.COMMANDS)
-    assert 'class</span> <span class="nc">ColoursPretraining' in (
-        tmp_path / "site" / "detector" / "index.html"
-    ).read_text("utf-8")
+    detector = (tmp_path / "site" / "detector" / "index.html").read_text("utf-8")
+    assert "ColoursPretraining" in detector  # out of the tests
 
 
 def test_an_export_loads_with_torchvision_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
