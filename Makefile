@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: help install quickstart test test-slow lint types format clean
+.PHONY: help install quickstart test test-slow lint types format docs clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -36,5 +36,9 @@ format: install ## mends what can be mended
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
 
+docs: install ## the documentation as a site in site/, built strictly
+	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(RUN)mkdocs build --strict --quiet
+
 clean: ## removes the environment and all caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site src/*.egg-info

@@ -3,8 +3,8 @@
 The commands are plain functions: ``aligndet.propose``, ``aligndet.cluster``, ``aligndet.pretrain_backbone``,
 ``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
 ``aligndet.predict``, ``aligndet.compare``, ``aligndet.report``, ``aligndet.sample_data``,
-``aligndet.check_data``, ``aligndet.split`` and ``aligndet.quickstart``;
-``aligndet.load_detector`` reads what they write.
+``aligndet.check_data``, ``aligndet.split``, ``aligndet.recipes`` and ``aligndet.quickstart``;
+``aligndet.load_detector`` and ``aligndet.read_detections`` read what they write.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from aligndet.commands.pretrain_backbone import pretrain_backbone
     from aligndet.commands.propose import propose
     from aligndet.commands.quickstart import quickstart
+    from aligndet.commands.recipes import recipes
     from aligndet.commands.report import report
     from aligndet.commands.sample_data import sample_data
     from aligndet.commands.split import split
     from aligndet.detectors.weights import load_detector
+    from aligndet.evaluation.detections import read_detections
 
 __all__ = [
     "check_data",
@@ -43,19 +45,25 @@ __all__ = [
     "pretrain_backbone",
     "propose",
     "quickstart",
+    "read_detections",
+    "recipes",
     "report",
     "sample_data",
     "split",
 ]
 __version__ = version("aligndet")
 
+_READERS = {
+    "load_detector": "aligndet.detectors.weights",
+    "read_detections": "aligndet.evaluation.detections",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Imports a command when it is asked for: ``import aligndet`` itself does not load torch."""
     if name not in __all__:
         raise AttributeError(f"module 'aligndet' has no attribute {name!r}")
-    home = "aligndet.detectors.weights" if name == "load_detector" else f"aligndet.commands.{name}"
-    return getattr(import_module(home), name)
+    return getattr(import_module(_READERS.get(name, f"aligndet.commands.{name}")), name)
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from aligndet import __version__
+from aligndet.commands.recipes import section_of
 
 COMMANDS = {
     "quickstart": "the main job on built-in data in minutes: does pre-training help?",
@@ -31,6 +32,7 @@ COMMANDS = {
     "report": "one HTML page of runs and comparisons: tables, curves, pictures, settings",
     "evaluate": "COCO's figures of a detector on labelled images",
     "predict": "boxes and pictures for images without labels",
+    "recipes": "the paper's settings, for --config recipe:NAME",
 }
 
 _DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object detector on your own images.
@@ -45,8 +47,13 @@ commands:
 {chr(10).join(f"  {name:<19}{line}" for name, line in COMMANDS.items())}
 
 aligndet COMMAND --help tells all options of a command; every one can also stand in a YAML file
-(--config file.yaml; --print_config writes one with the defaults).
+(--config file.yaml; --print_config writes one with the defaults; --config recipe:NAME takes the paper's).
 Set ALIGNDET_DEBUG=1 to see where an error came from."""
+
+_CONFIG_HELP = (
+    "YAML file with any of the options below, at the top or in a section with the command's name;"
+    " FILE:SECTION takes another section, recipe:NAME the paper's settings (see `aligndet recipes`)"
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -112,14 +119,15 @@ def run(command: str, arguments: Sequence[str]) -> Any:
 def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
     """Lets options be written as people do.
 
-    --batch-size for --batch_size, --resume for --resume=true, --init neck,head for --init=[neck,head]; and
-    where a command takes a list without an option's name, a b for [a,b].
+    --batch-size for --batch_size, --resume for --resume=true, --init neck,head for --init=[neck,head],
+    --config recipe:fcos for what that recipe has for the command; and where a command takes a list without an
+    option's name, a b for [a,b].
     """
     parameters = signature(function).parameters.values()
     kinds = {f"--{p.name}": p.annotation for p in parameters}
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     takes_list = any(str(p.annotation).startswith("tuple") for p in positional)
-    options, listed, rest = [], [], list(arguments)
+    configs, options, listed, rest = [], [], [], list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if name.startswith("--"):
@@ -127,15 +135,24 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
             is_list = str(kinds.get(name)).startswith("tuple")
             if kinds.get(name) in (bool, "bool") and not equals and rest[:1] not in (["true"], ["false"]):
                 equals, value = "=", "true"
-            elif (is_list or takes_list) and not equals and rest and not rest[0].startswith("--"):
+            elif (
+                (is_list or takes_list or name == "--config")
+                and not equals
+                and rest
+                and not rest[0].startswith("--")
+            ):
                 equals, value = "=", rest.pop(0)
             if is_list and equals and not value.startswith("["):
                 value = f"[{value}]"
+            if name == "--config" and equals:
+                configs.append(f"--config={section_of(value, function.__name__)}")
+                continue
         elif takes_list and not name.startswith("-"):
             listed.append(name + equals + value)
             continue
         options.append(name + equals + value)
-    return [json.dumps(listed), *options] if listed else options
+    # whatever its place on the command line, a file gives way to options
+    return [*configs, *([json.dumps(listed)] if listed else []), *options]
 
 
 def parser_of(command: str) -> tuple[Any, Any]:
@@ -152,7 +169,7 @@ def parser_of(command: str) -> tuple[Any, Any]:
     summary, _, rest = (function.__doc__ or "").partition("\n\n")
     details = rest.partition("Args:")[0]
     parser = _Parser(prog=f"aligndet {command}", description=f"{summary}\n\n{details}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     return function, parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,38 @@ def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_p
     with pytest.raises(ValueError, match="not overwritten"):
         aligndet.pretrain(sample / "train", **{**again, "output": tmp_path}, overwrite=True)
     assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_details_of_an_evaluation(
+    tuned: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    result = aligndet.evaluate(tuned, sample / "val.json", output=output, details=True, score=0.0)
+    details = json.loads(output.read_text())["details"]
+    assert result.details is not None
+    document = json.loads((sample / "val.json").read_text())
+    assert sum(row["objects"] for row in details["classes"].values()) == len(document["annotations"])
+    assert sum(map(sum, details["confusion"]["counts"][:-1])) == len(document["annotations"])
+    assert set(details["errors"]) == {"class", "location", "both", "duplicate", "background", "missed"}
+    assert "boxes from score 0" in capsys.readouterr().out
+
+
+def test_a_report_looks_into_a_pretraining(run: Path, sample: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    given: dict[str, Any] = {"images": sample / "val", "annotations": sample / "train.json", "count": 2}
+    aligndet.report((run,), output=page, **given)
+    drawn = {path.stem for path in (tmp_path / "page_files").glob("*.png")}
+    assert {"centers1", "centers2", "features_class", "features_level"} <= drawn
+    text = page.read_text()
+    assert "Contrast features of labelled boxes (t-SNE), by pyramid level" in text
+    assert "Centres of predicted boxes before fine-tuning, 00000.jpg" in text
+    stale = tmp_path / "stale"
+    shutil.copytree(run, stale, ignore=shutil.ignore_patterns("last.ckpt"))
+    with pytest.raises(ValueError, match=r"last\.ckpt: is gone; the projection head is nowhere else"):
+        aligndet.report((stale,), output=tmp_path / "other.html", annotations=sample / "train.json")
+    shutil.copy(run / "pretrained" / "model.safetensors", stale / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt: is no checkpoint of"):
+        aligndet.report((stale,), output=tmp_path / "other.html", annotations=sample / "train.json")
 
 
 def test_broken_images_do_not_end_a_run(

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import supervision as sv
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import aligndet
 from aligndet.commands import evaluate as evaluate_module
 from aligndet.commands import predict as predict_module
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.predict import predict
 from aligndet.data.rle import EncodedMasks, decode, read_segmentation
+from aligndet.data.videos import read_frames
 from aligndet.detectors.build import DETECTORS
 from aligndet.files import locked
 
@@ -174,3 +177,68 @@ def test_labels_without_masks_measure_boxes_alone(images: Path) -> None:
     figures = evaluate(Path("model"), annotate(images), images=images, masks=False).figures
     assert figures["AP"] == pytest.approx(1.0)
     assert "mask_AP" not in figures
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Five frames, each brighter than the one before."""
+    path = tmp_path / "clip.avi"
+    with sv.VideoSink(str(path), sv.VideoInfo(40, 30, 10.0), codec="MJPG") as sink:
+        for brightness in range(0, 250, 50):
+            sink.write_frame(np.full((30, 40, 3), brightness, np.uint8))
+    return path
+
+
+def test_a_video(video: Path, tmp_path: Path) -> None:
+    output = predict(Path("model"), video, output=tmp_path / "out", batch_size=2)
+    document = json.loads((output / "predictions.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == [f"clip.avi/00000{i}" for i in range(5)]
+    assert len(document["annotations"]) == 5
+    drawn = output / "pictures" / "clip.mp4"
+    assert [path.name for path in drawn.parent.iterdir()] == ["clip.mp4"]
+    info = sv.VideoInfo.from_video_path(str(drawn))
+    assert (info.width, info.height, info.fps) == (40, 30, 10.0)
+    frames = list(read_frames(drawn))
+    assert len(frames) == 5
+    assert frames[4][:, 25, 35].float().mean() == pytest.approx(200, abs=12)
+    assert (frames[4][:, 3, 2:12].float() - 200).abs().max() > 50  # the box is drawn
+    predict(Path("model"), video, output=tmp_path / "plain", draw=False)
+    assert not (tmp_path / "plain" / "pictures").exists()
+
+
+def test_videos_that_are_broken(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nonsense = tmp_path / "nonsense.mp4"
+    nonsense.write_bytes(b"no video at all")
+    with pytest.raises(ValueError, match=r"nonsense\.mp4: cannot be opened as a video"):
+        predict(Path("model"), nonsense, output=tmp_path / "a")
+    assert not (tmp_path / "a" / "predictions.json").exists()
+    monkeypatch.setattr(predict_module, "rate_and_length", lambda path: (10.0, 9))
+    predict(Path("model"), video, output=tmp_path / "b")
+    assert "clip.avi: only 5 of its 9 frames can be read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="only 5 of its 9 frames"):
+        predict(Path("model"), video, output=tmp_path / "c", strict=True)
+    assert not list((tmp_path / "c").rglob("*.mp4"))
+
+
+def test_predictions_as_detections(images: Path, tmp_path: Path) -> None:
+    predict(Path("model"), images, output=tmp_path / "out", score=0.0)
+    found = aligndet.read_detections(tmp_path / "out")
+    assert list(found) == ["a.jpg", "a.png", "b.jpg"]
+    detections: Any = found["a.png"]
+    assert detections.xyxy.tolist() == [[2, 3, 12, 15], [20, 5, 30, 25]]
+    assert detections.class_id.tolist() == [1, 0]
+    assert detections.data["class_name"].tolist() == ["fish", "bird"]
+    assert detections[detections.confidence > 0.5].mask is None
+    with pytest.raises(ValueError, match=r"holds no predictions\.json"):
+        aligndet.read_detections(tmp_path)
+
+
+@pytest.mark.usefixtures("_finds_masks")
+def test_masks_as_detections(images: Path, tmp_path: Path) -> None:
+    predict(Path("model"), images, output=tmp_path / "out")
+    detections: Any = aligndet.read_detections(tmp_path / "out")["b.jpg"]
+    assert detections.mask.shape == (1, 30, 40)
+    assert detections.mask[0, 3:15, 2:7].all()
+    assert detections.mask.sum() == 12 * 5

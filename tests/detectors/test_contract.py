@@ -181,6 +181,7 @@ def test_weights_of_another_detector_are_refused(name: str) -> None:
         initialise(build_detector(other, num_classes=4, **ARCHITECTURE), pretrained_state(build(name)))
 
 
+# --8<-- [start:own]
 class Colours(nn.Module):
     """A user's own detector: the whole image is its only box."""
 
@@ -206,6 +207,9 @@ class ColoursPretraining(nn.Module):
         features = torch.stack([trunk(image[None])[0].mean((1, 2)) for image in images])
         ids = torch.tensor([i if len(boxes) else BACKGROUND for i, boxes in enumerate(proposals)])
         return PretrainOutput((BoxPredictions(self.projection(features), ids),), {})
+
+
+# --8<-- [end:own]
 
 
 def test_a_detector_of_ones_own() -> None:

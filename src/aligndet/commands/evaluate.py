@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
-from aligndet.evaluation.coco import CocoEvaluator, CocoResult
+from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
+from aligndet.evaluation.details import DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write
 
@@ -28,6 +30,8 @@ def evaluate(
     images: Path | None = None,
     output: Path | None = None,
     masks: bool = True,
+    details: bool = False,
+    score: float = 0.3,
     batch_size: int = 8,
     device: str = "auto",
     strict: bool = False,
@@ -41,6 +45,10 @@ def evaluate(
         images: Folder of the images; by default looked for beside the JSON.
         output: JSON file for the figures.
         masks: Measure masks if the detector finds them; false for labels without masks.
+        details: Of boxes at IoU 0.5, by class: precision, recall and F1 at --score and at the best score; how
+            many errors there are of each kind and what they cost (TIDE); which classes are taken for which.
+            The file for the figures holds the confusion matrix and the curves over the score, too.
+        score: Boxes below are left out of the details.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         strict: A broken image or box is an error; by default it is left out, counted and named.
@@ -50,7 +58,7 @@ def evaluate(
 
     Raises:
         ValueError: If the detector's classes are not those of the JSON, the JSON has no masks to measure
-            those of the detector by, or a file is missing or broken.
+            those of the detector by, score is not from 0 to 1, or a file is missing or broken.
     """
     detector, manifest = load_detector(model)
     if not manifest.get("class_names"):
@@ -77,10 +85,16 @@ def evaluate(
             yield image
 
     evaluator = CocoEvaluator(categories, masks=masks)
+    detailed = DetailsEvaluator(distinct_names(categories), score=score)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
     for prediction in tqdm(predictions, total=len(dataset), desc="evaluate", unit="image"):
-        evaluator.update([prediction], [targets.popleft()])
+        evaluator.update([prediction], [targets[0]])
+        if details:
+            detailed.update(prediction, targets[0])
+        targets.popleft()
     result = evaluator.compute()
+    if details:
+        result = replace(result, details=detailed.compute())
     print(result.table())
     for message in broken[:10]:
         print(f"skipped: {message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,9 @@ from lightning import seed_everything
 
 from aligndet.commands._runs import check_bounds, provenance
 from aligndet.detectors.build import build_detector, weights_format
-from aligndet.detectors.weights import initialise, load_weights, save_detector
-from aligndet.files import accepts_strings, locked
+from aligndet.detectors.onnx import save_onnx
+from aligndet.detectors.weights import initialise, load_detector, load_weights, save_detector
+from aligndet.files import accepts_strings, atomic_write, locked
 
 
 @accepts_strings
@@ -18,8 +20,8 @@ def export(
     run: Path,
     *,
     output: Path,
-    num_classes: int,
-    format: Literal["torchvision", "transformers"] | None = None,
+    num_classes: int | None = None,
+    format: Literal["torchvision", "transformers", "onnx"] | None = None,
     min_size: int = 800,
     max_size: int = 1333,
     seed: int = 0,
@@ -29,14 +31,17 @@ def export(
 
     torchvision's detectors load with torchvision alone, ``strict=True``; query-based ones with transformers
     alone, ``AutoModelForObjectDetection.from_pretrained(FOLDER)``. The manifest says, module by module, what
-    is pre-trained and what is new.
+    is pre-trained and what is new. With --format onnx, writes the fine-tuned detector as model.onnx, checked
+    against PyTorch if onnxruntime is installed.
 
     Args:
-        run: Folder of `aligndet pretrain`.
-        output: Folder for model.safetensors and manifest.json, and for transformers config.json and
-            preprocessor_config.json.
-        num_classes: Object classes of the detector to be fine-tuned, without the background.
-        format: Of the weights; by default, and at all, the one that the detector has.
+        run: Folder of `aligndet pretrain`; for ONNX of `aligndet finetune`.
+        output: Folder for model.safetensors (or model.onnx) and manifest.json, and for transformers
+            config.json and preprocessor_config.json.
+        num_classes: Object classes of the detector to be fine-tuned, without the background; a fine-tuned one
+            has its own.
+        format: "onnx" (FCOS, RetinaNet, Faster and Mask R-CNN); otherwise that of the detector,
+            "torchvision" or "transformers".
         min_size: Short side for prediction, kept in the manifest.
         max_size: Bound of the long side, likewise.
         seed: Of the new layers.
@@ -46,9 +51,14 @@ def export(
         The output folder.
 
     Raises:
-        ValueError: If the run holds no pre-trained weights, the detector is of another format, or the output
-            is taken.
+        ImportError: If onnx is not installed.
+        ValueError: If the run holds no weights of this kind, the number of classes is missing, the detector
+            is of another format, the output is taken, or onnxruntime finds other boxes than PyTorch.
     """
+    if format == "onnx":
+        return _to_onnx(run, output, overwrite)
+    if num_classes is None:
+        raise ValueError("--num-classes: give the number of object classes to be fine-tuned")
     check_bounds({"num_classes": num_classes, "seed": seed})
     if (output / "model.safetensors").exists() and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
@@ -80,4 +90,23 @@ def export(
         f"{output / 'model.safetensors'}: {len(modules) - len(new)} modules pre-trained;"
         f" new: {', '.join(new)}"
     )
+    return output
+
+
+def _to_onnx(run: Path, output: Path, overwrite: bool) -> Path:
+    path = output / "model.onnx"
+    if path.exists() and not overwrite:
+        raise ValueError(f"{output}: holds a model already; give --overwrite or another output")
+    detector, source = load_detector(run)
+    if not source.get("class_names"):
+        raise ValueError(f"{run}: knows no classes yet; fine-tune it first")
+    with locked(output):
+        share = save_onnx(detector, path)
+        kept = {name: source[name] for name in ("architecture", "class_names", "category_ids")}
+        manifest = {"kind": "detector", "format": "onnx", **kept, "exported_from": str(run), **provenance()}
+        atomic_write(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    checked = (
+        "not checked: onnxruntime is not installed" if share is None else f"{share:.1%} of the boxes agree"
+    )
+    print(f"{path}: {checked}")
     return output

@@ -1,19 +1,23 @@
-"""`aligndet predict`: boxes, masks and pictures for images without labels."""
+"""`aligndet predict`: boxes, masks and pictures for images and videos without labels."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
+from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -33,64 +37,58 @@ def predict(
     strict: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Finds objects in an image or in a folder of images.
+    """Finds objects in an image, in a folder of images, or in a video.
 
     Args:
         model: Folder of `aligndet finetune`.
-        images: An image, or a folder that is searched with its subfolders.
+        images: An image, a folder that is searched with its subfolders, or a video.
         output: Folder for predictions.json (COCO: images, categories, and annotations with scores, and
-            segmentation if the detector finds masks) and pictures/.
+            segmentation if the detector finds masks; frames of a video are images, named VIDEO/NUMBER) and
+            pictures/. From Python, aligndet.read_detections reads them as supervision's detections.
         score: Boxes below are left out.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        draw: Write pictures with the boxes.
-        strict: A broken image is an error; by default it is skipped, counted and named.
+        draw: Write pictures, or a video, with the boxes.
+        strict: A broken image, or a video that ends early, is an error; by default it is skipped, counted
+            and named.
         overwrite: Replace predictions that are there.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: If the model is not fine-tuned, no image can be read, or the output is taken or in use.
+        ValueError: If the model is not fine-tuned, no image can be read, the video is broken, or the output
+            is taken or in use.
     """
     detector, manifest = load_detector(model)
     names: list[str] | None = manifest.get("class_names")
     if not names:
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
-    folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
     read: list[tuple[str, Tensor]] = []  # the images of the running batch only
     broken: list[str] = []
 
     def readable() -> Iterator[Tensor]:
-        for name in files:
-            try:
-                image = read_image(folder / name)
-            except ImageError as error:
-                if strict:
-                    raise
-                broken.append(str(error))
-                continue
+        for name, image in source:
             read.append((name, image))
             yield image
 
+    total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
     with locked(output):
         if (output / "predictions.json").exists() and not overwrite:
             raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
-        for prediction in tqdm(predictions, total=len(files), desc="predict", unit="image"):
-            name, image = read.pop(0)
-            sure = prediction["scores"] >= score
-            prediction = {key: value[sure] for key, value in prediction.items()}
-            _add(document, name, image, prediction, manifest["category_ids"])
-            if draw:
-                drawn = draw_detections(image.permute(1, 2, 0).numpy(), prediction, names)
-                buffer = io.BytesIO()
-                Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
-                atomic_write(output / "pictures" / _picture_name(name), buffer.getvalue())
+        with pictures as write:
+            for prediction in tqdm(predictions, total=total, desc="predict", unit="image"):
+                name, image = read.pop(0)
+                sure = prediction["scores"] >= score
+                prediction = {key: value[sure] for key, value in prediction.items()}
+                _add(document, name, image, prediction, manifest["category_ids"])
+                if draw:
+                    write(name, draw_detections(image.permute(1, 2, 0).numpy(), prediction, names))
         if not document["images"]:
-            raise ImageError(f"{images}: none of its {len(files)} images can be read; the first: {broken[0]}")
+            raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
         atomic_write(output / "predictions.json", json.dumps(document))
     for message in broken[:10]:
         print(f"skipped: {message}")
@@ -99,6 +97,52 @@ def predict(
         f" {len(broken)} skipped: {output}"
     )
     return output
+
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
+Source = tuple[int, Iterator[tuple[str, Tensor]], AbstractContextManager[Callable[[str, Pixels], None]]]
+"""How many images there are, the images by name, and what writes the drawn ones."""
+
+
+def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:
+    folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name in files:
+            try:
+                yield name, read_image(folder / name)
+            except ImageError as error:
+                if strict:
+                    raise
+                broken.append(str(error))
+
+    def write(name: str, drawn: Pixels) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
+        atomic_write(output / "pictures" / _picture_name(name), buffer.getvalue())
+
+    return len(files), read(), nullcontext(write)
+
+
+def _video(video: Path, output: Path, strict: bool, broken: list[str]) -> Source:
+    rate, length = rate_and_length(video)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        number = -1
+        for number, frame in enumerate(read_frames(video)):
+            yield f"{video.name}/{number:06d}", frame
+        if number + 1 < length:
+            message = f"{video}: only {number + 1} of its {length} frames can be read"
+            if strict:
+                raise ImageError(message)
+            broken.append(message)
+
+    @contextmanager
+    def writing() -> Iterator[Callable[[str, Pixels], None]]:
+        with video_writer(output / "pictures" / f"{video.stem}.mp4", rate) as write:
+            yield lambda name, drawn: write(drawn)
+
+    return length, read(), writing()
 
 
 def _picture_name(name: str) -> str:

@@ -14,6 +14,7 @@ def report(
     output: Path,
     plots: Path | None = None,
     images: Path | None = None,
+    annotations: Path | None = None,
     count: int = 4,
     score: float = 0.3,
 ) -> Path:
@@ -24,7 +25,10 @@ def report(
         output: The HTML file; one that is there is replaced.
         plots: Folder for the plots as PNG files; by default beside the page, under its name with _files.
         images: Folder of images for predictions of two detectors side by side: scratch and the best other
-            arm of a comparison, or the first two fine-tunings.
+            arm of a comparison, or the first two fine-tunings; and for the centres of predicted boxes before
+            fine-tuning, random and pre-trained, if there is a run of `aligndet pretrain`.
+        annotations: Labelled images (COCO JSON, PASCAL VOC or YOLO) for the contrast features of their boxes
+            before and after pre-training (t-SNE), if there is such a run with its last checkpoint.
         count: Of these images, the first by name.
         score: Boxes below are left out.
 
@@ -32,12 +36,15 @@ def report(
         The page.
 
     Raises:
-        ImportError: If Jinja2 or matplotlib is not installed.
+        ImportError: If Jinja2, matplotlib or scikit-learn is not installed.
         ValueError: Naming the folder that is no run, or the file that cannot be read.
     """
+    from aligndet.data.formats import read_labelled
     from aligndet.reporting.figures import comparison_plots, run_plots  # late: --help works without them
     from aligndet.reporting.page import render
     from aligndet.reporting.pictures import Pictures, draw_sides, sides_of
+    from aligndet.reporting.plots import Plot
+    from aligndet.reporting.pretraining import center_plots, feature_plots, pretraining_of
     from aligndet.reporting.runs import read_folders
 
     if not runs:
@@ -55,9 +62,17 @@ def report(
         pictures = "There are no two fine-tuned detectors to show: their folders hold no model."
     elif images is not None:
         pictures = draw_sides(sides, images, count=count, score=score)
-    page = render(drawn, single, of_runs, pictures)
+    looked_into: list[Plot] = []
+    pretrained = pretraining_of(comparisons, single)
+    if pretrained is None and annotations is not None:
+        raise ValueError("--annotations: there is no finished run of `aligndet pretrain` to look into")
+    if pretrained is not None and annotations is not None:
+        looked_into += feature_plots(pretrained, read_labelled(annotations))
+    if pretrained is not None and images is not None:
+        looked_into += center_plots(pretrained, images, count=count)
+    page = render(drawn, single, of_runs, looked_into, pictures)
     folder = plots or output.with_name(f"{output.stem}_files")
-    for plot in [plot for _, some in drawn for plot in some] + of_runs:
+    for plot in [plot for _, some in drawn for plot in some] + of_runs + looked_into:
         atomic_write(folder / f"{plot.name}.png", plot.png)
     atomic_write(output, page)
     print(f"report: {output}, its plots: {folder}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from aligndet.data.coco import Category
+from aligndet.evaluation.details import Details
 from aligndet.evaluation.inference import binary_masks
 
 FIGURES = {
@@ -40,6 +41,7 @@ class CocoResult:
     ap_by_class: dict[str, float]
     images: int
     mask_ap_by_class: dict[str, float] | None = None
+    details: Details | None = None  # of boxes, if asked for
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, what JSON can hold; nan becomes None."""
@@ -47,6 +49,8 @@ class CocoResult:
         result["AP_by_class"] = _known(self.ap_by_class)
         if self.mask_ap_by_class is not None:
             result["mask_AP_by_class"] = _known(self.mask_ap_by_class)
+        if self.details is not None:
+            result["details"] = self.details.to_dict()
         return {**result, "images": self.images}
 
     def table(self) -> str:
@@ -64,6 +68,8 @@ class CocoResult:
         for name in self.ap_by_class:
             values = [by_class[name] for by_class in kinds.values()]
             lines.append(f"  {name:<{width}}" + "".join(f"  {100 * value:5.1f}" for value in values))
+        if self.details is not None:
+            lines += ["", self.details.table()]
         return "\n".join(lines)
 
 
@@ -132,7 +138,7 @@ class CocoEvaluator:
         nothing = torch.tensor(-1.0)
         return {
             name: _figure(by_label.get(position + 1, nothing))
-            for position, name in enumerate(_distinct_names(self.categories))
+            for position, name in enumerate(distinct_names(self.categories))
         }
 
     def reset(self) -> None:
@@ -141,8 +147,12 @@ class CocoEvaluator:
         self.images = 0
 
 
-def _distinct_names(categories: Sequence[Category]) -> list[str]:
-    """Names of the classes; those that share one get their id, too."""
+def distinct_names(categories: Sequence[Category]) -> list[str]:
+    """Names of the classes; those that share one get their id, too.
+
+    Args:
+        categories: In label order.
+    """
     uses = Counter(category.name for category in categories)
     return [c.name if uses[c.name] == 1 else f"{c.name} ({c.id})" for c in categories]
 

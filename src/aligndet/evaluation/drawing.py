@@ -9,6 +9,8 @@ import numpy.typing as npt
 import supervision as sv
 from torch import Tensor
 
+from aligndet.evaluation.detections import to_detections
+
 
 def draw_detections(
     image: npt.NDArray[np.uint8],
@@ -31,10 +33,9 @@ def draw_detections(
     kept = prediction["scores"] >= score
     if not kept.any():
         return image.copy()
-    classes, scores = prediction["labels"][kept].numpy() - 1, prediction["scores"][kept].numpy()
-    masks = prediction["masks"][kept].numpy() if "masks" in prediction else None
-    detections = sv.Detections(prediction["boxes"][kept].numpy(), masks, scores, classes)
-    texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
+    detections = to_detections({name: value[kept] for name, value in prediction.items()}, class_names)
+    named = zip(detections.data["class_name"], prediction["scores"][kept].tolist(), strict=True)
+    texts = [f"{name} {score:.2f}" for name, score in named]
     wide = max(image.shape[:2])
     picture = sv.MaskAnnotator().annotate(image[:, :, ::-1].copy(), detections)  # none: nothing
     picture = sv.BoxAnnotator(thickness=max(1, wide // 300)).annotate(picture, detections)

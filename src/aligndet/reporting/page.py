@@ -36,6 +36,7 @@ def render(
     comparisons: Sequence[tuple[Comparison, list[Plot]]],
     runs: Sequence[Run],
     plots: Sequence[Plot],
+    pretraining: Sequence[Plot],
     pictures: Pictures | str,
 ) -> str:
     """Fills the template; names are escaped.
@@ -44,6 +45,7 @@ def render(
         comparisons: Each with its plots.
         runs: That belong to no comparison.
         plots: Of these runs.
+        pretraining: What pre-training has changed.
         pictures: Of two detectors, or the sentence why there are none.
 
     Returns:
@@ -73,6 +75,7 @@ def render(
         run_table=_runs(runs),
         run_classes=_run_classes(runs),
         plots=plots,
+        pretraining=pretraining,
         pictures=None if isinstance(pictures, str) else pictures,
         without_pictures=pictures,
         manifest=[_manifest(name, record) for name, record in everything],

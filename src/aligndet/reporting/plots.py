@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 try:
     from matplotlib import rc_context
@@ -104,6 +105,49 @@ def draw_bars(name: str, title: str, groups: Mapping[str, Mapping[str, float]], 
         axes.invert_yaxis()
         axes.set(xlabel=x)
         _legend(axes, colours)
+        return _render(figure, name, title)
+
+
+def draw_points(
+    name: str, title: str, panels: Mapping[str, npt.NDArray[np.float64]], labels: Sequence[str]
+) -> Plot:
+    """Draws clouds of points side by side; the axes have no meaning.
+
+    Args:
+        name: Of the file.
+        title: Of the plot.
+        panels: (N, 2) by the panel's title; the same N things in each.
+        labels: (N,) what the colours stand for.
+    """
+    names, colours = np.array(labels), _colours(sorted(set(labels)))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        for axes, (panel, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for label, colour in colours.items():
+                axes.scatter(*points[names == label].T, s=5, color=colour, linewidths=0)
+            axes.set(title=panel, xticks=[], yticks=[])
+        _legend(axes, colours)
+        return _render(figure, name, title)
+
+
+def draw_centers(
+    name: str, title: str, image: npt.NDArray[np.uint8], panels: Mapping[str, npt.NDArray[np.float64]]
+) -> Plot:
+    """Draws points on copies of an image, side by side.
+
+    Args:
+        name: Of the file.
+        title: Of the plot.
+        image: (H, W, 3) RGB.
+        panels: (n, 2) x and y in pixels, by the panel's title.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6, 0.4 + 3 * image.shape[0] / image.shape[1]), layout="constrained")
+        for axes, (panel, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            axes.imshow(image)
+            axes.scatter(*points.T, s=9, color="#ffd400", edgecolors="black", linewidths=0.4)
+            axes.set(title=panel, xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
+            axes.axis("off")
         return _render(figure, name, title)
 
 

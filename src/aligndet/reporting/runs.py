@@ -39,6 +39,7 @@ class Comparison:
     record: dict[str, Any]
     rows: list[dict[str, Any]]  # of `aligndet.comparison.summarise`
     cells: list[tuple[dict[str, Any], Run]]  # an entry of results.json and its run
+    folder: Path
 
     @property
     def arms(self) -> list[str]:
@@ -141,6 +142,6 @@ def _read_comparison(folder: Path) -> Comparison:
             cell = Cell(*(entry[name] for name in ("fraction", "steps", "seed", "fold", "arm")))
             cells.append((entry, read_run(folder / "cells" / cell.name(entry["learning_rate"]))))
         kept = {name: record.get(name) for name in ("command", "versions", "settings")}
-        return Comparison(folder.resolve().name, kept, results["rows"], cells)
+        return Comparison(folder.resolve().name, kept, results["rows"], cells, folder)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no result of aligndet compare ({error!r})") from error

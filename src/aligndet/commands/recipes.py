@@ -1,0 +1,97 @@
+"""`aligndet recipes`: the paper's settings, as YAML files that the other commands take by name."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PREFIX = "recipe:"
+
+
+def recipes(*, show: str | None = None) -> str:
+    """Lists the paper's settings, or prints those of one detector.
+
+    A recipe has a section for each command: `aligndet pretrain --config recipe:fcos` takes "pretrain",
+    `aligndet finetune --config recipe:fcos` takes "finetune", and `--config recipe:fcos:scratch` the one that
+    is named: fine-tuning without pre-training. Options on the command line win. A copy can be changed
+    and given as a file: `--config fcos.yaml`, `--config fcos.yaml:scratch`.
+
+    Args:
+        show: Name of the recipe to print.
+
+    Returns:
+        What was printed.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    texts = {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in _files()}
+    if show is not None:
+        text = _recipe(show)
+    else:
+        text = "".join(f"{name:<20}{_title(text)}\n" for name, text in sorted(texts.items()))
+    print(text, end="")
+    return text
+
+
+def section_of(source: str, command: str) -> str:
+    """Finds the part of a configuration that is meant for a command.
+
+    Args:
+        source: "recipe:NAME", "recipe:NAME:SECTION", or a YAML file, whose sections, if it has any, are named
+            as those of a recipe are.
+        command: Whose section is taken unless another one is named.
+
+    Returns:
+        The section as YAML, or the source as it is, if it is a file without sections.
+
+    Raises:
+        ValueError: If there is no such recipe or section.
+    """
+    if source.startswith(_PREFIX):
+        name, _, section = source.removeprefix(_PREFIX).partition(":")
+        content = yaml.safe_load(_recipe(name))
+    else:
+        name, section = _split(source)
+        content = _content(Path(name))
+        if not section and not isinstance(content.get(command), dict):
+            return source  # a file without sections
+    section = section or command
+    if not isinstance(content.get(section), dict):
+        raise ValueError(
+            f"--config {source}: no section {section!r}; there are: {', '.join(map(str, content))}"
+        )
+    return yaml.safe_dump(content[section], default_flow_style=True, width=10**6)
+
+
+def _files() -> list[Any]:
+    return [path for path in (files("aligndet") / "recipes").iterdir() if path.name.endswith(".yaml")]
+
+
+def _recipe(name: str) -> str:
+    found = {path.name.removesuffix(".yaml"): path for path in _files()}
+    if name not in found:
+        raise ValueError(f"no recipe {name!r}; there are: {', '.join(sorted(found))}")
+    return found[name].read_text("utf-8")
+
+
+def _title(text: str) -> str:
+    return text.partition("\n")[0].lstrip("# ")
+
+
+def _split(source: str) -> tuple[str, str]:
+    """A file's name and the section after its last colon, if that is no part of the name."""
+    name, _, section = source.rpartition(":")
+    return (name, section) if not Path(source).is_file() and Path(name).is_file() else (source, "")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing if it cannot be read: the parser complains of it."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,210 @@
+"""What average precision hides: which classes are confused, at what score to cut, and what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import supervision as sv
+from torch import Tensor
+
+from aligndet.evaluation.matching import (
+    CLASS,
+    CORRECT,
+    FOUND,
+    KINDS,
+    LOCATION,
+    Floats,
+    Ints,
+    Matches,
+    join,
+    match,
+    without_crowds,
+)
+
+_SCORES = np.linspace(0, 1, 101)  # of the curves
+
+
+@dataclass(frozen=True)
+class Details:
+    """Figures of boxes at IoU 0.5; nan where nothing was found or there was nothing to find."""
+
+    score: float  # boxes below are left out, but for the curves, the best scores and AP
+    by_class: dict[str, dict[str, float]]
+    curves: dict[str, dict[str, list[float]]]  # precision, recall and F1 of each class at each score
+    confusion: Ints  # (classes + 1, classes + 1) objects by rows, boxes by columns; the last: background
+    errors: dict[str, dict[str, float]]  # by kind: how many, and by how much AP50 would be higher without
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, what JSON can hold; nan becomes None."""
+        plain = {"iou": FOUND, "score": self.score, "classes": self.by_class, "errors": self.errors}
+        names = [*self.by_class, "background"]
+        confusion = {"names": names, "rows": "objects", "columns": "boxes", "counts": self.confusion.tolist()}
+        curves = {"score": _SCORES.round(2).tolist(), **self.curves}
+        return _known({**plain, "confusion": confusion, "curves": curves})
+
+    def table(self) -> str:
+        """The figures in percent, as text, with the ten classes most often taken for another."""
+        width = max(map(len, [*self.by_class, "class"]))
+        heads = ("objects", "P", "R", "F1", "best F1", "at score")
+        lines = [
+            f"boxes from score {self.score:g}",
+            f"{'class':<{width}}  " + "  ".join(f"{h:>8}" for h in heads),
+        ]
+        for name, row in self.by_class.items():
+            shares = [f"{100 * row[key]:8.1f}" for key in ("precision", "recall", "F1", "best_F1")]
+            lines.append(
+                f"{name:<{width}}  "
+                + "  ".join([f"{row['objects']:8.0f}", *shares, f"{row['best_score']:8.2f}"])
+            )
+        lines += ["", f"{'error':<{width}}  {'count':>8}  {'AP50 lost':>9}"]
+        for kind, row in self.errors.items():
+            lines.append(f"{kind:<{width}}  {row['count']:8.0f}  {100 * row['AP50_lost']:9.1f}")
+        names = list(self.by_class)
+        mistaken = self.confusion[:-1, :-1] * (1 - np.eye(len(names), dtype=np.int64))
+        largest = np.argsort(-mistaken, axis=None, kind="stable")[:10]
+        for row, column in zip(*np.unravel_index(largest, mistaken.shape), strict=True):
+            if mistaken[row, column]:
+                lines.append(f"{names[row]} taken for {names[column]}: {mistaken[row, column]} times")
+        return "\n".join(lines)
+
+
+class DetailsEvaluator:
+    """Collects predictions and targets in torchvision's form."""
+
+    def __init__(self, names: Sequence[str], *, score: float) -> None:
+        """Starts empty.
+
+        Args:
+            names: Of the classes, all different, in label order.
+            score: Boxes below are left out, where the figures do not say otherwise.
+        """
+        if not 0 <= score <= 1:
+            raise ValueError(f"score must be from 0 to 1, not {score}")
+        self.names, self.score = tuple(names), score
+        self._matches: list[Matches] = []
+        self._confusion = np.zeros((len(names) + 1, len(names) + 1), np.int64)
+
+    def update(self, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        """Adds an image.
+
+        Args:
+            prediction: As for `aligndet.evaluation.matching.without_crowds`.
+            target: Likewise.
+        """
+        found, objects = without_crowds(prediction, target)
+        self._matches.append(match(found, objects))
+        boxes = np.column_stack([found["boxes"], found["labels"] - 1, found["scores"]])
+        there = np.column_stack([objects["boxes"], objects["labels"] - 1])
+        self._confusion += sv.ConfusionMatrix.evaluate_detection_batch(
+            boxes.astype(np.float32), there.astype(np.float32), len(self.names), self.score, FOUND
+        )
+
+    def compute(self) -> Details:
+        """Sums up.
+
+        Raises:
+            ValueError: If no image was added.
+        """
+        if not self._matches:
+            raise ValueError("no image was evaluated")
+        matches = join(self._matches)
+        by_class, curves = {}, {}
+        for label, name in enumerate(self.names, 1):
+            by_class[name], curves[name] = _class_figures(matches, label, self.score)
+        return Details(self.score, by_class, curves, self._confusion, _errors(matches, self.score))
+
+
+def _class_figures(
+    matches: Matches, label: int, score: float
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    own = matches.labels == label
+    scores, correct = matches.scores[own], matches.kinds[own] == CORRECT
+    objects = int((matches.object_labels == label).sum())
+    hits = np.concatenate([[0], np.cumsum(correct)])  # of the first n boxes
+
+    def at(threshold: Floats) -> tuple[Floats, Floats, Floats]:
+        boxes = np.searchsorted(-scores, -threshold, side="right")
+        with np.errstate(invalid="ignore"):
+            found = hits[boxes]
+            return found / boxes, found / np.float64(objects), 2 * found / (boxes + np.float64(objects))
+
+    precision, recall, f1 = (float(value[0]) for value in at(np.array([score])))
+    _, _, each = at(scores)
+    best = int(np.argmax(each)) if len(each) and objects else None
+    figures = {"objects": float(objects), "precision": precision, "recall": recall, "F1": f1}
+    figures["best_F1"] = float("nan") if best is None else float(each[best])
+    figures["best_score"] = float("nan") if best is None else float(scores[best])
+    curve = dict(zip(("precision", "recall", "F1"), at(_SCORES), strict=True))
+    return figures, {name: values.round(4).tolist() for name, values in curve.items()}
+
+
+def _errors(matches: Matches, score: float) -> dict[str, dict[str, float]]:
+    """How often each error happens from a score on, and what AP50 it costs over all scores (TIDE)."""
+    base = _ap50(matches)
+    sure = matches.scores >= score
+    errors = {}
+    for kind, name in enumerate(KINDS[1:], CLASS):
+        count = int((sure & (matches.kinds == kind)).sum())
+        errors[name] = {"count": float(count), "AP50_lost": _ap50(_corrected(matches, kind)) - base}
+    counted = _missed(matches._replace(**{n: getattr(matches, n)[sure] for n in ("kinds", "objects")}))
+    remaining = matches.object_labels[~_missed(matches)]
+    errors["missed"] = {
+        "count": float(counted.sum()),
+        "AP50_lost": _ap50(matches._replace(object_labels=remaining)) - base,
+    }
+    return errors
+
+
+def _missed(matches: Matches) -> Any:
+    """Objects that no box has found, or would have but for its class or its location."""
+    missed = np.ones(len(matches.object_labels), np.bool_)
+    missed[matches.objects[matches.objects >= 0]] = False
+    return missed
+
+
+def _corrected(matches: Matches, kind: int) -> Matches:
+    """Boxes with one kind of error put right: they find the object that they mean, if no other box has found
+    it, and are left out if they mean none.
+    """
+    mended = matches.kinds == kind
+    if kind not in (CLASS, LOCATION):
+        return _chosen(matches, ~mended)
+    # a box is right about an object if it is the first to mean it, and no box was right before
+    taken = np.zeros(len(matches.object_labels), np.bool_)
+    taken[matches.objects[matches.kinds == CORRECT]] = True
+    positions = np.flatnonzero(mended)
+    _, first = np.unique(matches.objects[positions], return_index=True)
+    right = positions[first][~taken[matches.objects[positions[first]]]]
+    kinds, labels = matches.kinds.copy(), matches.labels.copy()
+    kinds[right] = CORRECT
+    labels[right] = matches.object_labels[matches.objects[right]]
+    return _chosen(matches._replace(kinds=kinds, labels=labels), ~mended | (kinds == CORRECT))
+
+
+def _chosen(matches: Matches, kept: Any) -> Matches:
+    fields = ("scores", "labels", "kinds", "objects")
+    return matches._replace(**{name: getattr(matches, name)[kept] for name in fields})
+
+
+def _ap50(matches: Matches) -> float:
+    """Mean over the classes that have objects of COCO's average precision at IoU 0.5."""
+    values = []
+    for label in np.unique(matches.object_labels):
+        correct = matches.kinds[matches.labels == label] == CORRECT
+        hits = np.cumsum(correct)
+        recall = hits / (matches.object_labels == label).sum()
+        precision = hits / np.arange(1, len(hits) + 1)
+        envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+        values.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101), side="left")].mean())
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_known(item) for item in value]
+    return None if value != value else value

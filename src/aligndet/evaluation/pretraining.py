@@ -1,0 +1,83 @@
+"""Pre-training runs, opened to look inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.weights import initialise, load_weights
+from aligndet.files import read_json
+
+
+class Pair(NamedTuple):
+    """A detector as pre-training has found it, with random neck and heads, and as it has left it."""
+
+    before: Any
+    after: Any
+
+
+def load_pretrainable(run: Path) -> Pair:
+    """Builds the pre-trainable detector of a run, with its projection head.
+
+    Args:
+        run: Folder of `aligndet pretrain`, with its last checkpoint.
+
+    Raises:
+        ValueError: Naming the file that is missing or belongs to another detector.
+    """
+    settings, checkpoint = read_settings(run), run / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: is gone; the projection head is nowhere else")
+    names = ("detector", "trunk", "fpn_channels", "fpn_norm", "options")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])  # as the run has started
+        before: Any = build_pretrainable(**{name: settings[name] for name in names})
+    after: Any = build_pretrainable(**{name: settings[name] for name in names})
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        after.load_state_dict({k[len("online.") :]: v for k, v in state.items() if k.startswith("online.")})
+    except Exception as error:  # zip, pickle, missing keys: all mean the same here
+        raise ValueError(f"{checkpoint}: is no checkpoint of {run}: {error}") from error
+    before.detector.backbone.body.load_state_dict(after.detector.backbone.body.state_dict())
+    return Pair(before, after)
+
+
+def load_untuned(run: Path) -> Pair:
+    """Builds the plain detector that fine-tuning starts from; both sides have the run's trunk.
+
+    Args:
+        run: Folder of `aligndet pretrain`.
+
+    Raises:
+        ValueError: Naming the file that is missing or broken.
+    """
+    settings, (state, manifest) = read_settings(run), load_weights(run)
+    sizes = {"min_size": settings["min_size"][1], "max_size": settings["max_size"]}
+    sides: list[nn.Module] = []
+    for modules in (("trunk",), ("trunk", "neck", "rpn", "head")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings["seed"])
+            detector = build_detector(**manifest["architecture"], num_classes=1, **sizes)
+        initialise(detector, state, modules)
+        sides.append(detector.eval())
+    return Pair(*sides)
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Reads what a run of `aligndet pretrain` was asked for.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        ValueError: If the folder is of no such run.
+    """
+    path = run / "run.json"
+    settings = read_json(path).get("settings", {}) if path.is_file() else {}
+    if "proposals" not in settings:
+        raise ValueError(f"{run}: is no run of aligndet pretrain")
+    return settings

@@ -1,0 +1,82 @@
+"""What can be seen in a pre-trained detector: features of boxes, and where it looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.data.coco import read_coco
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.evaluation.centers import predicted_centers
+from aligndet.evaluation.pretraining import Pair, load_pretrainable, load_untuned
+from aligndet.evaluation.tsne import box_features, embed_boxes
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"trunk": "mobilenetv3_small_050", "fpn_channels": 64}
+
+
+class _Known(nn.Module):
+    """Three predictions: two for the second proposal, one for none."""
+
+    def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
+        embeddings = torch.tensor([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+        return PretrainOutput((BoxPredictions(embeddings, torch.tensor([1, 1, BACKGROUND])),), {})
+
+
+def test_a_box_has_the_mean_of_the_predictions_that_stand_for_it() -> None:
+    features, seen = box_features(_Known(), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.rand(2, 4))
+    assert seen.tolist() == [False, True]
+    torch.testing.assert_close(features, torch.tensor([[0.0, 0.0], [0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn"])
+def test_every_kind_of_detector_has_features(detector: str) -> None:
+    adapter: Any = build_pretrainable(detector, **SMALL)
+    image = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8)
+    boxes = torch.tensor([[10.0, 10, 80, 80], [60, 20, 120, 90]])
+    features, seen = box_features(adapter.train(), image, boxes)
+    assert features.shape == (2, 128)
+    assert seen.all()
+    assert not features.requires_grad
+
+
+def test_features_in_two_dimensions(sample: Path) -> None:
+    pair = Pair(build_pretrainable("fcos", **SMALL), build_pretrainable("fcos", **SMALL))
+    coco = read_coco(sample / "train.json")
+    embedded = embed_boxes(pair, coco, min_size=128, max_size=128, classes=2, boxes=8, device=CPU)
+    count = len(embedded.classes)
+    assert embedded.before.shape == embedded.after.shape == (count, 2)
+    assert np.isfinite(embedded.after).all()
+    largest = sorted(np.bincount(np.concatenate(coco.labels)))[-2:]
+    assert max(map(embedded.classes.count, embedded.classes)) <= 8
+    assert len(set(embedded.classes)) == 2
+    assert count <= sum(min(8, n) for n in largest)
+    assert set(embedded.levels) <= {"P2", "P3", "P4", "P5"}
+    with pytest.raises(ValueError, match="boxes have features; at least 10 are needed"):
+        embed_boxes(pair, coco, min_size=128, max_size=128, classes=1, boxes=3, device=CPU)
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+def test_centers_are_in_the_image(detector: str) -> None:
+    model: Any = build_detector(detector, num_classes=1, min_size=64, max_size=64, **SMALL).eval()
+    threshold = getattr(model, "score_thresh", None)
+    image = torch.randint(0, 255, (3, 200, 400), dtype=torch.uint8)
+    centers = predicted_centers(model, image, count=30, device=CPU)
+    assert 5 < len(centers) <= 30
+    assert (centers >= 0).all()
+    assert (centers[:, 0] > 64).any()  # pixels of the image, not of what the network saw
+    assert (centers <= torch.tensor([400, 200])).all()
+    assert getattr(model, "score_thresh", None) == threshold
+
+
+def test_a_folder_that_is_no_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"settings": {"annotations": "train.json"}}')
+    for load in (load_pretrainable, load_untuned):
+        with pytest.raises(ValueError, match="is no run of aligndet pretrain"):
+            load(tmp_path)
