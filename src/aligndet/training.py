@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -158,7 +159,13 @@ def worker_settings(workers: int) -> dict[str, Any]:
         # workers of a process that has started threads (autograd, OpenCV) must not be forks of it
         "multiprocessing_context": "forkserver" if workers else None,
         "prefetch_factor": 2 if workers else None,
+        "worker_init_fn": _one_thread,
     }
+
+
+def _one_thread(_: int) -> None:
+    """Torch's is one in a worker as well; the workers share the cores."""
+    cv2.setNumThreads(1)
 
 
 def steps_done(checkpoint: Path | None) -> int:

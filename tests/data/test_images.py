@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from aligndet.data.images import ImageError, list_images, read_image, read_image_size
 
@@ -51,6 +52,23 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     upright = torch.from_numpy(np.rot90(np.asarray(picture()), turns).copy()).permute(2, 0, 1)
     assert torch.equal(read_image(path), upright)
     assert read_image_size(path) == (upright.shape[2], upright.shape[1])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_but_no_smaller_than_asked(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "large.jpg"
+    picture(8, 5).resize((803, 480)).save(path, quality=95, exif=exif)
+    whole = read_image(path)[None].float()
+    for long_side, expected in ((100, (60, 101)), (101, (120, 201)), (401, (240, 402)), (402, (480, 803))):
+        image = read_image(path, long_side=long_side)
+        assert sorted(image.shape[1:]) == list(expected)
+        assert (image.shape[1] > image.shape[2]) == (orientation == 6)
+        resized = interpolate(whole, image.shape[1:], mode="bilinear", antialias=True)[0]
+        assert (resized - image).abs().mean() < 3
+    picture(803, 480).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.png", long_side=100).shape == (3, 480, 803)
 
 
 def broken(folder: Path) -> dict[str, Path]:

@@ -56,7 +56,7 @@ class TwoCropsDataset(Dataset[TwoCrops]):
             lambda i: read_image(self.folder / self.file_names[i]), index, len(self), strict=self.strict
         )
         with isolate_rng(include_cuda=False):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed cares for GPUs, too: milliseconds
             np.random.seed([seed % 2**32, seed // 2**32])
             first, second = self.augment(v2.functional.to_pil_image(image))
         return TwoCrops(first, second, self.file_names[position], skipped)

@@ -4,6 +4,7 @@ word.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,7 @@ def first_readable(
     raise ImageError(f"none of the {length} images can be read; the first: {skipped[0]}")
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, *, long_side: int | None = None) -> Tensor:
     """Decodes an image to RGB, upright.
 
     EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their
@@ -90,9 +91,11 @@ def read_image(path: Path) -> Tensor:
 
     Args:
         path: Of the file.
+        long_side: How long the longer side has to be at least if the image is larger: a JPEG is then decoded
+            at a half, a quarter or an eighth of its size, which is several times faster.
 
     Returns:
-        (3, H, W) uint8.
+        (3, H, W) uint8; the channels of a pixel are neighbours in memory, which torchvision resizes fastest.
 
     Raises:
         ImageError: If the file is missing, empty, truncated, no image, too small or too large.
@@ -102,15 +105,18 @@ def read_image(path: Path) -> Tensor:
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
             with Image.open(path) as file:
                 _check_size(path, file.size)
-                image = ImageOps.exif_transpose(file)
-                array = _to_rgb(image)
+                if long_side is not None and max(file.size) >= 2 * long_side:
+                    part = long_side / max(file.size)
+                    file.draft(None, (math.ceil(file.width * part), math.ceil(file.height * part)))
+                ImageOps.exif_transpose(file, in_place=True)
+                array = _to_rgb(file)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such image") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         raise ImageError(f"{path}: {_reason(path, error)}") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
@@ -150,7 +156,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:

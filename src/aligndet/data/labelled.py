@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from aligndet.data.coco import CocoDataset, CocoDetection
 from aligndet.data.images import ImageError, first_readable
-from aligndet.data.views import geometric
+from aligndet.data.views import short_sides
 
 
 class Labelled(NamedTuple):
@@ -25,6 +25,18 @@ class Labelled(NamedTuple):
     file_name: str
     skipped: tuple[str, ...]  # messages about broken images that this one replaces
     masks: Tensor | None = None  # (N, H, W) uint8, 0 or 1, if the data set has them
+
+
+def geometric(min_size: tuple[int, int], max_size: int, flip: float = 0.5) -> v2.Transform:
+    """Resizes to a random short side (long side bounded) and flips.
+
+    Args:
+        min_size: Smallest and largest short side.
+        max_size: Bound of the long side.
+        flip: Probability of the horizontal flip.
+    """
+    sizes = short_sides(min_size, max_size)
+    return v2.Compose([v2.RandomShortestSize(sizes, max_size), v2.RandomHorizontalFlip(flip)])
 
 
 class LabelledDataset(Dataset[Labelled]):
@@ -62,7 +74,7 @@ class LabelledDataset(Dataset[Labelled]):
         if "masks" in target:
             objects["masks"] = tv_tensors.Mask(target["masks"])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed cares for GPUs, too: milliseconds
             image, objects = self.augment(tv_tensors.Image(image), objects)
         return Labelled(
             image.as_subclass(Tensor),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from aligndet.data.images import first_readable, read_image
+from aligndet.data.photometric import recolour
 from aligndet.proposals.storage import ProposalTable
 
 
@@ -34,52 +37,19 @@ class TwoViews(NamedTuple):
     skipped: tuple[str, ...]  # messages about broken images that this one replaces
 
 
-def short_sides(min_size: tuple[int, int]) -> list[int]:
+def short_sides(min_size: tuple[int, int], max_size: int) -> list[int]:
     """The short sides to choose from: the range in steps of 32 (640, 672, ... 800 in the paper).
 
     Args:
         min_size: Smallest and largest short side.
+        max_size: Bound of the long side.
     """
     smallest, largest = min_size
     if not 32 <= smallest <= largest:
         raise ValueError(f"min_size must be two growing numbers from 32 on, not {min_size}")
+    if max_size < largest:
+        raise ValueError(f"max_size {max_size} is smaller than the largest short side {largest}")
     return [*range(smallest, largest, 32), largest]
-
-
-def geometric(min_size: tuple[int, int], max_size: int, flip: float = 0.5) -> v2.Transform:
-    """Resizes to a random short side (long side bounded) and flips.
-
-    Args:
-        min_size: Smallest and largest short side.
-        max_size: Bound of the long side.
-        flip: Probability of the horizontal flip.
-    """
-    sizes = short_sides(min_size)
-    if max_size < max(sizes):
-        raise ValueError(f"max_size {max_size} is smaller than the largest short side {max(sizes)}")
-    return v2.Compose([v2.RandomShortestSize(sizes, max_size), v2.RandomHorizontalFlip(flip)])
-
-
-def photometric() -> v2.Transform:
-    """One of nine: identity, autocontrast, equalize, solarize, colour, contrast, brightness, sharpness,
-    posterize.
-
-    SoftTeacher's list without its geometric parts: no crop and no jitter of boxes, so that every proposal is
-    in both views (paper section 4.1).
-    """
-    return v2.RandomChoice(
-        [
-            v2.Identity(),
-            v2.RandomAutocontrast(p=1.0),
-            v2.RandomEqualize(p=1.0),
-            v2.RandomSolarize(threshold=128, p=1.0),
-            v2.ColorJitter(saturation=(0.05, 1.95)),
-            v2.ColorJitter(contrast=(0.05, 1.95)),
-            v2.ColorJitter(brightness=(0.05, 1.95)),
-            v2.RandomChoice([v2.RandomAdjustSharpness(factor, p=1.0) for factor in (0.1, 0.5, 1.5, 1.9)]),
-            v2.RandomPosterize(bits=4, p=1.0),
-        ]
-    )
 
 
 class TwoViewDataset(Dataset[TwoViews]):
@@ -113,7 +83,7 @@ class TwoViewDataset(Dataset[TwoViews]):
         """
         self.images, self.table, self.strict = images, table, strict
         self.max_proposals, self.top_proposals = max_proposals, top_proposals
-        self.augment = v2.Compose([geometric(min_size, max_size), photometric()])
+        self.short_sides, self.max_size = short_sides(min_size, max_size), max_size
 
     def __len__(self) -> int:
         return len(self.table)
@@ -121,42 +91,50 @@ class TwoViewDataset(Dataset[TwoViews]):
     def __getitem__(self, item: tuple[int, int]) -> TwoViews:
         index, seed = item
         image, position, skipped = first_readable(
-            lambda i: read_image(self.images / self.table.file_names[i]), index, len(self), strict=self.strict
+            lambda i: read_image(self.images / self.table.file_names[i], long_side=self.max_size),
+            index,
+            len(self),
+            strict=self.strict,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self._views(image, position, skipped)
+        return self._views(image, position, skipped, np.random.default_rng(seed))
 
-    def _views(self, image: Tensor, index: int, skipped: tuple[str, ...]) -> TwoViews:
-        boxes = torch.from_numpy(self.table.boxes_of(index).copy())  # (N, 4), in rank order
-        chosen = torch.arange(len(boxes))
+    def _views(
+        self, image: Tensor, index: int, skipped: tuple[str, ...], rng: np.random.Generator
+    ) -> TwoViews:
+        boxes = self.table.boxes_of(index)  # (N, 4), in rank order
+        chosen = np.arange(len(boxes))
         if len(boxes) > self.max_proposals and not self.top_proposals:
-            chosen = torch.randperm(len(boxes))
+            chosen = rng.permutation(len(boxes))
         chosen = chosen[: self.max_proposals]
         masks, clusters = None, None
-        if self.table.clusters is not None:
-            clusters = torch.from_numpy(self.table.clusters_of(index, chosen.numpy()))
         if self.table.masks is not None:
-            masks = torch.from_numpy(self.table.masks_of(index, chosen.numpy()))
+            masks = torch.from_numpy(self.table.masks_of(index, chosen))
+        if self.table.clusters is not None:
+            clusters = torch.from_numpy(self.table.clusters_of(index, chosen))
         # the table knows the image's size from when the proposals were made
-        width, height = self.table.sizes[index].tolist()
-        scale = torch.tensor([image.shape[2] / width, image.shape[1] / height]).repeat(2)
-        online, momentum = (self._view(image, boxes[chosen] * scale, masks) for _ in range(2))
+        relative = boxes[chosen] / np.tile(self.table.sizes[index], 2)
+        online, momentum = (self._view(image, relative, masks, rng) for _ in range(2))
         online, momentum = (view._replace(clusters=clusters) for view in (online, momentum))
         return TwoViews(online, momentum, self.table.file_names[index], skipped)
 
-    def _view(self, image: Tensor, boxes: Tensor, masks: Tensor | None) -> View:
+    def _view(
+        self, image: Tensor, boxes: npt.NDArray[Any], masks: Tensor | None, rng: np.random.Generator
+    ) -> View:
         height, width = image.shape[1:]
-        # a box of the left half that goes the image's way, to tell whether it was flipped
-        left = torch.tensor([0.0, 0.0, width / 2, height])
-        tracked, left = (
-            tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=(height, width))
-            for b in (boxes, left[None])
-        )
-        image, tracked, left = self.augment(tv_tensors.Image(image), tracked, left)
-        if masks is not None and left[0, 0] > 0:
-            masks = masks.flip(-1)
-        return View(image.as_subclass(Tensor), tracked.as_subclass(Tensor), masks)
+        scale = min(rng.choice(self.short_sides) / min(height, width), self.max_size / max(height, width))
+        size = [max(1, int(side * scale)) for side in (height, width)]
+        image = F.resize(image, size, antialias=True)
+        # OpenCV changes the layout several times as fast as torch does
+        planes = np.empty((3, *size), np.uint8)
+        cv2.split(image.permute(1, 2, 0).contiguous().numpy(), list(planes))
+        if rng.random() < 0.5:
+            for plane in planes:
+                cv2.flip(plane, 1, plane)
+            left, top, right, bottom = boxes.T
+            boxes = np.stack([1 - right, top, 1 - left, bottom], axis=1)
+            masks = None if masks is None else masks.flip(-1)
+        recolour(planes, rng)
+        return View(torch.from_numpy(planes), torch.from_numpy(boxes * np.tile(size[::-1], 2)).float(), masks)
 
 
 def collate(items: Sequence[TwoViews]) -> list[TwoViews]:
