@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
@@ -99,3 +100,35 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def safe_name(name: str, source: Path) -> str:
+    """Refuses a file name that leads out of the folder of images.
+
+    Args:
+        name: Relative path with slashes.
+        source: The file that it stands in, for the message.
+
+    Raises:
+        ValueError: If the name is absolute or goes up.
+    """
+    parts = PurePosixPath(str(name).replace("\\", "/"))
+    if not str(name) or parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"{source}: refuses the file name {name!r}, which leads out of the folder of images")
+    return str(name)
+
+
+def skipped_lines(messages: Collection[str], most: int = 10) -> Iterator[str]:
+    """What a command prints of the files that it left out.
+
+    Args:
+        messages: One a file.
+        most: Files to name.
+
+    Yields:
+        A line for each of the first ones, and one that counts the rest.
+    """
+    for message in islice(messages, most):
+        yield f"skipped: {message}"
+    if len(messages) > most:
+        yield f"skipped: {len(messages) - most} more"

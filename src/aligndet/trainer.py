@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from aligndet.data.labelled import ValidationDataset, collate_readable
+from aligndet.files import skipped_lines
 from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
 
 RUN_SETTINGS = (
@@ -239,10 +240,8 @@ class SkippedImages(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Prints the first ten."""
-        for message in list(self.messages)[:10]:
-            print(f"skipped: {message}")
-        if len(self.messages) > 10:
-            print(f"skipped: {len(self.messages) - 10} more images")
+        for line in skipped_lines(self.messages):
+            print(line)
 
 
 class ValidateLast(Callback):

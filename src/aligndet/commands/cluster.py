@@ -21,7 +21,7 @@ from aligndet.data.images import ImageError, read_image
 from aligndet.data.views import geometric
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
-from aligndet.files import accepts_strings
+from aligndet.files import accepts_strings, skipped_lines
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.storage import ProposalTable, read_proposals
 
@@ -113,8 +113,8 @@ def cluster(
             **provenance(),
         },
     )
-    for message in broken[:10]:
-        print(f"skipped: {message}")
+    for line in skipped_lines(broken):
+        print(line)
     print(f"{len(found)} proposals in {group.clusters} clusters, {len(broken)} images skipped: {path}")
     return path
 

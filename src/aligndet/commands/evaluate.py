@@ -19,7 +19,7 @@ from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write
+from aligndet.files import accepts_strings, atomic_write, skipped_lines
 
 
 @accepts_strings
@@ -96,8 +96,8 @@ def evaluate(
     if details:
         result = replace(result, details=detailed.compute())
     print(result.table())
-    for message in broken[:10]:
-        print(f"skipped: {message}")
+    for line in skipped_lines(broken):
+        print(line)
     print(f"{result.images} images, {len(broken)} skipped")
     if output is not None:
         atomic_write(output, json.dumps({**result.to_dict(), "skipped": broken}, indent=2) + "\n")

@@ -21,7 +21,7 @@ from aligndet.data.videos import is_video, rate_and_length, read_frames, video_w
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, locked
+from aligndet.files import accepts_strings, atomic_write, locked, skipped_lines
 
 
 @accepts_strings
@@ -90,8 +90,8 @@ def predict(
         if not document["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
         atomic_write(output / "predictions.json", json.dumps(document))
-    for message in broken[:10]:
-        print(f"skipped: {message}")
+    for line in skipped_lines(broken):
+        print(line)
     print(
         f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
         f" {len(broken)} skipped: {output}"

@@ -24,7 +24,7 @@ from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import EncodedMasks, encode, overlaps
-from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
@@ -300,8 +300,7 @@ def _print(summary: ProposeSummary) -> None:
 def _lines(summary: ProposeSummary) -> Iterator[str]:
     mean = summary.boxes / max(1, summary.images)
     yield f"{summary.images} images, {mean:.1f} proposals an image, {summary.without} images without any"
-    for reason in list(summary.skipped.values())[:10]:
-        yield f"skipped: {reason}"
+    yield from skipped_lines(list(summary.skipped.values()))
     if summary.skipped:
         yield f"{len(summary.skipped)} images skipped"
     if summary.recall:

@@ -13,7 +13,7 @@ import numpy as np
 from aligndet.data.coco import clip_box
 from aligndet.data.document import Document
 from aligndet.data.images import ImageError, read_image
-from aligndet.proposals.storage import safe_name
+from aligndet.files import safe_name
 
 Finding = tuple[str, str]  # kind of problem, and where it is
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from aligndet.data.document import Document, load_document
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
-from aligndet.proposals.storage import safe_name
+from aligndet.files import safe_name
 
 
 class Category(NamedTuple):

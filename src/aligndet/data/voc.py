@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from aligndet.data.document import Document
 from aligndet.data.images import SUFFIXES, ImageError, read_image_size
-from aligndet.proposals.storage import safe_name
+from aligndet.files import safe_name
 
 
 class _Object(NamedTuple):

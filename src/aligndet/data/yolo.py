@@ -11,7 +11,7 @@ import yaml
 
 from aligndet.data.document import Document
 from aligndet.data.images import ImageError, list_images, read_image_size
-from aligndet.proposals.storage import safe_name
+from aligndet.files import safe_name
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 

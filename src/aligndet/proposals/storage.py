@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
-from aligndet.files import atomic_write, read_json
+from aligndet.files import atomic_write, read_json, safe_name
 from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
 
 SCHEMA = pa.schema(
@@ -335,19 +335,3 @@ def _clip(
     clipped = boxes.clip(0, np.array([width, height, width, height], np.float32))
     large = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
     return clipped, large & np.isfinite(boxes).all(axis=1)
-
-
-def safe_name(name: str, source: Path) -> str:
-    """Refuses a file name that leads out of the folder of images.
-
-    Args:
-        name: Relative path with slashes.
-        source: The file that it stands in, for the message.
-
-    Raises:
-        ValueError: If the name is absolute or goes up.
-    """
-    parts = PurePosixPath(str(name).replace("\\", "/"))
-    if not str(name) or parts.is_absolute() or ".." in parts.parts:
-        raise ValueError(f"{source}: refuses the file name {name!r}, which leads out of the folder of images")
-    return str(name)
