@@ -58,7 +58,13 @@ def call(adapter: Any, images: list[Tensor], proposals: list[Tensor]) -> Pretrai
     return adapter(images, proposals, **{name: known[name] for name in getattr(adapter, "needs", ())})
 
 
-@pytest.fixture(params=sorted(DETECTORS))
+LIKE_OTHERS = ("conditional_detr", "dab_detr", "rt_detr")  # go the way of another family
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in sorted(DETECTORS)
+]
+
+
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
