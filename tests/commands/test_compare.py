@@ -15,6 +15,7 @@ from aligndet.commands import compare as module
 from aligndet.commands.compare import compare
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
+from aligndet.proposals.clusters import clusters_file
 
 RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}
 SMALL: dict[str, Any] = {
@@ -128,3 +129,21 @@ def test_each_arm_has_its_own_rate_and_other_weights_take_part(
     assert not (output / "pretrained").exists()
     with pytest.raises(ValueError, match="has trunk 'resnet18', the other arms 'resnet34'"):
         _compare(sample, proposals, tmp_path / "third", arms=(f"from:{source}",), trunk="resnet34")
+
+
+@pytest.mark.slow
+def test_query_based_detectors_get_clusters_and_the_same_queries(
+    sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "proposals"
+    copied.mkdir()
+    for shard in proposals.glob("part-*.parquet"):
+        shutil.copy(shard, copied)
+    changes: dict[str, Any] = {"detector": "detr", "fractions": (1.0,), "arms": ("scratch", "aligndet")}
+    options = {"num_queries": 10, "decoder_layers": 2, "encoder_layers": 1}
+    changes["pretraining"] = {**SMALL["pretraining"], "options": {**options, "embedding_dim": 16}}
+    output = _compare(sample, copied, tmp_path / "out", **changes)
+    assert clusters_file(copied).is_file()
+    manifests = [json.loads(path.read_text()) for path in output.glob("cells/*/model/manifest.json")]
+    assert len(manifests) == 2
+    assert all(manifest["architecture"]["options"] == options for manifest in manifests)

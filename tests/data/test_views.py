@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,3 +189,20 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
         short_sides((800, 640), 1333)
     with pytest.raises(ValueError, match="max_size"):
         geometric((640, 800), 700)
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_clusters_go_with_their_proposals(tmp_path: Path, top: bool) -> None:
+    known = table(tmp_path)
+    known = replace(known, clusters=np.arange(60))  # the number of each box
+    size: dict[str, Any] = {"max_size": 160, "max_proposals": 12}
+    item = TwoViewDataset(tmp_path, known, min_size=(64, 64), top_proposals=top, **size)[1, 3]
+    for view in item.online, item.momentum:
+        assert view.clusters is not None
+        numbers = view.clusters.numpy() - 30  # of the second image
+        assert (numbers.tolist() == list(range(12))) == top
+        width = view.image.shape[2]
+        left, right = (known.boxes_of(1)[numbers] / 90)[:, 0], (known.boxes_of(1)[numbers] / 90)[:, 2]
+        found = view.proposals.numpy() / width
+        straight, mirrored = np.abs(found[:, 0] - left).max(), np.abs(found[:, 0] - (1 - right)).max()
+        assert min(straight, mirrored) < 0.02

@@ -58,13 +58,14 @@ def call(adapter: Any, images: list[Tensor], proposals: list[Tensor]) -> Pretrai
     return adapter(images, proposals, **{name: known[name] for name in getattr(adapter, "needs", ())})
 
 
-# CBNet's two names share what is tested here; HTC's masks, twice, take minutes
-SLOW = {"cbnet_htc"}
+# these go the way of another name; CBNet's HTC, with all its masks, takes minutes
+LIKE_OTHERS = ("conditional_detr", "dab_detr", "rt_detr", "cbnet_htc")
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in sorted(DETECTORS)
+]
 
 
-@pytest.fixture(
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(DETECTORS)]
-)
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from aligndet.commands._runs import check_bounds, provenance
 from aligndet.data.images import ImageError, read_image
-from aligndet.data.views import geometric
+from aligndet.data.labelled import geometric
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings, skipped_lines

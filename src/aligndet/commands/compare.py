@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aligndet.commands._runs import provenance
+from aligndet.commands.cluster import cluster
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
@@ -21,9 +22,10 @@ from aligndet.commands.propose import propose
 from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, part_of, plan, summarise
 from aligndet.data.coco import build_dataset
 from aligndet.data.formats import load_labelled, read_labelled
-from aligndet.detectors.build import predicts_masks
+from aligndet.detectors.build import predicts_masks, shared_options, training_default, weights_format
 from aligndet.detectors.weights import MODULES, load_weights
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.proposals.clusters import clusters_file
 
 ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
     BASELINE: None,
@@ -75,7 +77,8 @@ def compare(
         images: Folder of the training images; by default looked for.
         val_images: Folder of the validation images.
         unlabelled: Folder of the images for pre-training; by default that of the training images.
-        proposals: Of these images; by default made by `aligndet propose`.
+        proposals: Of these images; by default made by `aligndet propose`. Clusters, for query-based
+            detectors, are made by `aligndet cluster` if there are none beside them.
         arms: "scratch" (neck and heads random, the trunk with its weights), "aligndet", "boxes-only" (no
             contrast), "contrast-only" (no box losses), "trunk-only" (the trunk of the pre-training; the
             same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export).
@@ -207,7 +210,12 @@ class _Bench:
                 labels = labels.with_suffix(".search.json")
             atomic_write(labels, json.dumps(train))
             if not (folder / "model" / "manifest.json").is_file():
-                decay = 1e-4 if self.finetuning.get("optimizer") == "sgd" else 0.05  # the same for all arms
+                # the same for all arms
+                sgd, kind = self.finetuning.get("optimizer") == "sgd", self.model["detector"]
+                decay = 1e-4 if sgd else training_default(kind, "weight_decay", 0.05)
+                given = self.pretraining.get("options") or {}
+                shared = {name: value for name, value in given.items() if name in shared_options(kind)}
+                options = shared | (self.finetuning.get("options") or {})
                 finetune(
                     labels,
                     images=self.images,
@@ -218,7 +226,7 @@ class _Bench:
                     seed=cell.seed,
                     learning_rate=rate,
                     resume=folder.is_dir(),
-                    **{"weight_decay": decay, **self.model, **self.finetuning},
+                    **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
                 )
             evaluate(folder / "model", measured[0], images=measured[1], output=folder / "result.json")
 
@@ -244,11 +252,22 @@ class _Bench:
         return folder
 
     def _proposed(self) -> Path:
-        if self.proposals is not None:
-            return self.proposals
-        folder = self.output / "proposals"
+        folder = self.proposals or self.output / "proposals"
+        kind, options = self.model["detector"], self.pretraining.get("options") or {}
         with locked(self.output / ".locks" / "proposals", wait=True):
-            propose(self.unlabelled, output=folder, masks=predicts_masks(self.model["detector"]))
+            if self.proposals is None:
+                propose(self.unlabelled, output=folder, masks=predicts_masks(kind))
+            wanted = weights_format(kind) == "transformers" and not options.get("objectness")
+            if wanted and not clusters_file(folder).is_file():
+                cluster(
+                    self.unlabelled,
+                    proposals=folder,
+                    min_size=max(self.pretraining.get("min_size", (800,))),
+                    max_size=self.pretraining.get("max_size", 1333),
+                    trunk=self.model["trunk"],
+                    trunk_weights=self.model["trunk_weights"],
+                    clusters=options.get("num_clusters", 256),
+                )
         return folder
 
 

@@ -140,12 +140,20 @@ class QueryPretraining(nn.Module):
             outputs = self.detector.run(images, labels)
         states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)
         embeddings = self.projection_head(states.flatten(0, 2)).unflatten(0, states.shape[:3]).flatten(1, 2)
-        layers = [*outputs.auxiliary_outputs[: len(states) - 1], outputs]
         stages = [
             BoxPredictions(embedding, self._proposal_ids(layer, labels))
-            for embedding, layer in zip(embeddings, layers, strict=True)
+            for embedding, layer in zip(embeddings, self._layers(outputs, len(states)), strict=True)
         ]
         return PretrainOutput(tuple(stages), self.detector.losses(outputs))
+
+    def _layers(self, outputs: Any, count: int) -> list[Any]:
+        """Class scores and boxes after each of the decoder's layers."""
+        if not self.family.from_encoder:
+            return [*outputs.auxiliary_outputs[: count - 1], outputs]
+        # D-FINE has one prediction more, from before its first refinement
+        logits = outputs.intermediate_logits.unbind(1)[-count:]
+        boxes = outputs.intermediate_reference_points.unbind(1)[-count:]
+        return [{"logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
 
     @torch.no_grad()
     def _proposal_ids(self, layer: Any, labels: list[dict[str, Tensor]]) -> Tensor:

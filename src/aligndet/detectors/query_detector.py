@@ -83,7 +83,7 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
 )
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
 RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
-D_FINE = Family(model="DFine", **_RT_DETR)
+D_FINE = RT_DETR._replace(model="DFine", layer_dim=0)
 
 _OURS = {
     *("backbone_config", "num_channels", "dilation", "freeze_backbone_batch_norms", "feat_strides"),

@@ -1,0 +1,93 @@
+"""Query-based detectors beside the contract: more proposals than queries, variants, queries copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aligndet.boxes import BACKGROUND
+from aligndet.detectors.build import DETECTORS, build_pretrainable, weights_format
+from aligndet.momentum import momentum_copy, update_momentum
+
+FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
+NAMES = [
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name in sorted(DETECTORS)
+    if weights_format(name) == "transformers"
+]
+IMAGES = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+
+
+def build(name: str, **options: Any) -> Any:
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
+    return build_pretrainable(name, trunk="resnet18", fpn_channels=32, options={**few, **options})
+
+
+def boxes(count: int) -> torch.Tensor:
+    corner = torch.rand(count, 2, generator=torch.Generator().manual_seed(4)) * 50
+    return torch.cat([corner, corner + 30], dim=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_proposals_than_queries(name: str) -> None:
+    adapter = build(name)
+    proposals = [boxes(30), boxes(5)]
+    output = adapter(IMAGES, proposals, [torch.arange(30), torch.arange(5)])
+    assert len(output.stages) == 3
+    for stage in output.stages:
+        ids = stage.proposal_ids.view(2, 12)
+        assert (ids[0] != BACKGROUND).all()  # every query has one of the thirty
+        assert len(set(ids[0].tolist())) == 12
+        assert set(ids[0].tolist()) <= set(range(30))
+        assert set(ids[1].tolist()) == {BACKGROUND, 30, 31, 32, 33, 34}
+    assert torch.stack(list(output.losses.values())).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_stands_for_the_proposal_that_it_predicts(name: str) -> None:
+    adapter = build(name, objectness=True)
+    config = adapter.detector.network.config
+    # a box costs all, so that the matching is known: the nearest box
+    for cost in ("class_cost", "giou_cost", "matcher_class_cost", "matcher_giou_cost"):
+        if hasattr(config, cost):
+            setattr(adapter.matcher, cost.removeprefix("matcher_"), 0.0)
+    predicted = torch.rand(1, 12, 4) * 0.4 + 0.3
+    wanted = torch.tensor([7, 2, 10])
+    layer = {"logits": torch.zeros(1, 12, 2), "pred_boxes": predicted}
+    labels = [{"boxes": predicted[0, wanted], "class_labels": torch.zeros(3, dtype=torch.int64)}]
+    ids = adapter._proposal_ids(layer, labels)
+    assert ids[wanted].tolist() == [0, 1, 2]
+    assert (ids == BACKGROUND).sum() == 9
+
+
+def test_the_plain_variant_needs_no_clusters() -> None:
+    adapter = build("detr", objectness=True)
+    assert adapter.needs == ()
+    assert build("detr").needs == ("clusters",)
+    assert adapter.detector.network.config.num_labels == 1
+    output = adapter(IMAGES, [boxes(3), boxes(0)])
+    assert set(output.losses) == {"ce", "bbox", "giou"}
+    assert set(output.stages[-1].proposal_ids.tolist()) == {BACKGROUND, 0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional_detr", "dab_detr", "deformable_detr"])
+def test_the_momentum_detector_has_the_online_queries(name: str) -> None:
+    adapter = build(name)
+    momentum: Any = momentum_copy(adapter, adapter.detector.backbone.body)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1.0)
+    update_momentum(adapter, momentum, 0.9, adapter.copied_parameters)
+    ours, theirs = dict(adapter.named_parameters()), dict(momentum.named_parameters())
+    assert adapter.copied_parameters
+    for copied in adapter.copied_parameters:
+        assert torch.equal(theirs[copied], ours[copied])
+    weight = "projection_head.hidden.weight"
+    torch.testing.assert_close(theirs[weight], ours[weight] - 0.9)
+
+
+def test_noise_rests_in_pretraining_alone() -> None:
+    adapter = build("rt_detr", num_denoising=50)
+    assert adapter.detector.network.config.num_denoising == 0
