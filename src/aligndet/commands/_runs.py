@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     "accelerator",
     "workers",
     "log_every",
+    "loggers",
 }
 
 _AT_LEAST = {

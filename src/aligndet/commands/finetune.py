@@ -20,7 +20,7 @@ from aligndet.detectors.weights import MODULES, initialise, load_weights, save_d
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
-from aligndet.trainer import RUN_SETTINGS, fit
+from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName, load_state
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
@@ -83,6 +83,7 @@ def finetune(
     seed: int = 0,
     checkpoint_every: int = 500,
     log_every: int = 10,
+    loggers: tuple[LoggerName, ...] = (),
     strict: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -145,6 +146,7 @@ def finetune(
         seed: Of new weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
+        loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.
         strict: A broken image or box is an error; by default it is skipped, counted and named.
         resume: Go on from the last checkpoint in output.
         overwrite: Throw away the run that is in output.

@@ -16,7 +16,7 @@ from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.files import accepts_strings
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.storage import read_proposals
-from aligndet.trainer import RUN_SETTINGS, fit
+from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName
 
 _EXPLANATION = """A run of `aligndet pretrain`.
@@ -68,6 +68,7 @@ def pretrain(
     seed: int = 0,
     checkpoint_every: int = 500,
     log_every: int = 10,
+    loggers: tuple[LoggerName, ...] = (),
     strict: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -125,6 +126,7 @@ def pretrain(
         seed: Of weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
+        loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.
         strict: A broken image is an error; by default it is skipped, counted and named.
         resume: Go on from the last checkpoint in output.
         overwrite: Throw away the run that is in output.
