@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
+
+settings.register_profile("quick", max_examples=15, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)  # make test-slow
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

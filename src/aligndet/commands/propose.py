@@ -22,7 +22,7 @@ from tqdm import tqdm
 from aligndet.commands._runs import check_bounds
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.data.images import ImageError, list_images, read_image, read_image_size
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
 from aligndet.proposals.filters import best_proposals, filter_boxes
@@ -138,7 +138,7 @@ def propose(
     with locked(folder):
         _check_folder(folder, parameters, overwrite)
         work = partial(
-            _propose_image,
+            propose_image,
             images,
             mode=mode,
             resolution=resolution,
@@ -203,7 +203,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _propose_image(
+def propose_image(
     folder: Path,
     name: str,
     *,
@@ -212,17 +212,32 @@ def _propose_image(
     filters: dict[str, Any],
     outlines: dict[str, Any] | None,
 ) -> ImageProposals:
+    """Finds the boxes of one image, and their masks if asked for.
+
+    Args:
+        folder: Of the images.
+        name: Of the file in it.
+        mode: Of selective search.
+        resolution: Longest side at which to run.
+        filters: Arguments of `filter_boxes`.
+        outlines: Arguments of `pseudo_masks`; None: no masks.
+
+    Returns:
+        The boxes, or why there are none.
+    """
     try:
-        image = read_image(folder / name).permute(1, 2, 0).numpy()
+        size = read_image_size(folder / name)
+        image = read_image(folder / name, long_side=resolution).permute(1, 2, 0).numpy()
     except ImageError as error:
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
-    height, width = image.shape[:2]
+    height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
     boxes = filter_boxes(boxes, width, height, **filters)
     masks = None
     if outlines is not None:
         masks = encode(pseudo_masks(image, boxes, resolution=resolution, **outlines)).counts
-    return ImageProposals(name, width, height, boxes, None, masks)
+    boxes = boxes * np.array([size[0] / width, size[1] / height] * 2, np.float32)
+    return ImageProposals(name, *size, boxes, None, masks)
 
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
