@@ -14,7 +14,7 @@ import torch
 
 from aligndet.cli import main
 from aligndet.commands.propose import propose
-from aligndet.proposals.storage import read_proposals, read_shard
+from aligndet.proposals.storage import read_proposals, read_shard, write_shard
 from aligndet.trainer import WholeCheckpointIO
 
 
@@ -53,11 +53,9 @@ def fill_before_second(function: Callable[..., Any], disk: Path) -> Callable[...
 
 
 def test_propose(disk: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aligndet.commands import propose as module
-
     output = disk / "proposals"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shard", fill_before_second(module.write_shard, disk))
+        patch.setattr("aligndet.commands.propose.write_shard", fill_before_second(write_shard, disk))
         with pytest.raises(OSError, match=r"No space left on device: '.*part-00001\.parquet'"):
             propose(sample / "val", output=output, workers=1, shard_size=2)
     assert len(read_shard(output / "part-00000.parquet")) == 2

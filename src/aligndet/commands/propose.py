@@ -174,7 +174,8 @@ def propose(
         summary = _summarise(output, rows, images, annotations)
         if as_json:
             write_coco(output, rows)
-            for path in (*paths, folder / "manifest.json", folder / "README.txt", folder / ".lock"):
+            left = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
+            for path in (*paths, *left, *folder.glob(".*.partial")):
                 path.unlink(missing_ok=True)
         else:
             counts = {
@@ -242,7 +243,7 @@ def propose_image(
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
     manifest = folder / "manifest.json"
-    used = [path for path in folder.iterdir() if path.name != ".lock"]
+    used = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if overwrite and manifest.is_file():
         for path in [*folder.glob("part-*.parquet"), manifest]:
             path.unlink()
@@ -259,8 +260,9 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
         return
     elif used:
         raise ValueError(f"{folder}: holds {used[0].name!r} and no proposals; give another output")
-    atomic_write(folder / "README.txt", _EXPLANATION)
+    # the manifest first: a folder without it is taken for somebody else's
     _write_manifest(folder, parameters, "in progress", {})
+    atomic_write(folder / "README.txt", _EXPLANATION)
 
 
 def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, counts: dict[str, Any]) -> None:

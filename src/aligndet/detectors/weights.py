@@ -5,13 +5,12 @@ detectors.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from aligndet.boxes import PretrainableDetector
@@ -106,12 +105,8 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
         state: Named tensors.
         manifest: What JSON can hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".model.safetensors.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(folder / "model.safetensors")
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    atomic_write(folder / "model.safetensors", content)
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
