@@ -23,6 +23,7 @@ test: lint types ## lint, types and the fast tests
 
 test-slow: install ## the tests that take minutes
 	$(RUN)pytest -m slow --durations=8
+	$(RUN)pytest tests/test_fuzz.py --hypothesis-profile thorough
 
 lint: install ## style, and that imports point down only
 	$(RUN)ruff check .

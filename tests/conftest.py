@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
@@ -14,6 +15,9 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _PROCESSES > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+settings.register_profile("quick", max_examples=15, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)  # make test-slow
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from functools import wraps
 from inspect import signature
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -55,26 +55,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Writes a file under another name, flushes it to disk, and only then renames it.
+
+    Args:
+        path: Of the file; its folder is made if need be.
+
+    Yields:
+        The file to write to.
+
+    Raises:
+        OSError: Naming the file, if the disk is full or the folder not writable; the former file, if any, is
+            intact then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Writes a file whole or not at all.
 
     Args:
         path: Of the file; its folder is made if need be.
         content: Text is written as UTF-8.
 
     Raises:
-        OSError: If the disk is full or the folder not writable; the former file, if any, is intact then.
+        OSError: As of `whole_file`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from aligndet.data.labelled import ValidationDataset, collate_readable
-from aligndet.files import skipped_lines
+from aligndet.files import skipped_lines, whole_file
 from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
@@ -298,14 +298,5 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Saves whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(Path(path)) as file:
+            torch.save(checkpoint, file)

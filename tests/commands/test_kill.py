@@ -141,3 +141,64 @@ def test_propose(sample: Path, tmp_path: Path) -> None:
     assert ours.file_names == theirs.file_names
     np.testing.assert_array_equal(ours.boxes, theirs.boxes)
     np.testing.assert_array_equal(ours.offsets, theirs.offsets)
+
+
+def random_kills(command: list[str], output: Path, seed: int, seconds: float, *resume: str) -> int:
+    """Kills a run at random moments until it ends by itself; returns how often it was killed."""
+    rng, kills = np.random.default_rng(seed), 0
+    while True:
+        process = start(*command, f"--output={output}", *(resume if (output / "run.json").is_file() else ()))
+        try:
+            # longer from time to time: a run has to get past its first checkpoint to get on at all
+            _, errors = process.communicate(timeout=rng.uniform(0, seconds) * 1.5**kills)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors.decode()
+        return kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["propose", "pretrain", "pretrain-backbone", "finetune", "compare"])
+def test_random_moments(name: str, seed: int, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    images, labels = (
+        str(sample / "train"),
+        [str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}"],
+    )
+    small = ["--batch_size=2", "--checkpoint_every=2", "--workers=0", "--warmup_steps=1", "--accelerator=cpu"]
+    small += ["--min_size=[64,96]", "--max_size=128"]
+    commands = {
+        "propose": [images, "--shard-size=2", "--workers=1"],
+        "pretrain": [images, f"--proposals={proposals}", *SMALL],
+        "pretrain-backbone": [
+            *(images, "--trunk=resnet18", "--crop-size=32", "--batch-size=4", "--steps=15"),
+            *("--checkpoint-every=3", "--workers=0", "--accelerator=cpu"),
+        ],
+        "finetune": [*labels, *SMALL],
+        "compare": [
+            *(*labels, f"--proposals={proposals}", "--fractions=[1.0]", "--seeds=[0]", "--steps=[4]"),
+            *("--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--pretraining.steps=4"),
+            *(
+                option.replace("--", f"--{stage}.")
+                for stage in ("pretraining", "finetuning")
+                for option in small
+            ),
+        ],
+    }
+    command = [name, *commands[name]]
+    begun = time.monotonic()
+    finish(*command, f"--output={tmp_path / 'whole'}")
+    resume = [] if name in ("propose", "compare") else ["--resume"]
+    random_kills(command, tmp_path / "killed", seed, time.monotonic() - begun, *resume)
+    whole = sorted((tmp_path / "whole").rglob("model.safetensors"))
+    for path in whole:
+        assert_same_weights(path.parent, tmp_path / "killed" / path.parent.relative_to(tmp_path / "whole"))
+    if name == "propose":
+        ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(tmp_path / "killed")
+        assert ours.file_names == theirs.file_names
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+    else:
+        assert whole

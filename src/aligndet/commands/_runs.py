@@ -110,8 +110,9 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 " or another output"
             )
         if first:
-            atomic_write(output / "README.txt", explanation)
+            # the record first: a folder without it is taken for somebody else's
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
+            atomic_write(output / "README.txt", explanation)
         yield checkpoint if settings["resume"] and checkpoint.is_file() else None
 
 

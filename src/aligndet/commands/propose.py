@@ -22,7 +22,7 @@ from tqdm import tqdm
 from aligndet.commands._runs import check_bounds
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.data.images import ImageError, list_images, read_image, read_image_size
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 from aligndet.proposals.clusters import clusters_file
@@ -139,7 +139,7 @@ def propose(
     with locked(folder):
         _check_folder(folder, parameters, overwrite)
         work = partial(
-            _propose_image,
+            propose_image,
             images,
             mode=mode,
             resolution=resolution,
@@ -175,7 +175,8 @@ def propose(
         summary = _summarise(output, rows, images, annotations)
         if as_json:
             write_coco(output, rows)
-            for path in (*paths, folder / "manifest.json", folder / "README.txt", folder / ".lock"):
+            left = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
+            for path in (*paths, *left, *folder.glob(".*.partial")):
                 path.unlink(missing_ok=True)
         else:
             counts = {
@@ -204,7 +205,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _propose_image(
+def propose_image(
     folder: Path,
     name: str,
     *,
@@ -213,22 +214,37 @@ def _propose_image(
     filters: dict[str, Any],
     outlines: dict[str, Any] | None,
 ) -> ImageProposals:
+    """Finds the boxes of one image, and their masks if asked for.
+
+    Args:
+        folder: Of the images.
+        name: Of the file in it.
+        mode: Of selective search.
+        resolution: Longest side at which to run.
+        filters: Arguments of `filter_boxes`.
+        outlines: Arguments of `pseudo_masks`; None: no masks.
+
+    Returns:
+        The boxes, or why there are none.
+    """
     try:
-        image = read_image(folder / name).permute(1, 2, 0).numpy()
+        size = read_image_size(folder / name)
+        image = read_image(folder / name, long_side=resolution).permute(1, 2, 0).numpy()
     except ImageError as error:
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
-    height, width = image.shape[:2]
+    height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
     boxes = filter_boxes(boxes, width, height, **filters)
     masks = None
     if outlines is not None:
         masks = encode(pseudo_masks(image, boxes, resolution=resolution, **outlines)).counts
-    return ImageProposals(name, width, height, boxes, None, masks)
+    boxes = boxes * np.array([size[0] / width, size[1] / height] * 2, np.float32)
+    return ImageProposals(name, *size, boxes, None, masks)
 
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
     manifest = folder / "manifest.json"
-    used = [path for path in folder.iterdir() if path.name != ".lock"]
+    used = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if overwrite and manifest.is_file():
         for path in [*folder.glob("part-*.parquet"), manifest, clusters_file(folder)]:
             path.unlink(missing_ok=True)
@@ -245,8 +261,9 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
         return
     elif used:
         raise ValueError(f"{folder}: holds {used[0].name!r} and no proposals; give another output")
-    atomic_write(folder / "README.txt", _EXPLANATION)
+    # the manifest first: a folder without it is taken for somebody else's
     _write_manifest(folder, parameters, "in progress", {})
+    atomic_write(folder / "README.txt", _EXPLANATION)
 
 
 def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, counts: dict[str, Any]) -> None:

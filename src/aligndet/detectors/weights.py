@@ -5,13 +5,12 @@ detectors.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from aligndet.boxes import PretrainableDetector
@@ -134,8 +133,6 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
         state: Named tensors.
         manifest: What JSON can hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".model.safetensors.partial"
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in state.items():
@@ -143,10 +140,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
         # the format has no two names for one place in memory (heads that layers share)
         tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
-    save_file(tensors, partial, metadata={"format": "pt"})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(folder / "model.safetensors")
+    atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 

@@ -1,0 +1,230 @@
+"""Whatever comes in: no crash, no NaN, ids in range, boxes inside, and broken files named.
+
+`make test-slow` runs many more examples of each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from aligndet.boxes import BACKGROUND
+from aligndet.data.coco import read_coco
+from aligndet.data.images import read_image, read_image_size
+from aligndet.data.labelled import LabelledDataset
+from aligndet.data.views import TwoViewDataset
+from aligndet.data.voc import load_voc
+from aligndet.data.yolo import load_yolo
+from aligndet.detectors.build import build_pretrainable
+from aligndet.detectors.reading import read_tensors
+from aligndet.files import read_json
+from aligndet.losses import box_contrastive_loss
+from aligndet.proposals.storage import ImageProposals, ProposalTable, clean, read_proposals, write_shard
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn of what is broken
+
+NUMBERS = st.floats(width=32) | st.sampled_from([0.0, -1.0, 1.0, 1e9, 63.999, 64.0])
+
+
+@st.composite
+def rows(draw: st.DrawFn, most: int = 6) -> ImageProposals:
+    """An image's size and any boxes at all, cleaned as every reader cleans them."""
+    width, height = draw(st.integers(8, 150)), draw(st.integers(8, 150))
+    boxes = draw(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS), max_size=most))
+    inside = draw(st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4), max_size=most))
+    scaled = [[a * width, b * height, c * width, d * height] for a, b, c, d in inside]
+    found = np.array([*boxes, *scaled], np.float32).reshape(-1, 4)
+    return ImageProposals("image.png", width, height, clean(found, width, height))
+
+
+def assert_inside(boxes: torch.Tensor, image: torch.Tensor) -> None:
+    height, width = image.shape[1:]
+    assert boxes.isfinite().all()
+    assert (boxes >= -1e-3).all()
+    assert (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@given(row=rows(), seed=st.integers(0, 2**63), most=st.integers(1, 8), longest=st.integers(64, 300))
+def test_views(folder: Path, row: ImageProposals, seed: int, most: int, longest: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (row.height, row.width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")
+    table = ProposalTable.of([row])
+    item = TwoViewDataset(folder, table, min_size=(32, 64), max_size=longest, max_proposals=most)[0, seed]
+    for view in (item.online, item.momentum):
+        assert view.image.dtype == torch.uint8
+        assert max(view.image.shape[1:]) <= longest
+        assert view.proposals.shape == (min(most, len(row.boxes)), 4)
+        assert_inside(view.proposals, view.image)
+
+
+@given(row=rows(), seed=st.integers(0, 2**63))
+def test_labelled_images(folder: Path, row: ImageProposals, seed: int) -> None:
+    Image.new("RGB", (row.width, row.height)).save(folder / "image.png")
+    boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in row.boxes.astype(float).tolist()]
+    document = {
+        "images": [{"id": 1, "file_name": "image.png", "width": row.width, "height": row.height}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 7, "bbox": box} for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 7, "name": "thing"}],
+    }
+    (folder / "labels.json").write_text(json.dumps(document))
+    coco = read_coco(folder / "labels.json", folder)
+    item = LabelledDataset(coco, min_size=(32, 64), max_size=300)[0, seed]
+    assert len(item.labels) == len(item.boxes)
+    assert (item.labels == 1).all()
+    assert_inside(item.boxes, item.image)
+
+
+@pytest.fixture(
+    scope="module", params=["fcos", "faster_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)]
+)
+def adapter(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    built: Any = build_pretrainable(request.param, trunk="resnet18", trunk_weights="none", fpn_channels=64)
+    built.train()
+    built.detector.backbone.body.requires_grad_(False).eval()  # as in pre-training
+    return built
+
+
+@given(batch=st.lists(rows(3), min_size=1, max_size=2), seed=st.integers(0, 2**31))
+@settings(max_examples=settings().max_examples // 3, suppress_health_check=[HealthCheck.too_slow])
+def test_adapters_and_loss(adapter: Any, batch: list[ImageProposals], seed: int) -> None:
+    torch.manual_seed(seed)
+    images = [torch.rand(3, max(32, row.height), max(32, row.width)) for row in batch]
+    proposals = [torch.from_numpy(row.boxes) for row in batch]
+    total = sum(map(len, proposals))
+    output = adapter(images=images, proposals=proposals)
+    with torch.no_grad():
+        keys = adapter(images=images, proposals=proposals)
+    assert output.losses
+    for name, loss in output.losses.items():
+        assert loss.isfinite(), name
+    for online, momentum in zip(output.stages, keys.stages, strict=True):
+        assert online.embeddings.isfinite().all()
+        assert len(online.embeddings) == len(online.proposal_ids)
+        assert ((online.proposal_ids >= BACKGROUND) & (online.proposal_ids < total)).all()
+        assert box_contrastive_loss(online, momentum, 0.5).isfinite()
+
+
+def picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(buffer, kind, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def parquet(folder: Path) -> bytes:
+    boxes = np.array([[0, 0, 20, 20], [5, 5, 30, 20]], np.float32)
+    write_shard(folder / "valid.parquet", [ImageProposals(f"{i}.png", 32, 24, boxes) for i in range(3)])
+    return (folder / "valid.parquet").read_bytes()
+
+
+def labels() -> bytes:
+    document = {
+        "images": [{"id": 1, "file_name": "image.png", "width": 32, "height": 24}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 12], "area": 120, "iscrowd": 0}
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    return json.dumps(document).encode()
+
+
+def voc() -> bytes:
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>12</ymax></bndbox>"
+    item = f"<object><name>thing</name><difficult>0</difficult>{box}</object>"
+    return f"<annotation><filename>image.png</filename>{item}</annotation>".encode()
+
+
+def torch_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {"conv1.weight": torch.ones(2, 3)}, "epoch": 3}, buffer)
+    return buffer.getvalue()
+
+
+def read_images(path: Path) -> None:
+    read_image(path)
+    read_image_size(path)
+
+
+TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3)}
+PICKLE = {"model": {"conv1.weight": np.ones((2, 3), np.float32)}, "lr": 0.1}
+FILES: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any]]] = {
+    "a.jpg": (lambda _: picture("JPEG"), read_images),
+    "a.png": (lambda _: picture("PNG"), read_images),
+    "a.webp": (lambda _: picture("WEBP"), read_images),
+    "a.tif": (lambda _: picture("TIFF"), read_images),
+    "a.parquet": (parquet, read_proposals),
+    "proposals.json": (lambda _: labels(), read_proposals),
+    "coco.json": (lambda _: labels(), lambda path: read_coco(path, path.parent)),
+    "run.json": (lambda _: labels(), read_json),
+    "data.yaml": (lambda _: b"path: .\ntrain: images\nnames: {0: thing, 1: other}\n", load_yolo),
+    "xml/image.xml": (lambda _: voc(), lambda path: load_voc(path.parent)),
+    "a.safetensors": (lambda _: save(TENSORS), read_tensors),
+    "a.pth": (lambda _: torch_file(), read_tensors),
+    "a.pkl": (lambda _: pickle.dumps(PICKLE), read_tensors),
+}
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Bytes that are changed, a piece that is cut out or doubled, or an early end."""
+    places = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4))
+    start, end, times = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.sampled_from([0, 1, 1, 2]))
+
+    def apply(content: bytes) -> bytes:
+        changed = bytearray(content)
+        for place, value in places:
+            changed[int(place * (len(changed) - 1))] = value
+        first, last = sorted((int(start * len(changed)), int(end * len(changed))))
+        return bytes(changed[:first] + changed[first:last] * times + changed[last:])
+
+    return apply
+
+
+class Named(Exception):
+    """An error of the right kind whose message names the file."""
+
+
+@pytest.mark.parametrize("name", list(FILES))
+@given(broken=damage())
+def test_broken_files_are_named(folder: Path, name: str, broken: Callable[[bytes], bytes]) -> None:
+    make, read = FILES[name]
+    path = folder / "files" / name
+    (folder / "files" / "images").mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    for place in (path.parent, folder / "files" / "images"):
+        Image.new("RGB", (32, 24)).save(place / "image.png")
+    read_valid = make(folder)
+    path.write_bytes(read_valid)
+    read(path)  # what is in order is read
+    path.write_bytes(broken(read_valid))
+    with suppress(Named):
+        try:
+            read(path)
+        except ValueError as error:  # of which ImageError is one
+            if path.name in str(error) or path.parent.name in str(error):
+                raise Named from error
+            raise
