@@ -77,7 +77,7 @@ def test_one_step_of_each_stage(name: str, sample: Path, proposals: Path, tmp_pa
     trunk = "resnet18" if "trunk" in RECIPES[name]["pretrain"] else "mobilenetv3_small_050"
     if RECIPES[name]["pretrain"]["detector"] == "detr":
         proposals = Path(shutil.copytree(proposals, tmp_path / "clustered"))
-        small = {"trunk": trunk, "trunk_weights": "none", "min_size": 64, "max_size": 96}
+        small: dict[str, Any] = {"trunk": trunk, "trunk_weights": "none", "min_size": 64, "max_size": 96}
         aligndet.cluster(sample / "train", proposals=proposals, clusters=4, **small)
     images = [str(sample / "train"), f"--proposals={proposals}"]
     cli.run("pretrain", [*images, f"--output={run}", recipe, *TINY, f"--trunk={trunk}", "--fpn-channels=64"])
