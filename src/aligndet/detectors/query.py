@@ -19,6 +19,12 @@ from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import (
+    QueryDetector,
+    QueryTrunk,
+    build_query_trunk,
+    relative_targets,
+)
+from aligndet.detectors.query_families import (
     CONDITIONAL_DETR,
     D_FINE,
     DAB_DETR,
@@ -27,11 +33,7 @@ from aligndet.detectors.query_detector import (
     RT_DETR,
     RT_DETR_V2,
     Family,
-    QueryDetector,
-    QueryTrunk,
-    build_query_trunk,
     from_transformers,
-    relative_targets,
     settings_of,
 )
 

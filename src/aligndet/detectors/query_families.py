@@ -1,0 +1,106 @@
+"""The query-based detectors of transformers, and what each does differently from the others."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """What one kind of query-based detector does differently."""
+
+    model: str  # transformers' classes begin with it: DetrConfig, DetrForObjectDetection
+    processor: str  # likewise its image processor, which may be another family's
+    matcher: str  # class below transformers
+    losses: dict[str, str | None]  # begin of a loss's name: the setting that is its weight; None: weighted
+    strides: tuple[int, ...]  # of the trunk's maps
+    width: tuple[str, ...]  # settings that hold the width of everything above the trunk
+    class_layers: tuple[str, ...]  # what depends on the number of classes
+    queries: tuple[str, ...] = ()  # learned query embeddings
+    layer_dim: int = 0  # of the decoder's stacked states, where the layers are
+    square: bool = False  # made for square images, without masks of the padding
+    from_encoder: bool = False  # queries are the encoder's best places
+
+
+_DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
+_DEFORMABLE_MATCHER = "loss.loss_deformable_detr.DeformableDetrHungarianMatcher"
+_RT_DETR: dict[str, Any] = {
+    "processor": "RTDetr",
+    "matcher": "loss.loss_rt_detr.RTDetrHungarianMatcher",
+    "losses": dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")),
+    "strides": (8, 16, 32),
+    "width": ("d_model", "encoder_hidden_dim"),
+    "class_layers": (
+        *("class_embed", "model.decoder.class_embed", "model.enc_score_head"),
+        "model.denoising_class_embed",
+    ),
+    "layer_dim": 1,
+    "square": True,
+    "from_encoder": True,
+}
+
+DETR = Family(
+    model="Detr",
+    processor="Detr",
+    matcher="loss.loss_for_object_detection.HungarianMatcher",
+    losses=_DETR_LOSSES,
+    strides=(32,),
+    width=("d_model",),
+    class_layers=("class_labels_classifier",),
+    queries=("model.query_position_embeddings.weight",),
+)
+CONDITIONAL_DETR = DETR._replace(
+    model="ConditionalDetr", processor="ConditionalDetr", matcher=_DEFORMABLE_MATCHER
+)
+DAB_DETR = CONDITIONAL_DETR._replace(
+    model="DabDetr",
+    width=("hidden_size",),
+    class_layers=("class_embed",),
+    queries=("model.query_refpoint_embeddings.weight",),
+)
+DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
+    model="DeformableDetr",
+    processor="DeformableDetr",
+    strides=(8, 16, 32),
+    class_layers=("class_embed", "model.decoder.class_embed"),
+    layer_dim=1,
+)
+RT_DETR = Family(model="RTDetr", **_RT_DETR)
+RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
+D_FINE = RT_DETR._replace(model="DFine", layer_dim=0)
+
+_OURS = {
+    *("backbone_config", "num_channels", "dilation", "freeze_backbone_batch_norms", "feat_strides"),
+    *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
+    *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
+}
+"""Settings of transformers that follow from the trunk, the images or the task."""
+
+
+def from_transformers(name: str) -> Any:
+    """A class or function of transformers, which is imported only now.
+
+    Args:
+        name: Below ``transformers``.
+
+    Raises:
+        ValueError: If transformers is not installed.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(f"transformers.{module}" if module else "transformers"), attribute)
+    except ImportError as error:
+        raise ValueError(
+            f'query-based detectors need transformers: pip install "aligndet[detr]" ({error})'
+        ) from error
+
+
+def settings_of(family: Family) -> frozenset[str]:
+    """The settings of a family's configuration that may be chosen, by transformers' names.
+
+    Args:
+        family: Of the detector.
+    """
+    config = from_transformers(f"{family.model}Config")
+    chosen = {name for name in config.__annotations__ if not name.startswith("_")}
+    return frozenset(chosen - _OURS - set(family.width) - set(config.attribute_map))
