@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import supervision as sv
 import torch
 from torch import Tensor
 
@@ -63,8 +64,28 @@ def test_classes_of_a_coco_json_are_those_of_the_largest_box(sample: Path) -> No
     order = sorted(category["id"] for category in document["categories"])
     for image in document["images"]:
         boxes = [a for a in document["annotations"] if a["image_id"] == image["id"]]
-        largest = max(boxes, key=lambda a: a["area"])
+        largest = max(boxes, key=lambda a: a["bbox"][2] * a["bbox"][3])
         assert classes[image["file_name"]] == order.index(largest["category_id"])
+
+
+def test_classes_of_voc_and_yolo_are_those_of_coco(sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    for entry in document["annotations"]:  # supervision would write the boxes of outlines
+        del entry["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    theirs = sv.DetectionDataset.from_coco(str(sample / "train"), str(tmp_path / "boxes.json"))
+    theirs.as_pascal_voc(str(tmp_path / "voc" / "JPEGImages"), str(tmp_path / "voc" / "Annotations"))
+    yolo = tmp_path / "yolo"
+    theirs.as_yolo(str(yolo / "images"), str(yolo / "labels"), str(yolo / "data.yaml"))
+    names = list_images(sample / "train")
+    wanted = read_classes(str(sample / "train.json"), sample / "train", names, strict=True)
+    together = [(name, other) for name in wanted for other in wanted]
+    for labels, images in ((tmp_path / "voc", tmp_path / "voc" / "JPEGImages"), (yolo, yolo / "images")):
+        found = read_classes(str(labels), images, names, strict=True)
+        assert set(found) == set(wanted)
+        # each format has an order of classes of its own
+        same = [(found[a] == found[b]) == (wanted[a] == wanted[b]) for a, b in together]
+        assert all(same)
 
 
 def test_classes_of_folders() -> None:

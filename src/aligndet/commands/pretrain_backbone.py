@@ -88,8 +88,8 @@ def pretrain_backbone(
         trunk_weights: To start from: "none", "default" (ImageNet, downloaded), "bundled", or a file (see
             `aligndet pretrain --help`).
         method: "simsiam", or "moco" (version 2), which does with smaller batches.
-        labels: Only to look at, not to learn from: a COCO JSON (an image's class is that of its largest box)
-            or "folders" (the first sub-folder is the class).
+        labels: Only to look at, not to learn from: COCO JSON, PASCAL VOC or YOLO (an image's class is that of
+            its largest box), or "folders" (the first sub-folder is the class).
         crop_size: Side of the square crops.
         min_scale: Smallest share of the image's area in a crop; raise it where objects are large.
         steps: Length of the run in optimizer steps; takes the place of epochs.

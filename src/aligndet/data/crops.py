@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import first_readable, read_image
 
 
@@ -105,7 +106,8 @@ def read_classes(labels: str, folder: Path, file_names: Sequence[str], *, strict
     """Finds a class for each image that has one.
 
     Args:
-        labels: "folders" (the first sub-folder is the class) or a COCO JSON (the class of the largest box).
+        labels: "folders" (the first sub-folder is the class), or COCO, PASCAL VOC or YOLO (the class of the
+            largest box).
         folder: Of the images.
         file_names: Relative to it.
         strict: A broken box is an error.
@@ -121,9 +123,13 @@ def read_classes(labels: str, folder: Path, file_names: Sequence[str], *, strict
         numbers = {folder: number for number, folder in enumerate(sorted(set(named.values())))}
         found = {name: numbers[folder] for name, folder in named.items()}
     else:
-        coco = read_coco(Path(labels), folder, strict=strict)
-        boxed = zip(coco.file_names, coco.areas, coco.labels, strict=True)
-        found = {name: int(c[areas.argmax()]) - 1 for name, areas, c in boxed if len(areas)}
+        coco = read_labelled(Path(labels), folder, split="train", strict=strict)
+        boxed = zip(coco.file_names, coco.boxes, coco.labels, strict=True)
+        found = {
+            name: int(c[int(box_area(torch.from_numpy(boxes)).argmax())]) - 1
+            for name, boxes, c in boxed
+            if len(boxes)
+        }
         found = {name: found[name] for name in file_names if name in found}
     if len(found) < 4 or len(set(found.values())) < 2:
         raise ValueError(
