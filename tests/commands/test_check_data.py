@@ -31,7 +31,10 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
     shutil.copyfile(data / "train" / names[1], data / "train" / names[2])
     mine = [a for a in document["annotations"] if a["image_id"] == document["images"][3]["id"]]
     mine[0]["bbox"] = [-20, 4, 60, 20]
+    mine[0]["segmentation"] = [[-20, 4, 40, 4, 40, 24, -20, 24]]
     mine[1]["bbox"] = [5, 5, 0, 9]
+    document["annotations"].append({**mine[2], "category_id": mine[0]["category_id"]})
+    document["images"].append({**document["images"][5], "file_name": names[4]})
     (data / "train.json").write_text(json.dumps(document))
     arguments = ["--output", str(tmp_path / "r.json"), "--fix", str(tmp_path / "fixed")]
     assert cli.main(["check-data", str(data / "train.json"), *arguments]) == 1
@@ -42,10 +45,16 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
         "duplicate image": 1,
         "box out of bounds": 1,
         "empty box": 1,
+        "duplicate id": 2,
     }
     assert names[0] in problems["broken image"][0]
     fixed = read_coco(tmp_path / "fixed" / "train.json", strict=True)
     assert fixed.file_names == names[1:]
     assert fixed.boxes[2][0].tolist() == [0, 4, 40, 24]
+    assert len(fixed.boxes[2]) == len(mine)  # one was empty, one is there twice
+    outlines = [
+        a["segmentation"] for a in json.loads((tmp_path / "fixed" / "train.json").read_text())["annotations"]
+    ]
+    assert [[0, 4, 40, 4, 40, 24, 0, 24]] in outlines
     with pytest.raises(ValueError, match="not empty"):
         check_data(data / "train.json", fix=tmp_path / "fixed")

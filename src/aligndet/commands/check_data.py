@@ -98,8 +98,11 @@ def _write(
     with locked(folder):
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ValueError(f"{folder}: is not empty; give a new folder")
-        entries = []
+        first: dict[int, dict[str, Any]] = {}
         for entry in labels.content["images"]:
+            first.setdefault(entry["id"], entry)
+        entries = []
+        for entry in first.values():
             if entry["id"] in sizes:
                 target = folder / "train" / entry["file_name"]
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -26,14 +27,20 @@ def check_images(labels: Document, source: Path) -> tuple[dict[int, tuple[int, i
         source: What it was read from, for the messages.
 
     Returns:
-        Width and height of the readable images by id, the problems, and the number of exact duplicates.
+        Width and height of the readable images by id (the first image of an id), the problems, and the number
+        of exact duplicates.
     """
     sizes: dict[int, tuple[int, int]] = {}
+    ids: set[int] = set()
     findings: list[Finding] = []
     seen: dict[str, str] = {}
     duplicates = 0
     for entry in labels.content["images"]:
         name = safe_name(entry["file_name"], source)
+        if entry["id"] in ids:
+            findings.append(("duplicate id", f"{name}: image id {entry['id']} is another image's"))
+            continue
+        ids.add(entry["id"])
         try:
             height, width = read_image(labels.folder / name).shape[1:]
         except ImageError as error:
@@ -61,17 +68,23 @@ def check_boxes(
         sizes: Of the readable images, by id.
 
     Returns:
-        The annotations that can be used, clipped to their images, and the problems.
+        The annotations that can be used, clipped to their images and with an id for each, and the problems.
     """
     names = {entry["id"]: entry["file_name"] for entry in labels.content["images"]}
     categories = {entry["id"] for entry in labels.content["categories"]}
     kept: list[dict[str, Any]] = []
     findings: list[Finding] = []
+    ids: set[int] = set()
+    unused = itertools.count(1 + max((entry["id"] for entry in labels.content["annotations"]), default=0))
     for entry in labels.content["annotations"]:
         where = f"annotation {entry['id']} of {names.get(entry['image_id'], entry['image_id'])}"
         if entry["image_id"] not in names or entry["category_id"] not in categories:
             findings.append(("unknown image or class", where))
             continue
+        if entry["id"] in ids:
+            findings.append(("duplicate id", f"{where}: the id is another annotation's"))
+            entry = {**entry, "id": next(unused)}
+        ids.add(entry["id"])
         if entry["image_id"] not in sizes:
             continue
         box, note = clip_box(entry["bbox"], *sizes[entry["image_id"]])
@@ -80,9 +93,19 @@ def check_boxes(
             findings.append((kind, f"{where}: {note}"))
         if box is not None:
             left, top, right, bottom = box
-            fixed = {**entry, "bbox": [left, top, right - left, bottom - top]} if note else entry
-            kept.append(fixed)
+            fixed = {**entry, "bbox": [left, top, right - left, bottom - top]}
+            if isinstance(entry.get("segmentation"), list):  # outlines; run lengths cannot reach beyond
+                fixed["segmentation"] = _clip_outlines(entry["segmentation"], *sizes[entry["image_id"]])
+            kept.append(fixed if note else entry)
     return kept, findings
+
+
+def _clip_outlines(outlines: list[list[float]], width: int, height: int) -> list[list[float]]:
+    """Moves what lies beyond the image to its edge."""
+    return [
+        [min(max(value, 0), (width, height)[place % 2]) for place, value in enumerate(outline)]
+        for outline in outlines
+    ]
 
 
 def statistics(
