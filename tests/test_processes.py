@@ -50,7 +50,7 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, tmp_path: P
     assert len(curve(tmp_path / "two")) == 4
 
 
-@pytest.mark.parametrize("method", ["simsiam", "moco"])
+@pytest.mark.parametrize("method", ["simsiam", pytest.param("moco", marks=pytest.mark.slow)])
 def test_two_processes_pretrain_a_trunk(method: str, sample: Path, tmp_path: Path) -> None:
     command = [
         *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),

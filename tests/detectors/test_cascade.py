@@ -110,7 +110,10 @@ def test_mask_features_flow_from_stage_to_stage() -> None:
 
 def test_htc_learns_to_detect() -> None:
     torch.manual_seed(3)
-    model: Any = build_detector("htc", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96)
+    few = {"box_batch_size_per_image": 64, "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200}
+    model: Any = build_detector(
+        "htc", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, options=few
+    )
     image = torch.rand(3, 96, 128) * 0.2
     image[:, 16:72, 8:64] += 0.7
     target = {**targets()[1]}
