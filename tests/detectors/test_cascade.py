@@ -108,6 +108,7 @@ def test_mask_features_flow_from_stage_to_stage() -> None:
     torch.testing.assert_close(found, [first, second, third])
 
 
+@pytest.mark.slow
 def test_htc_learns_to_detect() -> None:
     torch.manual_seed(3)
     few = {"box_batch_size_per_image": 64, "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200}
