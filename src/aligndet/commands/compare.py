@@ -89,7 +89,7 @@ def compare(
         learning_rates: Of fine-tuning. Of several, each arm takes its own best, for each fraction and budget:
             on the first seed and fold, a fifth of the labels is held out and chooses; the validation images
             have no part in it. With few labels this choice is noisy.
-        detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
+        detector: By name, as in `aligndet finetune`.
         trunk: By name, as in `aligndet finetune`.
         trunk_weights: Of the trunk, for all arms.
         fpn_channels: Width of the feature pyramid.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from aligndet.data.coco import Category
-from aligndet.evaluation.details import Details
+from aligndet.evaluation.details import Details, without_nan
 from aligndet.evaluation.inference import binary_masks
 
 FIGURES = {
@@ -45,10 +45,10 @@ class CocoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, what JSON can hold; nan becomes None."""
-        result: dict[str, Any] = _known(self.figures)
-        result["AP_by_class"] = _known(self.ap_by_class)
+        result: dict[str, Any] = without_nan(self.figures)
+        result["AP_by_class"] = without_nan(self.ap_by_class)
         if self.mask_ap_by_class is not None:
-            result["mask_AP_by_class"] = _known(self.mask_ap_by_class)
+            result["mask_AP_by_class"] = without_nan(self.mask_ap_by_class)
         if self.details is not None:
             result["details"] = self.details.to_dict()
         return {**result, "images": self.images}
@@ -163,7 +163,3 @@ def _figures(result: dict[str, Tensor], prefix: str, name: str) -> dict[str, flo
 
 def _figure(value: Tensor) -> float:
     return float(value) if float(value) >= 0 else float("nan")  # -1 stands for "nothing to measure"
-
-
-def _known(figures: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if value != value else value for name, value in figures.items()}

@@ -43,7 +43,7 @@ class Details:
         names = [*self.by_class, "background"]
         confusion = {"names": names, "rows": "objects", "columns": "boxes", "counts": self.confusion.tolist()}
         curves = {"score": _SCORES.round(2).tolist(), **self.curves}
-        return _known({**plain, "confusion": confusion, "curves": curves})
+        return without_nan({**plain, "confusion": confusion, "curves": curves})
 
     def table(self) -> str:
         """The figures in percent, as text, with the ten classes most often taken for another."""
@@ -202,9 +202,17 @@ def _ap50(matches: Matches) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _known(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Makes figures what JSON can hold.
+
+    Args:
+        value: Numbers in any nesting of dicts and lists.
+
+    Returns:
+        A copy with None for nan.
+    """
     if isinstance(value, dict):
-        return {key: _known(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_known(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if value != value else value
