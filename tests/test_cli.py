@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import yaml
 
 from aligndet import cli
+from aligndet.commands.compare import compare
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -158,3 +160,38 @@ def test_a_list_without_an_options_name() -> None:
     values = parser.parse_args(cli._as_options(function, arguments))
     assert [str(path) for path in values.runs] == ["a, b", "c", "d"]
     assert (str(values.output), values.score) == ("page.html", 0.5)
+
+
+def test_settings_of_several_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.yaml").write_text("finetuning: {batch_size: 8, options: {size: 1, rest: 2}}")
+    given: list[dict[str, Any]] = []
+    command = create_autospec(compare, side_effect=lambda *_, **values: given.append(values["finetuning"]))
+    _, parser = cli.parser_of("compare")
+    monkeypatch.setattr(cli, "parser_of", lambda _: (command, parser))
+    before = ["compare", "a.json", "--val-annotations=b", f"--output={tmp_path}"]
+    deep = ["--finetuning.options.size", "128", "--finetuning.fcos.batch-size=4"]
+    deep += ["--finetuning.fcos.options.freeze=true", "--finetuning.retinanet.trunk_weights", "none"]
+    assert cli.main([*before, "--config", str(tmp_path / "run.yaml"), *deep]) == 0
+    assert given == [
+        {
+            "options": {"size": 128, "rest": 2},
+            "batch_size": 8,
+            "fcos": {"batch_size": 4, "options": {"freeze": True}},
+            "retinanet": {"trunk_weights": "none"},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--finetuning.options.size"], "write the value behind an equals sign"),
+        (["--trunk.options.size=3"], "--trunk has no settings of its own"),
+        (["--finetuning.options.size=3", "--print_config"], "write it into the file by hand"),
+    ],
+)
+def test_mistakes_in_settings_of_several_levels(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "a.json", "--val-annotations=b", "--output=c", *options]) == 2
+    assert message in capsys.readouterr().err

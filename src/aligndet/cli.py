@@ -111,9 +111,18 @@ def run(command: str, arguments: Sequence[str]) -> Any:
         What the function returns.
     """
     function, parser = parser_of(command)
-    values = parser.parse_args(_as_options(function, arguments))
+    options = _as_options(function, arguments)
+    deep = _take_deep(options)
+    values = parser.parse_args(options).as_dict()
     values.pop("config", None)
-    return function(**values.as_dict())
+    for (root, *path, last), value in deep.items():
+        if "dict" not in str(signature(function).parameters.get(root)):
+            raise ValueError(f"--{root} has no settings of its own; see aligndet {command} --help")
+        place = values[root] = values[root] or {}
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return function(**values)
 
 
 def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
@@ -136,7 +145,7 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
             if kinds.get(name) in (bool, "bool") and not equals and rest[:1] not in (["true"], ["false"]):
                 equals, value = "=", "true"
             elif (
-                (is_list or takes_list or name == "--config")
+                (is_list or takes_list or name == "--config" or name.count(".") > 1)
                 and not equals
                 and rest
                 and not rest[0].startswith("--")
@@ -153,6 +162,27 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
         options.append(name + equals + value)
     # whatever its place on the command line, a file gives way to options
     return [*configs, *([json.dumps(listed)] if listed else []), *options]
+
+
+def _take_deep(arguments: list[str]) -> dict[tuple[str, ...], Any]:
+    """Takes settings of more than one level, --finetuning.options.size=3, out of the arguments.
+
+    jsonargparse reads one level of a dict's settings; of deeper ones it keeps the last.
+    """
+    deep = [a for a in arguments if a.startswith("--") and a.partition("=")[0].count(".") > 1]
+    settings = {}
+    for argument in deep:
+        arguments.remove(argument)
+        name, equals, text = argument[2:].partition("=")
+        if not equals:
+            raise ValueError(f"--{name}: write the value behind an equals sign, --{name}=VALUE")
+        if any(a.startswith("--print_config") for a in arguments):
+            raise ValueError(f"--print_config does not know --{name}; write it into the file by hand")
+        try:
+            settings[tuple(name.split("."))] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[tuple(name.split("."))] = text
+    return settings
 
 
 def parser_of(command: str) -> tuple[Any, Any]:

@@ -11,11 +11,12 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from aligndet.commands import compare as module
+from aligndet.commands import _cells as module
 from aligndet.commands.compare import compare
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.proposals.clusters import clusters_file
+from aligndet.reporting.runs import read_folders
 
 RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}
 SMALL: dict[str, Any] = {
@@ -49,6 +50,8 @@ def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Pat
         ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),
+        ({"detectors": ("fcos", "fcos")}, "detectors must be different names"),
+        ({"detectors": ("fcos", "retinanet"), "finetuning": {"fcos": {"stepz": 3}}}, "'stepz' cannot be set"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(
@@ -105,6 +108,27 @@ def test_resumed_refused_and_in_parts(
 
 
 @pytest.mark.slow
+def test_several_detectors_with_settings_of_their_own(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"detectors": ("fcos", "retinanet"), "fractions": (1.0,)}
+    sizes = {**SMALL["finetuning"], "min_size": "64,64", "retinanet": {"batch_size": 1}}
+    output = _compare(sample, proposals, tmp_path, **given, finetuning=sizes)
+    for detector, batch_size in (("fcos", 2), ("retinanet", 1)):
+        assert f"## {detector}" in (output / "table.md").read_text()
+        for run in (output / detector / "cells").iterdir():
+            settings = json.loads((run / "run.json").read_text())["settings"]
+            assert (settings["detector"], settings["batch_size"]) == (detector, batch_size)
+            assert settings["min_size"] == [64, 64]
+    comparisons, _ = read_folders([output])
+    assert [comparison.name for comparison in comparisons] == ["fcos", "retinanet"]
+
+    _compare(sample, proposals, output / "fcos", arms=("scratch",), fractions=(0.5,), finetuning=sizes)
+    cells = json.loads((output / "fcos" / "results.json").read_text())["cells"]
+    assert sorted(cell["labels"] for cell in cells) == [6, 12, 12]  # those of the earlier call are kept
+    with pytest.raises(ValueError, match="holds the comparison of one detector"):
+        _compare(sample, proposals, output / "fcos", **given)
+
+
+@pytest.mark.slow
 def test_each_arm_has_its_own_rate_and_other_weights_take_part(
     sample: Path, proposals: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +163,7 @@ def test_query_based_detectors_get_clusters_and_the_same_queries(
     copied.mkdir()
     for shard in proposals.glob("part-*.parquet"):
         shutil.copy(shard, copied)
-    changes: dict[str, Any] = {"detector": "detr", "fractions": (1.0,), "arms": ("scratch", "aligndet")}
+    changes: dict[str, Any] = {"detectors": ("detr",), "fractions": (1.0,), "arms": ("scratch", "aligndet")}
     options = {"num_queries": 10, "decoder_layers": 2, "encoder_layers": 1}
     changes["pretraining"] = {**SMALL["pretraining"], "options": {**options, "embedding_dim": 16}}
     output = _compare(sample, copied, tmp_path / "out", **changes)

@@ -16,7 +16,7 @@ import yaml
 
 import aligndet
 from aligndet import cli
-from aligndet.commands.compare import _check_options
+from aligndet.commands.compare import _settings
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.recipes import _files, section_of
@@ -57,8 +57,8 @@ def test_every_section_is_for_its_command(name: str) -> None:
         same = [key for key in settings if key != "detector" and values[key] == defaults[key]]
         assert not same, f"{name}: {section}: {same} are the defaults anyway"
     compared = RECIPES[name].get("compare", {})
-    _check_options("pre", pretrain, compared.get("pretraining", {}), set())
-    _check_options("fine", finetune, compared.get("finetuning", {}), {"learning_rate", "steps"})
+    _settings("pretraining", pretrain, compared.get("pretraining"), name, (), set())
+    _settings("finetuning", finetune, compared.get("finetuning"), name, (), {"learning_rate", "steps"})
 
 
 @pytest.mark.parametrize(

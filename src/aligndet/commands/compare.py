@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from aligndet.commands._cells import ARMS, Bench
 from aligndet.commands._runs import provenance
-from aligndet.commands.cluster import cluster
-from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
-from aligndet.commands.propose import propose
-from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, part_of, plan, summarise
+from aligndet.comparison import part_of, plan
 from aligndet.data.coco import build_dataset
 from aligndet.data.formats import load_labelled, read_labelled
-from aligndet.detectors.build import predicts_masks, shared_options, training_default, weights_format
-from aligndet.detectors.weights import MODULES, load_weights
+from aligndet.detectors.build import predicts_masks
+from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
-from aligndet.proposals.clusters import clusters_file
 
-ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
-    BASELINE: None,
-    "trunk-only": {},
-    "boxes-only": {"contrast_weight": 0.0},
-    "contrast-only": {"box_weight": 0.0},
-    "aligndet": {},
-}
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
@@ -56,7 +42,7 @@ def compare(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: tuple[int, ...] = (1000,),
     learning_rates: tuple[float, ...] = (1e-3,),
-    detector: str = "fcos",
+    detectors: tuple[str, ...] = ("fcos",),
     trunk: str = "resnet50",
     trunk_weights: str = "default",
     fpn_channels: int = 256,
@@ -89,12 +75,14 @@ def compare(
         learning_rates: Of fine-tuning. Of several, each arm takes its own best, for each fraction and budget:
             on the first seed and fold, a fifth of the labels is held out and chooses; the validation images
             have no part in it. With few labels this choice is noisy.
-        detector: By name, as in `aligndet finetune`.
+        detectors: By name, as in `aligndet finetune`. Each of several is a comparison of its own, in a folder
+            with its name in output.
         trunk: By name, as in `aligndet finetune`.
         trunk_weights: Of the trunk, for all arms.
         fpn_channels: Width of the feature pyramid.
-        pretraining: Further settings of `aligndet pretrain`, such as --pretraining.steps 5000.
-        finetuning: Further settings of `aligndet finetune`, such as --finetuning.batch_size 8.
+        pretraining: Further settings of `aligndet pretrain`, such as --pretraining.steps 5000; those of one
+            of several detectors under its name: --pretraining.fcos.steps 5000.
+        finetuning: Further settings of `aligndet finetune`, likewise, such as --finetuning.batch_size 8.
         part: I/N: every N-th cell from the I-th on, for array tasks or devices that share the folder; what
             several parts need (proposals, pre-training, searches) is made by one, the others wait.
 
@@ -106,174 +94,55 @@ def compare(
             does not fit together; the message names the file or the value.
     """
     settings = {name: value for name, value in locals().items() if name in _SHARED}
+    if not detectors or len(set(detectors)) < len(detectors):
+        raise ValueError(f"detectors must be different names, at least one, not {list(detectors)}")
+    if len(detectors) > 1 and (output / "compare.json").is_file():
+        raise ValueError(f"{output}: holds the comparison of one detector; give another --output")
     sources = {_arm_name(arm): Path(arm[5:]) for arm in arms if arm.startswith("from:")}
     names = [_arm_name(arm) for arm in arms]
     cells = plan(names, fractions, folds, steps, seeds)
     mine = part_of(cells, part)
-    for kind, function, given in (("pre", pretrain, pretraining), ("fine", finetune, finetuning)):
-        _check_options(kind, function, given or {}, {"learning_rate", "steps"} if kind == "fine" else set())
-    model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
-    _check_arms(names, sources, pretraining or {}, model)
     if not learning_rates or min(learning_rates) <= 0 or len(set(learning_rates)) < len(learning_rates):
         raise ValueError(f"learning_rates must be different positive numbers, not {list(learning_rates)}")
+    stages = {}
+    for detector in detectors:
+        before = _settings("pretraining", pretrain, pretraining, detector, detectors, set())
+        after = _settings("finetuning", finetune, finetuning, detector, detectors, {"learning_rate", "steps"})
+        model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
+        _check_arms(names, sources, before, model)
+        stages[detector] = (model, before, after)
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
     read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
-    _record(output, settings)
-    bench = _Bench(
-        output=output,
-        document=labels.content,
-        images=labels.folder,
-        validation=(val_annotations, val_images),
-        unlabelled=unlabelled or labels.folder,
-        proposals=proposals,
-        sources=sources,
-        rates=learning_rates,
-        model={**model, "trunk_weights": trunk_weights},
-        pretraining=pretraining or {},
-        finetuning=finetuning or {},
-        first=(seeds[0], folds[0]),
-    )
-    seconds: list[float] = []
-    for index, cell in enumerate(mine):
-        left = f", about {sum(seconds) / len(seconds) * (len(mine) - index) / 60:.0f} min" if seconds else ""
-        print(f"== cell {index + 1} of {len(mine)}{left}: {cell.name(bench.rates[0])}", flush=True)
-        begun = time.monotonic()
-        if bench.run(cell):
-            seconds.append(time.monotonic() - begun)
-    print(_write_results(bench, cells))
+    benches = []
+    for detector, (model, before, after) in stages.items():
+        bench = Bench(
+            output=output / detector if len(detectors) > 1 else output,
+            document=labels.content,
+            images=labels.folder,
+            validation=(val_annotations, val_images),
+            unlabelled=unlabelled or labels.folder,
+            proposals=proposals or output / "proposals",
+            locks=output / ".locks",
+            proposing=None if proposals else {"masks": any(map(predicts_masks, detectors))},
+            sources=sources,
+            rates=learning_rates,
+            model={**model, "trunk_weights": trunk_weights},
+            pretraining=before,
+            finetuning=after,
+            first=(seeds[0], folds[0]),
+        )
+        own = {"detector": detector, "pretraining": before or None, "finetuning": after or None}
+        _record(bench.output, settings | own)
+        benches.append(bench)
+    tables = []
+    for detector, bench in zip(detectors, benches, strict=True):
+        bench.run_all(mine)
+        tables.append(f"## {detector}\n\n{bench.write_results(cells)}")
+        print(tables[-1])
+        if len(detectors) > 1:
+            atomic_write(output / "table.md", "\n".join(tables))
     return output
-
-
-@dataclass
-class _Bench:
-    """What all cells have in common."""
-
-    output: Path
-    document: dict[str, Any]
-    images: Path
-    validation: tuple[Path, Path | None]
-    unlabelled: Path
-    proposals: Path | None
-    sources: dict[str, Path]
-    rates: tuple[float, ...]
-    model: dict[str, Any]
-    pretraining: dict[str, Any]
-    finetuning: dict[str, Any]
-    first: tuple[int, int]  # seed and fold of the search
-
-    def run(self, cell: Cell) -> bool:
-        """Runs a cell and whatever it needs; False if it is finished already."""
-        if self.figures(cell) is not None:
-            return False
-        if len(self.rates) > 1:
-            for rate in self.rates:
-                self._tune(self._searched(cell), rate, search=True)
-        chosen = self.rate(cell)
-        assert chosen is not None  # all of its search is there
-        self._tune(cell, chosen)
-        return True
-
-    def rate(self, cell: Cell) -> float | None:
-        """The learning rate of a cell, or None while its search is not finished."""
-        if len(self.rates) == 1:
-            return self.rates[0]
-        searched = self._searched(cell)
-        found = {rate: _read(self._folder(searched, rate, search=True)) for rate in self.rates}
-        if any(figures is None for figures in found.values()):
-            return None
-        return max(self.rates, key=lambda rate: (found[rate] or {}).get("AP") or 0.0)
-
-    def figures(self, cell: Cell) -> dict[str, Any] | None:
-        """What `aligndet evaluate` has written for a cell, or None."""
-        rate = self.rate(cell)
-        return None if rate is None else _read(self._folder(cell, rate))
-
-    def _searched(self, cell: Cell) -> Cell:
-        return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
-
-    def _folder(self, cell: Cell, rate: float, *, search: bool = False) -> Path:
-        return self.output / ("search" if search else "cells") / cell.name(rate)
-
-    def _tune(self, cell: Cell, rate: float, *, search: bool = False) -> None:
-        folder = self._folder(cell, rate, search=search)
-        with locked(self.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
-            if _read(folder) is not None:
-                return
-            subset = labelled_subset(self.document, cell.fraction, cell.fold)
-            train, measured = subset, self.validation
-            labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
-            if search:
-                train, held_out = hold_out(subset)
-                measured = (labels.with_suffix(".held_out.json"), self.images)
-                atomic_write(measured[0], json.dumps(held_out))
-                labels = labels.with_suffix(".search.json")
-            atomic_write(labels, json.dumps(train))
-            if not (folder / "model" / "manifest.json").is_file():
-                # the same for all arms
-                sgd, kind = self.finetuning.get("optimizer") == "sgd", self.model["detector"]
-                decay = 1e-4 if sgd else training_default(kind, "weight_decay", 0.05)
-                given = self.pretraining.get("options") or {}
-                shared = {name: value for name, value in given.items() if name in shared_options(kind)}
-                options = shared | (self.finetuning.get("options") or {})
-                finetune(
-                    labels,
-                    images=self.images,
-                    output=folder,
-                    init_from=self._start(cell),
-                    init=("trunk",) if cell.arm == "trunk-only" else tuple(MODULES),
-                    steps=cell.steps,
-                    seed=cell.seed,
-                    learning_rate=rate,
-                    resume=folder.is_dir(),
-                    **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
-                )
-            evaluate(folder / "model", measured[0], images=measured[1], output=folder / "result.json")
-
-    def _start(self, cell: Cell) -> Path | None:
-        """What a cell is fine-tuned from; a pre-training is made once for each seed."""
-        if cell.arm in self.sources:
-            return self.sources[cell.arm]
-        settings = ARMS[cell.arm]
-        if settings is None:
-            return None
-        kind = cell.arm if settings else "aligndet"
-        folder = self.output / "pretrained" / f"{kind}_seed{cell.seed}"
-        with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
-            if not (folder / "pretrained" / "manifest.json").is_file():
-                pretrain(
-                    self.unlabelled,
-                    proposals=self._proposed(),
-                    output=folder,
-                    seed=cell.seed,
-                    resume=folder.is_dir(),
-                    **{**self.model, **self.pretraining, **settings},
-                )
-        return folder
-
-    def _proposed(self) -> Path:
-        folder = self.proposals or self.output / "proposals"
-        kind, options = self.model["detector"], self.pretraining.get("options") or {}
-        with locked(self.output / ".locks" / "proposals", wait=True):
-            if self.proposals is None:
-                propose(self.unlabelled, output=folder, masks=predicts_masks(kind))
-            wanted = weights_format(kind) == "transformers" and not options.get("objectness")
-            if wanted and not clusters_file(folder).is_file():
-                cluster(
-                    self.unlabelled,
-                    proposals=folder,
-                    min_size=max(self.pretraining.get("min_size", (800,))),
-                    max_size=self.pretraining.get("max_size", 1333),
-                    trunk=self.model["trunk"],
-                    trunk_weights=self.model["trunk_weights"],
-                    clusters=options.get("num_clusters", 256),
-                )
-        return folder
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / "result.json"
-    return read_json(path) if path.is_file() else None
 
 
 def _arm_name(arm: str) -> str:
@@ -302,14 +171,28 @@ def _check_arms(
                 )
 
 
-def _check_options(kind: str, function: Any, given: dict[str, Any], ours: set[str]) -> None:
-    allowed = set(signature(function).parameters) - _OURS - ours
-    for name in given:
+def _settings(
+    kind: str,
+    function: Any,
+    given: dict[str, Any] | None,
+    detector: str,
+    detectors: Sequence[str],
+    ours: set[str],
+) -> dict[str, Any]:
+    """Settings of one detector: those of all, and its own in front of them."""
+    common = {name: value for name, value in (given or {}).items() if name not in detectors}
+    parameters = signature(function).parameters
+    allowed = set(parameters) - _OURS - ours
+    settings = {}
+    for name, value in {**common, **((given or {}).get(detector) or {})}.items():
         if name not in allowed:
             raise ValueError(
-                f"{kind}{'training' if kind == 'pre' else 'tuning'}: {name!r} cannot be set; "
-                f"there are: {', '.join(sorted(allowed))}"
+                f"{kind}: {name!r} cannot be set; there are: {', '.join(sorted(allowed))}"
+                + (f", and for one detector alone: {', '.join(detectors)}" if len(detectors) > 1 else "")
             )
+        is_list = str(parameters[name].annotation).startswith("tuple[int") and isinstance(value, str)
+        settings[name] = json.loads(f"[{value}]") if is_list else value  # 640,800 as on a command line
+    return settings
 
 
 def _record(output: Path, settings: dict[str, Any]) -> None:
@@ -331,27 +214,3 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
                     )
         else:
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
-
-
-def _write_results(bench: _Bench, cells: Sequence[Cell]) -> str:
-    """Table, JSON and CSV of the cells that are finished."""
-    found = {cell: figures for cell in cells if (figures := bench.figures(cell)) is not None}
-    labels = {c.fraction: len(labelled_subset(bench.document, c.fraction, 0)["images"]) for c in cells}
-    rows = summarise({cell: figures.get("AP") or 0.0 for cell, figures in found.items()}, labels)
-    table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
-    listed = [
-        {**asdict(c), "labels": labels[c.fraction], "learning_rate": bench.rate(c), "figures": figures}
-        for c, figures in found.items()
-    ]
-    atomic_write(bench.output / "table.md", table)
-    atomic_write(
-        bench.output / "results.json", json.dumps({"rows": rows, "cells": listed, **provenance()}, indent=2)
-    )
-    text = io.StringIO()
-    names = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in listed:
-        writer.writerow({**row["figures"], **row})
-    atomic_write(bench.output / "results.csv", text.getvalue())
-    return table

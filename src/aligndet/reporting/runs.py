@@ -51,8 +51,8 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
     """Reads whatever each folder holds.
 
     Args:
-        folders: Of `aligndet compare`, `quickstart` (stands for its three runs), `finetune`, `pretrain` or
-            `pretrain-backbone`.
+        folders: Of `aligndet compare` (of one detector or several), `quickstart` (stands for its three runs),
+            `finetune`, `pretrain` or `pretrain-backbone`.
 
     Raises:
         ValueError: Naming the folder that holds none of these, or the file that cannot be read.
@@ -61,6 +61,8 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
     for folder in folders:
         if (folder / "results.json").is_file():
             comparisons.append(_read_comparison(folder))
+        elif several := sorted(folder.glob("*/results.json")):
+            comparisons += [_read_comparison(path.parent) for path in several]
         elif (folder / "without" / "run.json").is_file() and (folder / "with" / "run.json").is_file():
             parts = [folder / name for name in ("pretrained", "without", "with")]
             runs += [read_run(part) for part in parts if (part / "run.json").is_file()]

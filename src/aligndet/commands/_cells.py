@@ -1,0 +1,212 @@
+"""The cells of `aligndet compare`: each a fine-tuning of its own, with whatever it needs made once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from aligndet.commands._runs import provenance
+from aligndet.commands.cluster import cluster
+from aligndet.commands.evaluate import evaluate
+from aligndet.commands.finetune import finetune
+from aligndet.commands.pretrain import pretrain
+from aligndet.commands.propose import propose
+from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, summarise
+from aligndet.detectors.build import shared_options, training_default, weights_format
+from aligndet.detectors.weights import MODULES
+from aligndet.files import atomic_write, locked, read_json
+from aligndet.proposals.clusters import clusters_file
+
+ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
+    BASELINE: None,
+    "trunk-only": {},
+    "boxes-only": {"contrast_weight": 0.0},
+    "contrast-only": {"box_weight": 0.0},
+    "aligndet": {},
+}
+
+
+@dataclass
+class Bench:
+    """What the cells of one detector have in common."""
+
+    output: Path
+    document: dict[str, Any]
+    images: Path
+    validation: tuple[Path, Path | None]
+    unlabelled: Path
+    proposals: Path  # written there first if it is not the user's
+    locks: Path  # of what several detectors share
+    proposing: dict[str, Any] | None  # settings of `aligndet propose`; None: they are the user's
+    sources: dict[str, Path]
+    rates: tuple[float, ...]
+    model: dict[str, Any]
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+    first: tuple[int, int]  # seed and fold of the search
+
+    def run_all(self, cells: Sequence[Cell]) -> None:
+        """Runs the cells that are not finished, and says what is ahead."""
+        seconds: list[float] = []
+        for index, cell in enumerate(cells):
+            left = (
+                f", about {sum(seconds) / len(seconds) * (len(cells) - index) / 60:.0f} min"
+                if seconds
+                else ""
+            )
+            name = f"{self.model['detector']}, {cell.name(self.rates[0])}"
+            print(f"== cell {index + 1} of {len(cells)}{left}: {name}", flush=True)
+            begun = time.monotonic()
+            if self.run(cell):
+                seconds.append(time.monotonic() - begun)
+
+    def run(self, cell: Cell) -> bool:
+        """Runs a cell and whatever it needs; False if it is finished already."""
+        if self.figures(cell) is not None:
+            return False
+        if len(self.rates) > 1:
+            for rate in self.rates:
+                self._tune(self._searched(cell), rate, search=True)
+        chosen = self.rate(cell)
+        assert chosen is not None  # all of its search is there
+        self._tune(cell, chosen)
+        return True
+
+    def rate(self, cell: Cell) -> float | None:
+        """The learning rate of a cell, or None while its search is not finished."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+        searched = self._searched(cell)
+        found = {rate: _read(self._folder(searched, rate, search=True)) for rate in self.rates}
+        if any(figures is None for figures in found.values()):
+            return None
+        return max(self.rates, key=lambda rate: (found[rate] or {}).get("AP") or 0.0)
+
+    def figures(self, cell: Cell) -> dict[str, Any] | None:
+        """What `aligndet evaluate` has written for a cell, or None."""
+        rate = self.rate(cell)
+        return None if rate is None else _read(self._folder(cell, rate))
+
+    def _searched(self, cell: Cell) -> Cell:
+        return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
+
+    def _folder(self, cell: Cell, rate: float, *, search: bool = False) -> Path:
+        return self.output / ("search" if search else "cells") / cell.name(rate)
+
+    def _tune(self, cell: Cell, rate: float, *, search: bool = False) -> None:
+        folder = self._folder(cell, rate, search=search)
+        with locked(self.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
+            if _read(folder) is not None:
+                return
+            subset = labelled_subset(self.document, cell.fraction, cell.fold)
+            train, measured = subset, self.validation
+            labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
+            if search:
+                train, held_out = hold_out(subset)
+                measured = (labels.with_suffix(".held_out.json"), self.images)
+                atomic_write(measured[0], json.dumps(held_out))
+                labels = labels.with_suffix(".search.json")
+            atomic_write(labels, json.dumps(train))
+            if not (folder / "model" / "manifest.json").is_file():
+                # the same for all arms
+                sgd, kind = self.finetuning.get("optimizer") == "sgd", self.model["detector"]
+                decay = 1e-4 if sgd else training_default(kind, "weight_decay", 0.05)
+                given = self.pretraining.get("options") or {}
+                shared = {name: value for name, value in given.items() if name in shared_options(kind)}
+                options = shared | (self.finetuning.get("options") or {})
+                finetune(
+                    labels,
+                    images=self.images,
+                    output=folder,
+                    init_from=self._start(cell),
+                    init=("trunk",) if cell.arm == "trunk-only" else tuple(MODULES),
+                    steps=cell.steps,
+                    seed=cell.seed,
+                    learning_rate=rate,
+                    resume=folder.is_dir(),
+                    **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
+                )
+            evaluate(folder / "model", measured[0], images=measured[1], output=folder / "result.json")
+
+    def _start(self, cell: Cell) -> Path | None:
+        """What a cell is fine-tuned from; a pre-training is made once for each seed."""
+        if cell.arm in self.sources:
+            return self.sources[cell.arm]
+        settings = ARMS[cell.arm]
+        if settings is None:
+            return None
+        kind = cell.arm if settings else "aligndet"
+        folder = self.output / "pretrained" / f"{kind}_seed{cell.seed}"
+        with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
+            if not (folder / "pretrained" / "manifest.json").is_file():
+                pretrain(
+                    self.unlabelled,
+                    proposals=self._proposed(),
+                    output=folder,
+                    seed=cell.seed,
+                    resume=folder.is_dir(),
+                    **{**self.model, **self.pretraining, **settings},
+                )
+        return folder
+
+    def _proposed(self) -> Path:
+        folder = self.proposals
+        kind, options = self.model["detector"], self.pretraining.get("options") or {}
+        with locked(self.locks / "proposals", wait=True):
+            if self.proposing is not None:
+                propose(self.unlabelled, output=folder, **self.proposing)
+            wanted = weights_format(kind) == "transformers" and not options.get("objectness")
+            if wanted and not clusters_file(folder).is_file():
+                cluster(
+                    self.unlabelled,
+                    proposals=folder,
+                    min_size=max(self.pretraining.get("min_size", (800,))),
+                    max_size=self.pretraining.get("max_size", 1333),
+                    trunk=self.model["trunk"],
+                    trunk_weights=self.model["trunk_weights"],
+                    clusters=options.get("num_clusters", 256),
+                )
+        return folder
+
+    def write_results(self, cells: Sequence[Cell]) -> str:
+        """Table, JSON and CSV of the cells that are finished, those of earlier calls among them."""
+        path = self.output / "results.json"
+        entries = [
+            {**asdict(cell), "labels": self._labels(cell), "learning_rate": self.rate(cell), "figures": found}
+            for cell in cells
+            if (found := self.figures(cell)) is not None
+        ]
+        finished = len(entries)
+        before = read_json(path)["cells"] if path.is_file() else []
+        entries = [entry for entry in before if _cell(entry) not in set(cells)] + entries
+        figures = {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries}
+        rows = summarise(figures, {entry["fraction"]: entry["labels"] for entry in entries})
+        table = markdown(rows) + f"\n{finished} of {len(cells)} cells finished\n"
+        atomic_write(self.output / "table.md", table)
+        atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))
+        text = io.StringIO()
+        names = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for entry in entries:
+            writer.writerow({**entry["figures"], **entry})
+        atomic_write(self.output / "results.csv", text.getvalue())
+        return table
+
+    def _labels(self, cell: Cell) -> int:
+        return len(labelled_subset(self.document, cell.fraction, cell.fold)["images"])
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    return Cell(*(entry[field.name] for field in fields(Cell)))
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / "result.json"
+    return read_json(path) if path.is_file() else None
