@@ -19,7 +19,7 @@ from tests.test_processes import curve
 
 pytestmark = pytest.mark.slow
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-BOUND = 60.0  # seconds until a run has to be over after one of its processes has died
+BOUND = 120.0  # seconds until a run has to be over after one of its processes has died
 Started = list[tuple["subprocess.Popen[bytes]", Path]]
 
 
@@ -180,7 +180,7 @@ def test_a_killed_worker_ends_the_run_and_it_goes_on(
     assert not (output / "pretrained").exists()
 
     apart = start(hosts, [*both, "--resume"], tmp_path / "apart", second=[f"--output={tmp_path / 'empty'}"])
-    assert all(codes(apart, BOUND)), texts(apart)
+    assert all(codes(apart)), texts(apart)
     assert "different steps" in texts(apart)
 
     resumed = start(hosts, [*both, "--resume"], tmp_path / "resumed")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
 from aligndet.losses import box_contrastive_loss
@@ -90,7 +91,7 @@ def in_a_process(rank: int, folder: Path) -> None:
 
 
 def test_gathered_keys_give_the_contrast_of_the_whole_batch(tmp_path: Path) -> None:
-    multiprocessing.spawn(in_a_process, (tmp_path,), nprocs=2)
+    spawn(in_a_process, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = [
         BoxPredictions(
@@ -102,7 +103,7 @@ def test_gathered_keys_give_the_contrast_of_the_whole_batch(tmp_path: Path) -> N
         for a, b in zip(*parts(), strict=True)
     ]
     whole[0].embeddings.requires_grad_()
-    loss = box_contrastive_loss(*whole)
+    loss = box_contrastive_loss(whole[0], whole[1])
     loss.backward()
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
     torch.testing.assert_close(
