@@ -158,7 +158,8 @@ def test_two_processes_of_queries_are_one_with_the_whole_batch(
     """Deformable DETR divides all its losses by the number of boxes: the mean over all processes."""
     command = [
         *("pretrain", str(sample / "train"), f"--proposals={proposals}", "--detector=deformable_detr"),
-        *(*SMALL, *FEW_QUERIES, "--options.dropout=0.0", "--min-size=[96,96]", "--contrast-weight=0"),
+        *(*SMALL, *FEW_QUERIES, "--min-size=[96,96]", "--contrast-weight=0", "--options.dropout=0.0"),
+        *("--options.encoder_layers=1", "--options.decoder_layers=2", "--learning-rate=1e-3"),
     ]
     finish(*command, f"--output={tmp_path / 'one'}", "--batch-size=4")
     finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
