@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ValueError, match="in use by another process"), locked(tmp_path):
         pass
     with locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("aligndet.files.fcntl.flock", refuse)
+    with pytest.raises(OSError, match=f"no locks for the folder.*{tmp_path}"), locked(tmp_path):
         pass
 
 

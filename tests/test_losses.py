@@ -111,6 +111,22 @@ def test_a_known_value() -> None:
     assert box_contrastive_loss(online, momentum, 0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_boxes_from_elsewhere_are_negatives_of_every_query() -> None:
+    z, ids = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, BACKGROUND])
+    others, nobody = torch.randn(5, 8), torch.full((5,), BACKGROUND)
+    online, momentum = BoxPredictions(z.clone().requires_grad_(), ids), BoxPredictions(z.flip(1), ids)
+    others.requires_grad_()
+    loss = box_contrastive_loss(online, momentum, 0.5, BoxPredictions(others, nobody))
+    more = [*ids.tolist(), *nobody.tolist()]
+    wanted = naive_loss(z, ids.tolist(), torch.cat([z.flip(1), others.detach()]), more, 0.5)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert others.grad is None
+    none = BoxPredictions(others[:0], nobody[:0])
+    without = box_contrastive_loss(online, momentum, 0.5)
+    assert box_contrastive_loss(online, momentum, 0.5, none) == without < loss
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     z, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, -1])
     exact = box_contrastive_loss(BoxPredictions(z, labels), BoxPredictions(z.flip(1), labels))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
-from tests.commands.test_kill import FEW_QUERIES, finish
+from aligndet.boxes import BACKGROUND, BoxPredictions
+from aligndet.losses import box_contrastive_loss
+from aligndet.processes import boxes_elsewhere, mean_over_processes
+from tests.commands.test_kill import FEW_QUERIES, assert_same_weights, finish, kill_when
 
 SMALL = [
     *(
@@ -28,15 +34,149 @@ def curve(run: Path) -> list[float]:
         return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
 
 
+@pytest.fixture(scope="session")
+def two_boxes(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Proposals: the left and the right of each image, so that all processes have the same number."""
+    images = [{"id": i, "file_name": p.name} for i, p in enumerate(sorted((sample / "train").iterdir()))]
+    images = [{"width": 128, "height": 128, **image} for image in images]
+    places = [(image["id"], left) for image in images for left in (8, 72)]
+    boxes = [
+        {
+            "id": i,
+            "image_id": image,
+            "category_id": 1,
+            "bbox": [left, 30, 48, 60],
+            "area": 48 * 60,
+            "iscrowd": 0,
+        }
+        for i, (image, left) in enumerate(places)
+    ]
+    path = tmp_path_factory.mktemp("two") / "boxes.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "box"}]})
+    )
+    return path
+
+
+def parts() -> list[tuple[BoxPredictions, BoxPredictions]]:
+    """Both views of two processes: of each, three proposals are in both views; numbers of boxes differ."""
+    generator = torch.Generator().manual_seed(0)
+
+    def view(ids: list[int]) -> BoxPredictions:
+        return BoxPredictions(torch.randn(len(ids), 16, generator=generator), torch.tensor(ids))
+
+    first = view([0, 0, 1, 2, 2, BACKGROUND, 3]), view([0, 1, 1, 2, BACKGROUND])
+    return [first, (view([0, 1, 2, 2]), view([2, 1, 0, BACKGROUND, BACKGROUND, 0, 1, 1]))]
+
+
+def in_a_process(rank: int, folder: Path) -> None:
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    online, momentum = parts()[rank]
+    online.embeddings.requires_grad_()
+    elsewhere = boxes_elsewhere(online, momentum)
+    loss = box_contrastive_loss(online, momentum, 0.5, elsewhere)
+    loss.backward()
+    half = BoxPredictions(online.embeddings[: 3 * rank].detach().bfloat16(), online.proposal_ids[: 3 * rank])
+    found = {
+        "loss": loss.detach(),
+        "gradient": online.embeddings.grad,
+        "elsewhere": elsewhere.embeddings,
+        "ids": elsewhere.proposal_ids,
+        "from_one_without": boxes_elsewhere(half).embeddings,
+        "mean": mean_over_processes(torch.tensor(1.0 + 2 * rank)),
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_gathered_keys_give_the_contrast_of_the_whole_batch(tmp_path: Path) -> None:
+    spawn(in_a_process, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = [
+        BoxPredictions(
+            torch.cat([a.embeddings, b.embeddings]),
+            torch.cat(
+                [a.proposal_ids, torch.where(b.proposal_ids == BACKGROUND, BACKGROUND, b.proposal_ids + 4)]
+            ),
+        )
+        for a, b in zip(*parts(), strict=True)
+    ]
+    whole[0].embeddings.requires_grad_()
+    loss = box_contrastive_loss(whole[0], whole[1])
+    loss.backward()
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
+    torch.testing.assert_close(
+        torch.cat([first["gradient"], second["gradient"]]) / 2, whole[0].embeddings.grad
+    )
+    alone = [box_contrastive_loss(*views) for views in parts()]
+    assert torch.stack(alone).mean() < loss - 0.1  # fewer negatives
+    for found, (online, momentum) in zip((second, first), parts(), strict=True):
+        assert torch.equal(found["elsewhere"], torch.cat([online.embeddings, momentum.embeddings]))
+        assert (found["ids"] == BACKGROUND).all()
+        assert found["mean"] == 2
+    assert first["from_one_without"].shape == (3, 16)
+    assert second["from_one_without"].shape == (0, 16)
+
+
+def test_one_process_has_no_boxes_elsewhere() -> None:
+    assert boxes_elsewhere(*parts()[0]).embeddings.shape == (0, 16)
+    assert mean_over_processes(torch.tensor(3.0)) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_gather_keys(sample: Path, two_boxes: Path, tmp_path: Path) -> None:
+    """One process with the whole batch computes the same, since all have the same number of proposals."""
+    command = ["pretrain", str(sample / "train"), f"--proposals={two_boxes}", *SMALL, "--box-weight=0"]
+    command += ["--min-size=[96,96]"]  # views of one size: padding would be background of the larger batch
+    several = [*command, "--devices=2", "--strategy=ddp"]
+    finish(*command, f"--output={tmp_path / 'one'}", "--batch-size=4")
+    finish(*several, f"--output={tmp_path / 'two'}", "--gather-keys")
+    finish(*several, f"--output={tmp_path / 'alone'}")
+    one, two, alone = (
+        load_file(tmp_path / run / "pretrained" / "model.safetensors") for run in ("one", "two", "alone")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
+    assert curve(tmp_path / "alone") != pytest.approx(curve(tmp_path / "one"), rel=1e-2)
+    assert any(not torch.allclose(alone[name], value, rtol=1e-3, atol=1e-5) for name, value in one.items())
+
+    gathering = [*several, "--gather-keys", "--steps=9", "--checkpoint-every=2"]
+    killed = tmp_path / "killed"
+    finish(*gathering, f"--output={tmp_path / 'whole'}")
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *gathering, f"--output={killed}")
+    assert not (killed / "pretrained").exists()
+    finish(*gathering, f"--output={killed}", "--resume")
+    assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
+
+
+@pytest.mark.slow
+def test_two_processes_of_queries_are_one_with_the_whole_batch(
+    sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    """Deformable DETR divides all its losses by the number of boxes: the mean over all processes."""
+    command = [
+        *("pretrain", str(sample / "train"), f"--proposals={proposals}", "--detector=deformable_detr"),
+        *(*SMALL, *FEW_QUERIES, "--min-size=[96,96]", "--contrast-weight=0", "--options.dropout=0.0"),
+        *("--options.encoder_layers=1", "--options.decoder_layers=2", "--learning-rate=1e-3"),
+    ]
+    finish(*command, f"--output={tmp_path / 'one'}", "--batch-size=4")
+    finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "detector",
     ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("htc", "detr", "rt_detr_v2"))],
 )
-def test_two_processes(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
+def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: Path, tmp_path: Path) -> None:
+    # query-based detectors normalise over all processes, so the numbers of boxes have to be the same
+    chosen = two_boxes if "detr" in detector else proposals
     command = [
         "pretrain",
         str(sample / "train"),
-        f"--proposals={proposals}",
+        f"--proposals={chosen}",
         f"--detector={detector}",
         *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
     ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 from aligndet import cli
 from aligndet.commands.export import export
@@ -20,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # the tables' commands have places to fill in: tests/commands/test_recipes.py
 PAGES = [page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "recipes"]
-COMMANDS = re.findall(r"^    aligndet (.+?)(?:  +#.*)?$", "\n".join([README, *PAGES]), re.MULTILINE)
+STARTED = r"^    (?:(?:srun|torchrun) .*?)?aligndet (.+?)(?:  +#.*)?$"
+COMMANDS = re.findall(STARTED, "\n".join([README, *PAGES]), re.MULTILINE)
+SCALE = (ROOT / "docs" / "scale.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -28,6 +33,44 @@ def test_commands_parse(line: str) -> None:
     command, *arguments = shlex.split(line)
     function, parser = cli.parser_of(command)
     parser.parse_args(cli._as_options(function, arguments))
+
+
+def test_the_command_of_torchrun_is_its_own() -> None:
+    (line,) = re.findall(r"^    torchrun (.+)$", SCALE, re.MULTILINE)
+    given = run.get_args_parser().parse_args(shlex.split(line))
+    assert (given.training_script, given.module) == ("aligndet", True)
+    command, *arguments = given.training_script_args
+    function, parser = cli.parser_of(command)
+    asked = parser.parse_args(cli._as_options(function, arguments))
+    assert (str(asked.nodes), str(asked.devices)) == (given.nnodes, given.nproc_per_node)
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "requeued"), [("exit 0", 0, False), ("exit 1", 1, False), ("exec sleep 9", 124, True)]
+)
+def test_slurms_script_goes_on_when_its_time_is_over(
+    task: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    script = re.search(r"^    #!/bin/bash\n(?:    .*\n)+", SCALE, re.MULTILINE)
+    assert script is not None
+    text = textwrap.dedent(script[0])
+    asked = dict(re.findall(r"^#SBATCH --(\S+)=(\S+)$", text, re.MULTILINE))
+    for option, name in (
+        ("--nodes", "nodes"),
+        ("--devices", "ntasks-per-node"),
+        ("--devices", "gpus-per-node"),
+    ):
+        assert f" {option} {asked[name]} " in text
+    (tmp_path / "job").write_text(text.replace("23h", "1"))
+    for name, body in (("srun", task), ("scontrol", "echo $@ > requeued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "job"], cwd=tmp_path, env=variables)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").is_file() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def test_there_are_commands_to_test() -> None:

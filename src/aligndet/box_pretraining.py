@@ -14,6 +14,7 @@ from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
+from aligndet.processes import boxes_elsewhere
 from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
 
 
@@ -26,6 +27,7 @@ class BoxPretraining(TrainingModule):
         *,
         steps: int,
         temperature: float = 0.5,
+        gather_keys: bool = False,
         decay: float = 0.996,
         contrast_weight: float = 1.0,
         box_weight: float = 1.0,
@@ -46,6 +48,7 @@ class BoxPretraining(TrainingModule):
         self.momentum = momentum_copy(self.online, None if train_trunk else self.trunk)
         self.steps, self.temperature, self.decay, self.seed = steps, temperature, decay, seed
         self.contrast_weight, self.box_weight = contrast_weight, box_weight
+        self.gather_keys = gather_keys  # the boxes of all processes are negatives, not of this one alone
         self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
         self.train()  # Lightning leaves the modes as it finds them
 
@@ -63,15 +66,17 @@ class BoxPretraining(TrainingModule):
             views = [item.momentum for item in batch]
             momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
         contrast = torch.stack(
-            [
-                stage.weight * box_contrastive_loss(stage, keys, self.temperature)
-                for stage, keys in zip(online.stages, momentum.stages, strict=True)
-            ]
+            [self._contrast(stage, keys) for stage, keys in zip(online.stages, momentum.stages, strict=True)]
         ).sum()
         losses = {"contrast": self.contrast_weight * contrast}
         losses |= {name: self.box_weight * loss for name, loss in online.losses.items()}
         self.log_dict(_statistics(batch, online.stages[-1], momentum.stages[-1]))
         return self.total_loss(losses, [item.file_name for item in batch])
+
+    def _contrast(self, online: BoxPredictions, momentum: BoxPredictions) -> Tensor:
+        """Of one stage."""
+        elsewhere = boxes_elsewhere(online, momentum) if self.gather_keys else None
+        return online.weight * box_contrastive_loss(online, momentum, self.temperature, elsewhere)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the momentum detector follow after every step of the optimizer."""

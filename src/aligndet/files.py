@@ -109,6 +109,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         ValueError: If another process owns it, unless told to wait.
+        OSError: Naming the folder, if its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -118,6 +119,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             raise ValueError(
                 f"{folder}: is in use by another process; wait for it or give another output"
             ) from error
+        except OSError as error:
+            message = f"the file system has no locks for the folder ({error.strerror})"
+            raise OSError(error.errno, message, str(folder)) from error
         try:
             yield
         finally:

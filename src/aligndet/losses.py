@@ -14,7 +14,10 @@ MOST_SIMILARITIES = 2**25
 
 
 def box_contrastive_loss(
-    online: BoxPredictions, momentum: BoxPredictions, temperature: float = 0.5
+    online: BoxPredictions,
+    momentum: BoxPredictions,
+    temperature: float = 0.5,
+    elsewhere: BoxPredictions | None = None,
 ) -> Tensor:
     """Pulls boxes of the same proposal together and pushes all others apart.
 
@@ -33,6 +36,7 @@ def box_contrastive_loss(
         online: M boxes of the online detector's view; embeddings (M, D), proposal_ids (M,).
         momentum: N boxes of the momentum detector's view; no gradient flows into them.
         temperature: Divides the cosine similarities (0.5 in the paper, section 3.2).
+        elsewhere: More boxes of the background, those of other processes; no gradient flows into them.
 
     Returns:
         A float32 scalar; zero, and still part of the graph, if no proposal occurs in both views.
@@ -51,6 +55,9 @@ def box_contrastive_loss(
         positives = (queries[query] * keys[key]).sum(1) / temperature  # (P,)
         keys = torch.cat([keys, boxes.detach()])  # (N + M, D)
         key_ids = torch.cat([momentum.proposal_ids, online.proposal_ids])
+        if elsewhere is not None:
+            keys = torch.cat([keys, F.normalize(elsewhere.embeddings.detach().float(), dim=1)])
+            key_ids = torch.cat([key_ids, elsewhere.proposal_ids])
         rows = max(1, MOST_SIMILARITIES // len(keys))
         negatives = torch.cat(
             [

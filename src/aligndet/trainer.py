@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines, whole_file
+from aligndet.launch import SameStart, environment
 from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
@@ -128,6 +129,8 @@ def fit(
     ]
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
+    started = environment()
+    samples = len(dataset)  # type: ignore[arg-type]
     trainer = _trainer(
         default_root_dir=output,
         max_steps=steps,
@@ -141,8 +144,16 @@ def fit(
         gradient_clip_val=clip,
         log_every_n_steps=log_every,
         logger=logs,
-        callbacks=[last, Throughput(), SkippedImages(), Progress(), ValidateLast(), *callbacks],
-        plugins=[WholeCheckpointIO(), *([SyncBatchNorms()] if synchronised else [])],
+        callbacks=[
+            SameStart(output, first, samples),
+            last,
+            Throughput(),
+            SkippedImages(),
+            Progress(),
+            ValidateLast(),
+            *callbacks,
+        ],
+        plugins=[p for p in (WholeCheckpointIO(), SyncBatchNorms() if synchronised else None, started) if p],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -151,7 +162,7 @@ def fit(
         limit_val_batches=1.0 if validation is not None else 0,
     )
     sampler = StepSampler(
-        len(dataset),  # type: ignore[arg-type]
+        samples,
         batch_size=batch_size,
         batches=steps * accumulate,
         seed=seed,

@@ -223,7 +223,7 @@ def test_losses_by_kind_are_transformers_loss(name: str) -> None:
     detector: Any = build_detector(name, num_classes=3, options=OPTIONS, **small)
     labels = [{"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.3]]), "class_labels": torch.tensor([2])}]
     outputs = detector.train().run([torch.rand(3, 96, 128)], labels)
-    losses = detector.losses(outputs)
+    losses = detector.losses(outputs, labels)
     assert len(losses) >= 3
     torch.testing.assert_close(torch.stack(list(losses.values())).sum(), outputs.loss)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aligndet.boxes import BACKGROUND
-from aligndet.detectors.build import DETECTORS, build_pretrainable, weights_format
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, weights_format
 from aligndet.momentum import momentum_copy, update_momentum
 
 FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
@@ -91,3 +91,33 @@ def test_the_momentum_detector_has_the_online_queries(name: str) -> None:
 def test_noise_rests_in_pretraining_alone() -> None:
     adapter = build("rt_detr", num_denoising=50)
     assert adapter.detector.network.config.num_denoising == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_normalised_over_all_processes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with one and three boxes average to what one process has of both batches."""
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(
+        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
+    ).eval()
+    labels = [
+        {"boxes": torch.rand(count, 4) * 0.3 + 0.2, "class_labels": torch.zeros(count, dtype=torch.int64)}
+        for count in (1, 3)
+    ]
+    whole = detector.losses(detector.run(IMAGES, labels), labels)
+    alone = [
+        detector.losses(detector.run([i], [label]), [label]) for i, label in zip(IMAGES, labels, strict=True)
+    ]
+    monkeypatch.setattr("aligndet.detectors.query_detector.mean_over_processes", lambda boxes: boxes * 0 + 2)
+    parts = [
+        detector.losses(detector.run([i], [label]), [label]) for i, label in zip(IMAGES, labels, strict=True)
+    ]
+    for kind, loss in whole.items():
+        if f"loss_{kind}" in detector.family.own_norm:
+            assert [part[kind] for part in parts] == [part[kind] for part in alone]
+        else:
+            torch.testing.assert_close(
+                torch.stack([part[kind] for part in parts]).mean(), loss, rtol=1e-3, atol=1e-4
+            )
+    means = [torch.stack([part[kind] for part in alone]).mean() / loss for kind, loss in whole.items()]
+    assert any(abs(mean - 1) > 1e-2 for mean in means)  # each by its own number of boxes, it would be another

@@ -17,6 +17,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from aligndet.files import atomic_write, locked, read_json
+from aligndet.launch import check_launch
 
 _MAY_CHANGE = {
     "output",
@@ -76,10 +77,12 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
 
     Raises:
         ValueError: If the folder is not empty and neither resume nor overwrite was asked for, if a resumed
-            run has other settings than before, if another process uses the folder, or if a setting is out of
-            its bounds.
+            run has other settings than before, if another process uses the folder, if a setting is out of
+            its bounds, or if its processes do not belong together.
     """
     check_bounds(settings)
+    if "strategy" in settings:
+        check_launch(settings["devices"], settings["nodes"], settings["strategy"])
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder
     first = getattr(rank_zero_only, "rank", 0) == 0

@@ -138,9 +138,9 @@ def finetune(
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
         patience: Stop after so many evaluations without a better average precision; null to go on to the end.
         devices: Devices a machine.
-        nodes: Machines.
+        nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: Of Lightning, for several devices.
+        strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of new weights, data order and augmentation.

@@ -55,6 +55,7 @@ def pretrain(
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
     temperature: float = 0.5,
+    gather_keys: bool = False,
     decay: float = 0.996,
     contrast_weight: float = 1.0,
     box_weight: float = 1.0,
@@ -113,14 +114,15 @@ def pretrain(
         warmup_steps: Steps of linear warm-up.
         clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         temperature: Of the contrastive loss.
+        gather_keys: Contrast with the boxes of all processes; by default each with its own alone.
         decay: Of the momentum detector at the start; it grows to 1.
         contrast_weight: Factor of the contrastive loss; 0 leaves the box losses alone.
         box_weight: Factor of the detector's own box losses; 0 leaves the contrast alone.
         train_trunk: Train the trunk as well (the paper's table 11 advises against it).
         devices: Devices a machine; 2 on a machine without GPU means two processes.
-        nodes: Machines.
+        nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: Of Lightning, for several devices.
+        strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of weights, data order and augmentation.
@@ -175,6 +177,7 @@ def pretrain(
             adapter,
             steps=total,
             temperature=temperature,
+            gather_keys=gather_keys,
             decay=decay,
             contrast_weight=contrast_weight,
             box_weight=box_weight,

@@ -109,9 +109,9 @@ def pretrain_backbone(
         batch_norm: "sync" (over all processes, on GPUs) or "local".
         validate_every: Steps between looks at the labelled images; by default a tenth of the run.
         devices: Devices a machine; 2 on a machine without GPU means two processes.
-        nodes: Machines.
+        nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: Of Lightning, for several devices.
+        strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of weights, data order and augmentation.

@@ -146,7 +146,7 @@ class QueryPretraining(nn.Module):
             BoxPredictions(embedding, self._proposal_ids(layer, labels))
             for embedding, layer in zip(embeddings, self._layers(outputs, len(states)), strict=True)
         ]
-        return PretrainOutput(tuple(stages), self.detector.losses(outputs))
+        return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels))
 
     def _layers(self, outputs: Any, count: int) -> list[Any]:
         """Class scores and boxes after each of the decoder's layers."""

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from aligndet.detectors.backbones import build_timm_trunk
 from aligndet.detectors.query_families import Family, from_transformers
+from aligndet.processes import mean_over_processes
 
 
 class QueryTrunk(NamedTuple):
@@ -123,7 +124,7 @@ class QueryDetector(nn.Module):
                 relative_targets(image, target["boxes"], target["labels"] - 1)
                 for image, target in zip(images, targets, strict=True)
             ]
-            return self.losses(self.run(images, labels))
+            return self.losses(self.run(images, labels), labels)
         return self._predictions(self.run(images), [tuple(image.shape[-2:]) for image in images])
 
     def run(self, images: Sequence[Tensor], labels: list[dict[str, Tensor]] | None = None) -> Any:
@@ -139,19 +140,26 @@ class QueryDetector(nn.Module):
         pixels, mask = self._batch(images)
         return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
 
-    def losses(self, outputs: Any) -> dict[str, Tensor]:
+    def losses(self, outputs: Any, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """transformers' losses, summed by kind: what it returns as their sum is the sum of these.
+
+        Where these are divided by the number of boxes of this process, that is exchanged for the mean over
+        all processes: what the detectors' authors divide by, so that every box weighs the same.
 
         Args:
             outputs: Of `run` with labels.
+            labels: Those.
         """
         config, found = self.network.config, outputs.loss_dict
+        boxes = outputs.logits.new_tensor(sum(len(label["boxes"]) for label in labels), dtype=torch.float32)
+        to_mean = boxes.clamp(min=1) / mean_over_processes(boxes).clamp(min=1)
         sums = {}
         for kind, setting in self.family.losses.items():
             weight = 1.0 if setting is None else float(getattr(config, setting))
             parts = [loss for name, loss in found.items() if name.startswith(kind)]
             if parts:
-                sums[kind.removeprefix("loss_")] = weight * torch.stack(parts).sum()
+                norm = 1.0 if kind in self.family.own_norm else to_mean
+                sums[kind.removeprefix("loss_")] = weight * norm * torch.stack(parts).sum()
         return sums
 
     def configuration_files(self, class_names: Sequence[str] | None) -> dict[str, str]:

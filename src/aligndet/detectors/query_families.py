@@ -17,6 +17,7 @@ class Family(NamedTuple):
     width: tuple[str, ...]  # settings that hold the width of everything above the trunk
     class_layers: tuple[str, ...]  # what depends on the number of classes
     queries: tuple[str, ...] = ()  # learned query embeddings
+    own_norm: tuple[str, ...] = ()  # losses that are not divided by the number of boxes
     layer_dim: int = 0  # of the decoder's stacked states, where the layers are
     square: bool = False  # made for square images, without masks of the padding
     from_encoder: bool = False  # queries are the encoder's best places
@@ -34,6 +35,7 @@ _RT_DETR: dict[str, Any] = {
         *("class_embed", "model.decoder.class_embed", "model.enc_score_head"),
         "model.denoising_class_embed",
     ),
+    "own_norm": ("loss_ddf",),
     "layer_dim": 1,
     "square": True,
     "from_encoder": True,
@@ -48,9 +50,10 @@ DETR = Family(
     width=("d_model",),
     class_layers=("class_labels_classifier",),
     queries=("model.query_position_embeddings.weight",),
+    own_norm=("loss_ce",),
 )
 CONDITIONAL_DETR = DETR._replace(
-    model="ConditionalDetr", processor="ConditionalDetr", matcher=_DEFORMABLE_MATCHER
+    model="ConditionalDetr", processor="ConditionalDetr", matcher=_DEFORMABLE_MATCHER, own_norm=()
 )
 DAB_DETR = CONDITIONAL_DETR._replace(
     model="DabDetr",

@@ -1,0 +1,54 @@
+"""What the processes of a run tell each other beside gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from aligndet.boxes import BACKGROUND, BoxPredictions
+
+
+@torch.no_grad()
+def boxes_elsewhere(*views: BoxPredictions) -> BoxPredictions:
+    """Gathers the boxes of all other processes, to be negatives in this one's contrast.
+
+    Every process has to call it, each with as many boxes as it has.
+
+    Args:
+        views: Of this process.
+
+    Returns:
+        The other processes' boxes of all views, without a graph; none in a run of one process. They stand for
+        no proposal of this process's batch, so their ids, which count in another batch, are BACKGROUND.
+    """
+    own = torch.cat([view.embeddings for view in views])
+    found = [own[:0]]
+    if _several():
+        gathered = gather_all_tensors(own)
+        here = distributed.get_rank()
+        found += [embeddings for rank, embeddings in enumerate(gathered) if rank != here]
+    embeddings = torch.cat(found)
+    ids = torch.full((len(embeddings),), BACKGROUND, device=embeddings.device)
+    return BoxPredictions(embeddings, ids)
+
+
+@torch.no_grad()
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Averages a number over the processes of the run; every process has to call it.
+
+    Args:
+        value: Of this process.
+
+    Returns:
+        The mean, the same in all of them; in a run of one process the value itself.
+    """
+    if not _several():
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

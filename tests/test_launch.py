@@ -1,0 +1,93 @@
+"""Runs whose processes do not belong together are refused before anything is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import Trainer
+
+from aligndet import cli
+from aligndet.launch import SameStart, environment
+
+SLURM = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.fixture
+def started_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As srun and torchrun tell it to a process: the first of two, each on a machine of its own."""
+    variables = {f"SLURM_{k}": v for k, v in SLURM.items()} if request.param == "Slurm" else TORCHRUN
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return str(request.param)
+
+
+both = pytest.mark.parametrize("started_by", ["Slurm", "torchrun"], indirect=True)
+
+
+@both
+@pytest.mark.parametrize("asked", [[], ["--nodes=2", "--devices=2"]])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "pretrain-backbone"])
+def test_as_many_processes_as_devices(
+    command: str, asked: list[str], started_by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proposals = ["--proposals=none"] if command == "pretrain" else []
+    code = cli.main([command, "nothing", *proposals, f"--output={tmp_path / 'run'}", *asked])
+    assert code == 2
+    message = capsys.readouterr().err
+    assert f"{started_by} has started 2" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@both
+def test_lightning_takes_the_environment(started_by: str, tmp_path: Path) -> None:
+    plugin = environment()
+    assert plugin is not None
+    trainer = Trainer(
+        devices=1, num_nodes=2, accelerator="cpu", plugins=[plugin], logger=False, default_root_dir=tmp_path
+    )
+    kind = SLURMEnvironment if started_by == "Slurm" else TorchElasticEnvironment
+    assert type(trainer.strategy.cluster_environment) is kind  # type: ignore[attr-defined]
+    assert trainer.world_size == 2
+    assert not getattr(plugin, "auto_requeue", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--nodes=2"], "--nodes 2: start the command on each machine with torchrun"),
+        (["--strategy=fsdp"], "--strategy fsdp: every device has the whole detector.*use --strategy ddp"),
+    ],
+)
+def test_what_cannot_run(
+    settings: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pretrain", "nothing", "--proposals=none", f"--output={tmp_path / 'run'}", *settings]
+    assert cli.main(command) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [((4, 12), "different steps \\[0, 4\\]"), ((0, 9), "numbers of images \\[9, 12\\]")],
+)
+def test_processes_start_alike(theirs: tuple[int, int], message: str) -> None:
+    def trainer(*others: tuple[int, int]) -> Any:
+        def gather(own: torch.Tensor) -> torch.Tensor:
+            return torch.stack([own, *map(torch.tensor, others)])
+
+        return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu"), all_gather=gather))
+
+    start = SameStart(Path("run"), step=0, samples=12)
+    start.setup(trainer((0, 12)), None, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        start.setup(trainer(theirs), None, "fit")  # type: ignore[arg-type]
