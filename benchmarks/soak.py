@@ -4,10 +4,10 @@
     python benchmarks/soak.py --output runs/soak --steps 10000 --detector faster_rcnn
 
 Pre-trains on sample data by the command that users call, in a process of its own with loader processes,
-checkpoints and logs, and reads from outside what each process holds: RSS, and USS, which is what nothing else
-has a share in. Every reading goes to memory.csv. A cell of the table is the median of the readings of the
-twentieth of the run before it; growth is from the end of the warm-up to the end of the run. Ends with 1 if the
-USS of any process has grown by more than `--most` percent.
+checkpoints and logs, and reads from outside what each process holds: RSS, and USS, in which no other process
+has a share. Every reading goes to memory.csv. A cell of the table is the median of the readings of the
+twentieth of the run before it; growth is from the end of the warm-up to the end of the run. Ends with 1 if
+the USS of any process has grown by more than `--most` percent.
 """
 
 from __future__ import annotations

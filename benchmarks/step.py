@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--fpn-channels", type=int, default=256)
     parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peaks out")
     parser.add_argument("--memory-of", choices=list(PARTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -290,7 +291,8 @@ def main() -> None:
         taken = timings(detector, args)
         for variant in args.variants:
             a, b, c = (taken[variant, part] for part in PARTS)
-            peaks = [peak_of(detector, part, [*options, f"--variants={variant}"]) for part in PARTS]
+            parts = PARTS if args.memory else ()
+            peaks = [peak_of(detector, part, [*options, f"--variants={variant}"]) for part in parts]
             cells = [f"{seconds:.3f} s" for seconds in (a, b, c)]
             cells += [f"{ratio:.3f}" for ratio in (c / a, c / b, c / taken[args.variants[0], "c"])]
             cells += [f"{peak:.2f}" for peak in peaks]

@@ -122,6 +122,7 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
 
 def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
+    command.append("--channels-last=true")  # checkpoints keep the format
     finish(*command, f"--output={tmp_path / 'whole'}")
     killed = tmp_path / "killed"
     kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")

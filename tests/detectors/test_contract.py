@@ -183,6 +183,13 @@ def losses_of(adapter: Any) -> Tensor:
     return torch.stack([*contrasts, *output.losses.values()]).float()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fcos", "faster_rcnn", "detr"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "mask_rcnn", "htc", "d_fine")),
+    ],
+)
 def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
     # dropout draws in the order of memory
     calm = {"dropout": 0.0} if "dropout" in shared_options(name) else {}
