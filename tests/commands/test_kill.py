@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -220,15 +221,19 @@ def whole(
     return Whole(request.param, command, output, time.monotonic() - begun)
 
 
-def newest(folder: Path) -> Path:
-    """Where a run was: the file that it has touched last, or the folder, if there is none."""
-    return max(folder.rglob("*"), key=lambda path: path.stat().st_mtime, default=folder)
+def newest(folder: Path) -> tuple[float, Path]:
+    """Where a run was: when it last touched a file, and which; or the folder, if there is none."""
+    touched = [(0.0, folder)]
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # one that has just got its name
+            touched.append((path.stat().st_mtime, path))
+    return max(touched)
 
 
 def at_work(process: BaseProcess, output: Path) -> float:
     """Waits until a process touches its output, or ends; returns the time."""
     begun = time.time()
-    while process.is_alive() and not (output.exists() and newest(output).stat().st_mtime > begun):
+    while process.is_alive() and newest(output)[0] <= begun:
         time.sleep(0.02)
     return time.monotonic()
 
@@ -241,13 +246,13 @@ def random_kills(whole: Whole, output: Path, seed: int) -> int:
         process = fork([*whole.command, *(["--resume"] if resumes else [])], output)
         at_work(process, output)
         # later from time to time, since a run has to get past its first checkpoint to get on at all
-        seconds = rng.uniform(0, whole.seconds) * 1.5**kills
+        seconds = rng.uniform(0, 0.8 * whole.seconds) * 1.5**kills
         process.join(seconds)
         if not process.is_alive():
             assert_succeeded(process, output)
             print(f"{whole.name}, seed {seed}: ended by itself after {kills} kills")
             return kills
-        place = newest(output).relative_to(output)
+        place = newest(output)[1].relative_to(output)
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
         kills += 1
