@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --detectors fcos retinanet faster_rcnn mask_rcnn cascade_rcnn htc
     python benchmarks/step.py --detectors cascade_rcnn cbnet_cascade_rcnn --trunk resnet18 --size 192
+    python benchmarks/step.py --detectors fcos --variants plain channels-last bf16 channels-last-bf16
 
 (a) bare network: the trunk twice without gradient, momentum neck and heads forward, online neck and heads
     forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on;
@@ -11,8 +12,10 @@
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum
 
-Times alternate within one process and are medians; each peak of memory is one process's own. The last line of
-a detector counts the parameters of (c), in millions, by the modules that fine-tuning can start from.
+Times alternate within one process, also between variants, and are medians; "c/plain" is (c) by the first
+variant's. On a machine with other work, --clock cpu counts the processor's time of all threads instead. Each
+peak of memory is one process's own. The last line of a detector counts the parameters of (c), in millions, by
+the modules that fine-tuning can start from.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,7 @@ from aligndet.detectors.weights import MODULES
 from aligndet.momentum import update_momentum
 
 Step = Callable[[], None]
+Module = TypeVar("Module", bound=nn.Module)
 Calls = list[tuple[nn.Module, tuple[Any, ...]]]
 
 
@@ -57,9 +61,19 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
     return items
 
 
+def in_format(module: Module, args: argparse.Namespace) -> Module:
+    last = "channels-last" in args.variant
+    return module.to(memory_format=torch.channels_last if last else torch.preserve_format)
+
+
+def in_precision(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled="bf16" in args.variant)
+
+
 def pretraining(detector: str, args: argparse.Namespace, **settings: Any) -> BoxPretraining:
-    module = BoxPretraining(build_pretrainable(detector, trunk=args.trunk), steps=1000, **settings)
-    return module.train()
+    adapter = build_pretrainable(detector, trunk=args.trunk, fpn_channels=args.fpn_channels)
+    module = BoxPretraining(adapter, steps=1000, **settings)
+    return in_format(module.train(), args)
 
 
 @contextmanager
@@ -134,9 +148,10 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
         ]
 
     def step() -> None:
-        with torch.no_grad():
-            networks[0]()
-        outputs = networks[1]()
+        with in_precision(args):
+            with torch.no_grad():
+                networks[0]()
+            outputs = networks[1]()
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
         for parameter in module.parameters():
             parameter.grad = None
@@ -153,6 +168,7 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     for layer in model.backbone.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
+    model = in_format(model, args)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     items = batch(args)
     images = [item.online.image.float() / 255 for item in items]
@@ -166,7 +182,8 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     ]
 
     def step() -> None:
-        losses = model(images, targets)
+        with in_precision(args):
+            losses = model(images, targets)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
@@ -186,7 +203,8 @@ def ours(detector: str, args: argparse.Namespace) -> Step:
     items = batch(args)
 
     def step() -> None:
-        loss = module.training_step(items, 0)
+        with in_precision(args):
+            loss = module.training_step(items, 0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
@@ -197,18 +215,28 @@ def ours(detector: str, args: argparse.Namespace) -> Step:
 
 
 PARTS = {"a": bare, "b": finetuning, "c": ours}
+VARIANTS = ("plain", "channels-last", "bf16", "channels-last-bf16")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def timings(detector: str, args: argparse.Namespace) -> dict[str, float]:
-    steps = {part: build(detector, args) for part, build in PARTS.items()}
-    taken: dict[str, list[float]] = {part: [] for part in steps}
+def of_variant(variant: str, args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "variant": variant})
+
+
+def timings(detector: str, args: argparse.Namespace) -> dict[tuple[str, str], float]:
+    steps = {
+        (variant, part): build(detector, of_variant(variant, args))
+        for variant in args.variants
+        for part, build in PARTS.items()
+    }
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for repeat in range(args.repeats + 2):
-        for part, step in steps.items():
-            start = time.perf_counter()
+        for key, step in steps.items():
+            start = CLOCKS[args.clock]()
             step()
             if repeat >= 2:
-                taken[part].append(time.perf_counter() - start)
-    return {part: statistics.median(values) for part, values in taken.items()}
+                taken[key].append(CLOCKS[args.clock]() - start)
+    return {key: statistics.median(values) for key, values in taken.items()}
 
 
 def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
@@ -241,29 +269,36 @@ def main() -> None:
     parser.add_argument("--proposals", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--fpn-channels", type=int, default=256)
+    parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peaks out")
     parser.add_argument("--memory-of", choices=list(PARTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.memory_of:
-        step = PARTS[args.memory_of](args.detectors[0], args)
+        step = PARTS[args.memory_of](args.detectors[0], of_variant(args.variants[0], args))
         for _ in range(3):
             step()
         print(peak_memory())
         return
-    shape = [f"--{k}={getattr(args, k)}" for k in ("trunk", "size", "batch", "proposals", "threads")]
-    head = ("detector", "a: bare", "b: finetune", "c: ours", "c/a", "c/b", "peak a", "peak b", "peak c (GiB)")
-    print("".join(f"{name:>20}" if name == "detector" else f"{name:>13}" for name in head))
+    shape = ("trunk", "size", "batch", "proposals", "threads", "fpn_channels")
+    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shape]
+    head = ("a: bare", "b: finetune", "c: ours", "c/a", "c/b", "c/plain", "peak a", "peak b", "peak c (GiB)")
+    print(f"{'detector':>20}{'variant':>20}" + "".join(f"{name:>13}" for name in head))
     for detector in args.detectors:
-        seconds = timings(detector, args)
-        peaks = [peak_of(detector, part, shape) for part in PARTS]
-        cells = [f"{seconds[part]:.3f} s" for part in PARTS]
-        cells += [f"{seconds['c'] / seconds['a']:.3f}", f"{seconds['c'] / seconds['b']:.3f}"]
-        cells += [f"{peak:.2f}" for peak in peaks]
-        print(f"{detector:>20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
-        print(
-            " " * 22 + ", ".join(f"{n} {v:.2f} M" for n, v in parameters(detector, args).items()), flush=True
-        )
+        taken = timings(detector, args)
+        for variant in args.variants:
+            a, b, c = (taken[variant, part] for part in PARTS)
+            parts = PARTS if args.memory else ()
+            peaks = [peak_of(detector, part, [*options, f"--variants={variant}"]) for part in parts]
+            cells = [f"{seconds:.3f} s" for seconds in (a, b, c)]
+            cells += [f"{ratio:.3f}" for ratio in (c / a, c / b, c / taken[args.variants[0], "c"])]
+            cells += [f"{peak:.2f}" for peak in peaks]
+            print(f"{detector:>20}{variant:>20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+        counts = parameters(detector, of_variant(args.variants[0], args))
+        print(" " * 22 + ", ".join(f"{n} {v:.2f} M" for n, v in counts.items()), flush=True)
 
 
 if __name__ == "__main__":

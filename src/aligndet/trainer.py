@@ -39,6 +39,7 @@ RUN_SETTINGS = (
         "strategy",
         "accelerator",
         "precision",
+        "channels_last",
         "clip",
     ),
     *("checkpoint_every", "log_every", "loggers", "workers", "seed"),
@@ -61,6 +62,7 @@ def fit(
     strategy: str,
     accelerator: str,
     precision: Literal["32", "bf16-mixed", "16-mixed"],
+    channels_last: bool,
     clip: float | None,
     checkpoint_every: int,
     log_every: int,
@@ -88,6 +90,7 @@ def fit(
         strategy: Of Lightning ("auto", "ddp").
         accelerator: Of Lightning ("auto", "cpu", "gpu").
         precision: Of Lightning.
+        channels_last: Convolutions work on maps whose channels are neighbours in memory.
         clip: Bound of the gradient norm.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
@@ -182,6 +185,8 @@ def fit(
             persistent_workers=workers > 0,
             **worker_settings(workers),
         )
+    if channels_last:
+        module.to(memory_format=torch.channels_last)  # convolutions hand on the format of their weights
     trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     return trainer.is_global_zero
 

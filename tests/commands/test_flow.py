@@ -62,6 +62,25 @@ def test_what_a_pretraining_run_leaves(run: Path) -> None:
     assert not [name for name in state if "projection" in name or "cls_logits" in name]
 
 
+def losses(run: Path) -> list[float]:
+    with (run / "logs" / "csv" / "metrics.csv").open() as file:
+        return [float(row["loss/total"]) for row in csv.DictReader(file)]
+
+
+def test_the_seed_decides(run: Path, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    again, other, last = (
+        aligndet.pretrain(
+            sample / "train", proposals=proposals, output=tmp_path / name, **{**SMALL, **settings}
+        )
+        for name, settings in (("again", {}), ("other", {"seed": 1}), ("last", {"channels_last": True}))
+    )
+    weights = [load_file(folder / "pretrained" / "model.safetensors") for folder in (run, again, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+    assert losses(run) == losses(again) != losses(other)
+    assert losses(last) == pytest.approx(losses(run), rel=1e-3)
+
+
 def test_an_export_says_what_is_new(run: Path, tmp_path: Path) -> None:
     output = aligndet.export(run, output=tmp_path / "exported", num_classes=5)
     manifest = json.loads((output / "manifest.json").read_text())

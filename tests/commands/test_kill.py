@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from aligndet.cli import main
 from aligndet.proposals.storage import read_proposals
 
 SMALL = [
@@ -118,6 +123,7 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
 
 def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
+    command.append("--channels-last=true")  # checkpoints keep the format
     finish(*command, f"--output={tmp_path / 'whole'}")
     killed = tmp_path / "killed"
     kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
@@ -143,41 +149,59 @@ def test_propose(sample: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(ours.offsets, theirs.offsets)
 
 
-def random_kills(command: list[str], output: Path, seed: int, seconds: float, *resume: str) -> int:
-    """Kills a run at random moments until it ends by itself; returns how often it was killed."""
-    rng, kills = np.random.default_rng(seed), 0
-    while True:
-        process = start(*command, f"--output={output}", *(resume if (output / "run.json").is_file() else ()))
-        try:
-            # longer from time to time: a run has to get past its first checkpoint to get on at all
-            _, errors = process.communicate(timeout=rng.uniform(0, seconds) * 1.5**kills)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, errors.decode()
-        return kills
+_FORKS = multiprocessing.get_context("forkserver")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["propose", "pretrain", "pretrain-backbone", "finetune", "compare"])
-def test_random_moments(name: str, seed: int, sample: Path, proposals: Path, tmp_path: Path) -> None:
-    images, labels = (
-        str(sample / "train"),
-        [str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}"],
+def run_command(arguments: list[str], errors: Path) -> None:
+    """What a fork does: a command, in a group of processes of its own, so that a kill reaches all of them."""
+    os.setsid()
+    with errors.open("w") as file, Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(arguments))
+
+
+def fork(command: list[str], output: Path) -> BaseProcess:
+    """Starts a command that has its imports behind it; many runs are short work then."""
+    _FORKS.set_forkserver_preload(
+        [__name__, *(f"aligndet.commands.{name}" for name in ("propose", "compare"))]
     )
+    errors = output.with_suffix(".errors")
+    process = _FORKS.Process(target=run_command, args=([*command, f"--output={output}"], errors))
+    process.start()
+    return process
+
+
+def assert_succeeded(process: BaseProcess, output: Path) -> None:
+    assert process.exitcode == 0, output.with_suffix(".errors").read_text()
+
+
+class Whole(NamedTuple):
+    """A command that was left alone."""
+
+    name: str
+    command: list[str]
+    output: Path
+    seconds: float  # from its first file to its end
+
+
+@pytest.fixture(scope="module", params=["propose", "pretrain", "pretrain-backbone", "finetune", "compare"])
+def whole(
+    request: pytest.FixtureRequest, sample: Path, proposals: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    images = str(sample / "train")
+    labels = [str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}"]
     small = ["--batch_size=2", "--checkpoint_every=2", "--workers=0", "--warmup_steps=1", "--accelerator=cpu"]
     small += ["--min_size=[64,96]", "--max_size=128"]
     commands = {
         "propose": [images, "--shard-size=2", "--workers=1"],
-        "pretrain": [images, f"--proposals={proposals}", *SMALL],
+        # loader processes are killed above; here they would double the time
+        "pretrain": [images, f"--proposals={proposals}", *SMALL, "--workers=0"],
         "pretrain-backbone": [
             *(images, "--trunk=resnet18", "--crop-size=32", "--batch-size=4", "--steps=15"),
             *("--checkpoint-every=3", "--workers=0", "--accelerator=cpu"),
         ],
-        "finetune": [*labels, *SMALL],
+        "finetune": [*labels, *SMALL, "--workers=0"],
         "compare": [
             *(*labels, f"--proposals={proposals}", "--fractions=[1.0]", "--seeds=[0]", "--steps=[4]"),
             *("--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--pretraining.steps=4"),
@@ -188,17 +212,67 @@ def test_random_moments(name: str, seed: int, sample: Path, proposals: Path, tmp
             ),
         ],
     }
-    command = [name, *commands[name]]
-    begun = time.monotonic()
-    finish(*command, f"--output={tmp_path / 'whole'}")
-    resume = [] if name in ("propose", "compare") else ["--resume"]
-    random_kills(command, tmp_path / "killed", seed, time.monotonic() - begun, *resume)
-    whole = sorted((tmp_path / "whole").rglob("model.safetensors"))
-    for path in whole:
-        assert_same_weights(path.parent, tmp_path / "killed" / path.parent.relative_to(tmp_path / "whole"))
-    if name == "propose":
-        ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(tmp_path / "killed")
+    output = tmp_path_factory.mktemp("whole") / request.param
+    command = [request.param, *commands[request.param]]
+    process = fork(command, output)
+    begun = at_work(process, output)
+    process.join(240)
+    assert_succeeded(process, output)
+    return Whole(request.param, command, output, time.monotonic() - begun)
+
+
+def newest(folder: Path) -> tuple[float, Path]:
+    """Where a run was: when it last touched a file, and which; or the folder, if there is none."""
+    touched = [(0.0, folder)]
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # one that has just got its name
+            touched.append((path.stat().st_mtime, path))
+    return max(touched)
+
+
+def at_work(process: BaseProcess, output: Path) -> float:
+    """Waits until a process touches its output, or ends; returns the time."""
+    begun = time.time()
+    while process.is_alive() and newest(output)[0] <= begun:
+        time.sleep(0.02)
+    return time.monotonic()
+
+
+def random_kills(whole: Whole, output: Path, seed: int) -> int:
+    """Kills a run at random moments until it ends by itself; returns how often it was killed."""
+    rng, kills = np.random.default_rng(seed), 0
+    while True:
+        resumes = whole.name not in ("propose", "compare") and (output / "run.json").is_file()
+        process = fork([*whole.command, *(["--resume"] if resumes else [])], output)
+        at_work(process, output)
+        # later from time to time, since a run has to get past its first checkpoint to get on at all
+        seconds = rng.uniform(0, 0.8 * whole.seconds) * 1.5**kills
+        process.join(seconds)
+        if not process.is_alive():
+            assert_succeeded(process, output)
+            print(f"{whole.name}, seed {seed}: ended by itself after {kills} kills")
+            return kills
+        place = newest(output)[1].relative_to(output)
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+        kills += 1
+        print(f"{whole.name}, seed {seed}: killed after {seconds:.1f} s at {place}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_random_moments(whole: Whole, seed: int, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    assert random_kills(whole, killed, seed)
+    files = sorted(whole.output.rglob("model.safetensors"))
+    for path in files:
+        assert_same_weights(path.parent, killed / path.parent.relative_to(whole.output))
+    if whole.name == "propose":
+        ours, theirs = read_proposals(whole.output), read_proposals(killed)
         assert ours.file_names == theirs.file_names
         np.testing.assert_array_equal(ours.boxes, theirs.boxes)
     else:
-        assert whole
+        assert files
+    if whole.name == "compare":
+        for name in ("table.md", "results.csv"):
+            assert (killed / name).read_bytes() == (whole.output / name).read_bytes()

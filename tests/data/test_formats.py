@@ -13,6 +13,7 @@ from PIL import Image
 
 from aligndet.data.coco import Category, read_coco
 from aligndet.data.formats import read_labelled
+from aligndet.data.yolo import load_yolo
 
 
 def xml(*objects: tuple[str, tuple[object, ...]], extra: str = "", head: str = "") -> str:
@@ -133,6 +134,13 @@ def test_yolo_parts_outlines_and_flaws(tmp_path: Path) -> None:
     assert len(read_labelled(tmp_path)) == 2
     with pytest.raises(ValueError, match="unknown one: 'dog'"):
         read_labelled(tmp_path, categories=[Category(1, "cat")])
+
+
+@pytest.mark.parametrize("text", ["names: {0: dog, one: cat}", "names: [dog]\nday: 2020-13-45"])
+def test_a_broken_data_yaml_is_named(tmp_path: Path, text: str) -> None:
+    put(tmp_path, "data.yaml", text)
+    with pytest.raises(ValueError, match=r"data\.yaml: ('names' has to|is no YAML)"):
+        load_yolo(tmp_path / "data.yaml")
 
 
 def test_a_list_of_images_may_not_lead_out(tmp_path: Path) -> None:

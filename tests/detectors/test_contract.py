@@ -38,8 +38,8 @@ def options_of(name: str, **more: Any) -> dict[str, Any]:
     return {**(QUERY_OPTIONS if shared_options(name) else {}), **more}
 
 
-def build(name: str) -> Any:
-    adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name))
+def build(name: str, **options: Any) -> Any:
+    adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name, **options))
     adapter.detector.backbone.body.requires_grad_(False).eval()
     return adapter
 
@@ -174,6 +174,39 @@ def test_boxes_are_exact_in_half_precision(name: str) -> None:
     boxes = prediction["boxes"]
     assert boxes.dtype == torch.float32
     assert (boxes != boxes.bfloat16().float()).float().mean() > 0.2  # a part lies on the image's edge
+
+
+def losses_of(adapter: Any) -> Tensor:
+    torch.manual_seed(2)
+    output = call(adapter, images((128, 160), (128, 160)), [OBJECTS, OBJECTS[:2]])
+    contrasts = [box_contrastive_loss(stage, stage) for stage in output.stages]
+    return torch.stack([*contrasts, *output.losses.values()]).float()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fcos", "faster_rcnn", "detr"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "mask_rcnn", "htc", "d_fine")),
+    ],
+)
+def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
+    # dropout draws in the order of memory
+    calm = {"dropout": 0.0} if "dropout" in shared_options(name) else {}
+    adapter = build(name, **calm)
+    plain = losses_of(adapter)
+    adapter.to(memory_format=torch.channels_last)
+    maps: list[Tensor] = []
+    for layer in adapter.detector.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *call: maps.append(call[2]))
+    torch.testing.assert_close(losses_of(adapter), plain, rtol=1e-4, atol=1e-4)
+    assert maps
+    assert all(found.is_contiguous(memory_format=torch.channels_last) for found in maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = losses_of(adapter)
+    assert not torch.equal(half, plain)
+    torch.testing.assert_close(half.sum(), plain.sum(), rtol=0.03, atol=0.0)
 
 
 def test_weights_of_another_detector_are_refused(name: str) -> None:

@@ -60,6 +60,7 @@ def pretrain_backbone(
     accelerator: str = "auto",
     strategy: str = "auto",
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
+    channels_last: bool = False,
     workers: int | None = None,
     seed: int = 0,
     checkpoint_every: int = 500,
@@ -113,6 +114,8 @@ def pretrain_backbone(
         accelerator: "auto", "cpu" or "gpu".
         strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
+        channels_last: Neighbouring channels in memory; faster with most networks of convolutions, the same up
+            to rounding.
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints.

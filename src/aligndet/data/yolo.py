@@ -74,13 +74,13 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
 def _settings(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of bytes that are no text, or of dates that are none
         raise ValueError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     return content if isinstance(content, dict) else {}
 
 
 def _names(names: Any, path: Path) -> list[str]:
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'names' has to list the classes, from 0 on, not {names!r:.200}")
