@@ -1,4 +1,4 @@
-"""Where work on many images is done: in the processes of this machine, or on the machines of a Ray cluster."""
+"""Where work on many images is done: in processes of this machine, or on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 _PIECE = 32
 """Items a task at most: what a machine that fails loses for each of its cores."""
 _WINDOW = 1000
-"""Tasks that are known to Ray at a time; it makes all of a data set's blocks before the first is worked on."""
+"""Tasks that Ray knows of at a time: it makes all blocks of a data set before it works on the first."""
 
 
 def check_engine(engine: Engine, address: str | None) -> None:
