@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,15 +12,19 @@ from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from aligndet.commands import propose as command
+from aligndet.commands.cluster import cluster as group_proposals
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
 from aligndet.proposals import engines
+from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.engines import Engine, run
+from aligndet.proposals.storage import read_proposals
 
 
 def odd(number: int) -> int:
@@ -30,7 +35,7 @@ def odd(number: int) -> int:
 
 def test_processes_keep_the_order_and_raise_what_the_work_raises() -> None:
     numbers, taken = [*range(1, 33, 2), 40], []
-    with closing(run(odd, (taken.append(n) or n for n in numbers), workers=2)) as results:
+    with closing(run(odd, (taken.append(n) or n for n in numbers), workers=1)) as results:
         assert not taken  # nothing starts before it has to
         assert [next(results) for _ in range(16)] == numbers[:-1]
         with pytest.raises(ValueError, match="40 is even"):
@@ -206,5 +211,31 @@ def test_errors_of_a_cluster_are_those_of_the_work(cluster: Any, images: Path, t
         pytest.raises(ValueError, match=r"^4 is even$"),
     ):
         list(results)
-    with pytest.raises(ValueError, match=r"00003b\.jpg: broken"):
+    with pytest.raises(ValueError, match=r"00003b\.jpg: is no image"):
         propose(images, output=tmp_path / "out", engine="ray", ray_address=cluster.address, strict=True)
+
+
+@pytest.mark.slow
+def test_clusters_of_a_cluster(cluster: Any, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    found = []
+    for engine in get_args(Engine):
+        folder = tmp_path / engine
+        shutil.copytree(proposals, folder)
+        group_proposals(
+            sample / "train",
+            proposals=folder,
+            trunk="resnet18",
+            trunk_weights="none",
+            min_size=64,
+            max_size=96,
+            device="cpu",
+            clusters=6,
+            components=8,
+            sample=100,
+            engine=engine,
+            ray_address=cluster.address if engine == "ray" else None,
+        )
+        found.append(with_clusters(read_proposals(folder), folder).clusters)
+    assert len(np.unique(found[0])) > 1
+    assert (found[0] == found[1]).mean() > 0.95  # sums of floats depend on the number of threads

@@ -171,7 +171,9 @@ def propose(
             for shard, path in left:
                 write_shard(path, _rows(shard, results, bar, strict))
         reread = masks and (as_json or annotations is not None)
-        rows = [row for path in paths for row in read_shard(path, masks=reread)]
+        rows: Iterable[ImageProposals] = (row for path in paths for row in read_shard(path, masks=reread))
+        if as_json:
+            rows = list(rows)
         summary = _summarise(output, rows, images, annotations)
         if as_json:
             write_coco(output, rows)
@@ -282,19 +284,25 @@ def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, count
 def _summarise(
     output: Path, rows: Iterable[ImageProposals], images: Path, annotations: Path | None
 ) -> ProposeSummary:
-    rows = list(rows)
-    skipped = {row.file_name: row.skipped for row in rows if row.skipped is not None}
-    kept = {row.file_name: row for row in rows if row.skipped is None}
+    coco = None if annotations is None else read_labelled(annotations, images, masks=None)
+    labelled = frozenset(coco.file_names if coco else ())
+    skipped, kept, counts = {}, {}, []
+    for row in rows:  # one by one: all of a large set are larger than the memory
+        if row.skipped is not None:
+            skipped[row.file_name] = row.skipped
+            continue
+        counts.append(len(row.boxes))
+        if row.file_name in labelled:
+            kept[row.file_name] = row
     recall, mask_iou = None, None
-    if annotations is not None:
-        found, fitted = _measure(kept, read_labelled(annotations, images, masks=None))
+    if coco is not None:
+        found, fitted = _measure(kept, coco)
         if not len(found):
             raise ValueError(f"{annotations}: has no object in the images of {images}")
         at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}
         recall = {**at, "AR": float(np.mean([(found >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
         mask_iou = float(fitted.mean()) if len(fitted) else None
-    counts = [len(row.boxes) for row in kept.values()]
-    return ProposeSummary(output, len(kept), skipped, sum(counts), counts.count(0), recall, mask_iou)
+    return ProposeSummary(output, len(counts), skipped, sum(counts), counts.count(0), recall, mask_iou)
 
 
 def _measure(
