@@ -24,7 +24,7 @@ from aligndet.commands.sample_data import sample_data
 from aligndet.proposals import engines
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.engines import Engine, run
-from aligndet.proposals.storage import read_proposals
+from aligndet.proposals.storage import read_proposals, write_shard
 
 
 def odd(number: int) -> int:
@@ -34,8 +34,15 @@ def odd(number: int) -> int:
 
 
 def test_processes_keep_the_order_and_raise_what_the_work_raises() -> None:
-    numbers, taken = [*range(1, 33, 2), 40], []
-    with closing(run(odd, (taken.append(n) or n for n in numbers), workers=1)) as results:
+    numbers = [*range(1, 33, 2), 40]
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in numbers:
+            taken.append(number)
+            yield number
+
+    with closing(run(odd, items(), workers=1)) as results:
         assert not taken  # nothing starts before it has to
         assert [next(results) for _ in range(16)] == numbers[:-1]
         with pytest.raises(ValueError, match="40 is even"):
@@ -156,10 +163,10 @@ def test_proposals_of_a_cluster_that_loses_a_node(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write, wrote = command.write_shard, []
+    wrote: list[Path] = []
 
     def write_and_remove(path: Path, rows: Any) -> None:
-        write(path, rows)
+        write_shard(path, rows)
         wrote.append(path)
         if len(wrote) == 1:
             cluster.remove_node(second, allow_graceful=False)
@@ -181,12 +188,12 @@ def test_one_engine_continues_what_the_other_has_begun(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write, wrote = command.write_shard, []
+    wrote: list[Path] = []
 
     def write_and_stop(path: Path, rows: Any) -> None:
         if len(wrote) == 2:
             raise KeyboardInterrupt
-        write(path, rows)
+        write_shard(path, rows)
         wrote.append(path)
 
     def go(engine: Engine) -> None:
@@ -197,7 +204,7 @@ def test_one_engine_continues_what_the_other_has_begun(
     monkeypatch.setattr(command, "write_shard", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         go(before)
-    monkeypatch.setattr(command, "write_shard", write)
+    monkeypatch.setattr(command, "write_shard", write_shard)
     times = [path.stat().st_mtime_ns for path in wrote]
     go(after)
     assert [path.stat().st_mtime_ns for path in wrote] == times
@@ -218,7 +225,7 @@ def test_errors_of_a_cluster_are_those_of_the_work(cluster: Any, images: Path, t
 @pytest.mark.slow
 def test_clusters_of_a_cluster(cluster: Any, sample: Path, proposals: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    found = []
+    found: list[Any] = []
     for engine in get_args(Engine):
         folder = tmp_path / engine
         shutil.copytree(proposals, folder)

@@ -137,7 +137,7 @@ Described = tuple[int, npt.NDArray[np.float32]]  # position of an image, feature
 class _Request(NamedTuple):
     """An image and its boxes, as the table has them."""
 
-    index: int
+    position: int
     path: Path
     size: npt.NDArray[np.int32]  # (2,) width, height when the proposals were made
     boxes: npt.NDArray[np.float32]  # (N, 4)
@@ -167,7 +167,7 @@ def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
     except ImageError as error:
         return str(error)
     size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(request.size)
-    return request.index, image, torch.from_numpy(request.boxes) * size.repeat(2)
+    return request.position, image, torch.from_numpy(request.boxes) * size.repeat(2)
 
 
 def _read(boxes: _Boxes, order: list[int], workers: int) -> DataLoader[Any]:

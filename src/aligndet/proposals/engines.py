@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
@@ -49,7 +49,7 @@ def run(
     workers: int | None = None,
     gpus: float = 0,
     address: str | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Does the same to many items; nothing starts before the first result is asked for.
 
     Close the iterator if it is left before its end.
@@ -76,7 +76,7 @@ def run(
 
 def _on_processes(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int | None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     count = workers or len(os.sched_getaffinity(0))
     with get_context("spawn").Pool(count, initializer=_one_thread) as pool:
         yield from pool.imap(work, items, chunksize=4)
@@ -94,7 +94,7 @@ def _on_ray(
     workers: int | None,
     gpus: float,
     address: str | None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: nothing is reported to anyone
     import ray
     import ray.data
@@ -113,8 +113,8 @@ def _on_ray(
             data = ray.data.from_items(pieces, override_num_blocks=len(pieces))
             data.context.execution_options.preserve_order = True
             data.context.enable_progress_bars = False
-            data = data.map(_Piece(work), num_cpus=1, num_gpus=gpus or None, concurrency=workers)
-            for row in data.iter_rows():
+            done = data.map(_Piece(work), num_cpus=1, num_gpus=gpus or None, concurrency=workers)
+            for row in done.iter_rows():
                 for result, error in pickle.loads(row["item"]):
                     if error is not None:
                         raise error
