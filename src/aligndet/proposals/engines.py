@@ -6,9 +6,11 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Generator, Iterable
+from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from typing import Any, Literal, TypeVar
 
 import cv2
@@ -131,11 +133,20 @@ class _Piece:
         self.work = work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        _one_thread()
-        return {"item": pickle.dumps([self._result(item) for item in pickle.loads(row["item"])])}
+        results = _beside().map(self._result, pickle.loads(row["item"]), chunksize=_PIECE)
+        return {"item": pickle.dumps(results)}
 
     def _result(self, item: Any) -> tuple[Any, Exception | None]:
         try:
             return self.work(item), None
         except Exception as error:
             return None, error
+
+
+@cache
+def _beside() -> Pool:
+    """A process beside each of Ray's, because these draw and seed C's random numbers in their threads.
+
+    So does OpenCV's ranking: in the same process, the order of boxes would now and then be another.
+    """
+    return get_context("spawn").Pool(1, initializer=_one_thread)
