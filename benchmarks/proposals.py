@@ -9,8 +9,8 @@ decode, scale, search, filter. Seconds are the processor's, on one core, medians
 other work on the machine counts little. AR is the average recall over IoU 0.5 to 0.95 of the first 50 and 200
 boxes. "x" is the throughput of "all" against that of OpenCV's call at the images' own size in the same mode.
 `--processes 1 2` runs the command with that many and prints images a second by the clock. `--storage` prints
-what proposals take, in bytes an image, without and with masks: as Parquet, in memory (`read_proposals`; each
-process of training holds them), and at most while they are read.
+what proposals take, in bytes an image, without and with masks: as Parquet, and in memory (`read_proposals`;
+each process of training holds them).
 """
 
 from __future__ import annotations
@@ -107,16 +107,12 @@ def storage(images: Path, masks: bool) -> str:
         read_proposals(output, masks=masks)  # imports what it needs
         tracemalloc.start()
         table = read_proposals(output, masks=masks)
-        held, most = tracemalloc.get_traced_memory()
+        held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-    if table.masks is not None:
-        held += table.masks[0].nbytes  # torch's memory is not traced
-    boxes = len(table.boxes) / count
-    numbers = ", ".join(
-        f"{name} {value / count:.0f}"
-        for name, value in zip(("on disk", "in memory", "at most"), (on_disk, held, most), strict=True)
+    return (
+        f"{len(table.boxes) / count:.0f} boxes{' with masks' if masks else ''}, bytes an image:"
+        f" on disk {on_disk / count:.0f}, in memory {held / count:.0f}"
     )
-    return f"{boxes:.0f} boxes{' with masks' if masks else ''}, bytes an image: {numbers}"
 
 
 def main() -> None:
