@@ -8,7 +8,9 @@ alone, on an image in memory that has been scaled already; "all" is what a proce
 decode, scale, search, filter. Seconds are the processor's, on one core, medians over the images, so that
 other work on the machine counts little. AR is the average recall over IoU 0.5 to 0.95 of the first 50 and 200
 boxes. "x" is the throughput of "all" against that of OpenCV's call at the images' own size in the same mode.
-`--processes 1 2` runs the command with that many and prints images a second by the clock.
+`--processes 1 2` runs the command with that many and prints images a second by the clock. `--storage` prints
+what proposals take, in bytes an image, without and with masks: as Parquet, and in memory (`read_proposals`;
+each process of training holds them).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -31,6 +34,7 @@ from aligndet.data.coco import CocoDataset, read_coco
 from aligndet.data.images import read_image
 from aligndet.proposals.filters import best_proposals
 from aligndet.proposals.selective_search import Mode, selective_search, shrink
+from aligndet.proposals.storage import read_proposals
 
 FILTERS = {"max_aspect_ratio": 3.0, "min_area": 0.008, "max_area": 0.81, "nms_iou": 0.5, "max_proposals": 200}
 
@@ -95,6 +99,22 @@ def speed(images: Path, processes: int) -> float:
         return count / (time.perf_counter() - begun)
 
 
+def storage(images: Path, masks: bool) -> str:
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "proposals"
+        count = propose(images, output=output, masks=masks).images
+        on_disk = sum(path.stat().st_size for path in output.glob("part-*.parquet"))
+        read_proposals(output, masks=masks)  # imports what it needs
+        tracemalloc.start()
+        table = read_proposals(output, masks=masks)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    return (
+        f"{len(table.boxes) / count:.0f} boxes{' with masks' if masks else ''}, bytes an image:"
+        f" on disk {on_disk / count:.0f}, in memory {held / count:.0f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,6 +125,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30, help="images")
     parser.add_argument("--size", type=int, default=400, help="longer side of the sample data")
     parser.add_argument("--processes", nargs="*", type=int, default=[])
+    parser.add_argument("--storage", action="store_true", help="what proposals take on disk and in memory")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -116,6 +137,8 @@ def main() -> None:
         compare(coco, args.modes, args.resolutions, args.count)
         for processes in args.processes:
             print(f"{processes} processes: {speed(coco.folder, processes):.2f} images a second")
+        for masks in (False, True) if args.storage else ():
+            print(storage(coco.folder, masks))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,7 @@ from aligndet.detectors.backbones import build_trunk, normalisation, trunk_featu
 from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings, skipped_lines
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
+from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.storage import ProposalTable, read_proposals
 
 _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them
@@ -41,6 +45,8 @@ def cluster(
     min_size: int = 800,
     max_size: int = 1333,
     device: str = "auto",
+    engine: Engine = "processes",
+    ray_address: str | None = None,
     workers: int = 0,
     seed: int = 0,
     strict: bool = False,
@@ -64,7 +70,11 @@ def cluster(
         min_size: Images are resized to this short side.
         max_size: Bound of the long side.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        workers: Processes that read images.
+        engine: "processes" read images for one trunk here; with "ray", tasks on the machines of a Ray cluster
+            read images and run the trunk; they all see the images under the same path.
+        ray_address: Of the cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
+            one of this machine alone, started for the purpose.
+        workers: Processes that read images; of Ray tasks at a time, 0 for one a core or GPU.
         seed: Of sample, components and clusters.
         strict: A broken image is an error; by default it is skipped, counted and named, and its proposals
             are in the first cluster.
@@ -78,20 +88,22 @@ def cluster(
     """
     settings = dict(locals())
     check_bounds(settings)
+    check_engine(engine, ray_address)
     if clusters_file(proposals).exists() and not overwrite:
         raise ValueError(f"{clusters_file(proposals)}: is there already; give --overwrite to replace it")
     table = read_proposals(proposals)
     if not len(table.boxes):
         raise ValueError(f"{proposals}: holds no box in any of its {len(table)} images: nothing to group")
     broken: list[str] = []
-    stream = tqdm(
-        _read(_Boxes(images, table, min_size, max_size), workers, seed, strict, broken),
-        total=len(table),
-        desc="cluster",
-        unit="image",
-    )
+    order = np.random.default_rng(seed).permutation(len(table)).tolist()
+    boxes = _Boxes(images.absolute(), table, min_size, max_size)
     torch.manual_seed(seed)  # a trunk without weights is a random one
-    features = map(_BoxFeatures(trunk, trunk_weights, resolve_device(device)), stream)
+    describe = _BoxFeatures(trunk, trunk_weights, resolve_device(device))
+    if engine == "ray":
+        stream = _on_ray(describe, boxes, order, workers, ray_address)
+    else:
+        stream = map(describe, _read(boxes, order, workers))
+    features = _sound(tqdm(stream, total=len(table), desc="cluster", unit="image"), strict, broken)
     drawn = _take(features, sample)
     if not drawn:
         raise ImageError(f"{images}: none of the {len(table)} images can be read; the first: {broken[0]}")
@@ -119,6 +131,18 @@ def cluster(
     return path
 
 
+Described = tuple[int, npt.NDArray[np.float32]]  # position of an image, features (N, C) of its boxes
+
+
+class _Request(NamedTuple):
+    """An image and its boxes, as the table has them."""
+
+    position: int
+    path: Path
+    size: npt.NDArray[np.int32]  # (2,) width, height when the proposals were made
+    boxes: npt.NDArray[np.float32]  # (N, 4)
+
+
 class _Boxes(Dataset[Any]):
     """Position, image (3, H, W) uint8 and boxes (N, 4), resized; or in the place of a broken one, why."""
 
@@ -130,28 +154,59 @@ class _Boxes(Dataset[Any]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | str:
-        try:
-            image = read_image(self.images / self.table.file_names[index])
-        except ImageError as error:
-            return str(error)
-        image = self.resize(image)
-        # the table knows the image's size from when the proposals were made
-        size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(self.table.sizes[index])
-        return index, image, torch.from_numpy(self.table.boxes_of(index)) * size.repeat(2)
+        return _load(self.request(index), self.resize)
+
+    def request(self, index: int) -> _Request:
+        path = self.images / self.table.file_names[index]
+        return _Request(index, path, self.table.sizes[index], self.table.boxes_of(index))
 
 
-def _read(
-    boxes: _Boxes, workers: int, seed: int, strict: bool, broken: list[str]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """All images in a random order; messages about broken ones are put into a list."""
-    loader: DataLoader[Any] = DataLoader(
+def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
+    try:
+        image = resize(read_image(request.path))
+    except ImageError as error:
+        return str(error)
+    size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(request.size)
+    return request.position, image, torch.from_numpy(request.boxes) * size.repeat(2)
+
+
+def _read(boxes: _Boxes, order: list[int], workers: int) -> DataLoader[Any]:
+    return DataLoader(
         boxes,
         batch_size=None,
-        sampler=np.random.default_rng(seed).permutation(len(boxes)).tolist(),
+        sampler=order,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
     )
-    for item in loader:
+
+
+def _on_ray(
+    describe: _BoxFeatures, boxes: _Boxes, order: list[int], workers: int, address: str | None
+) -> Iterator[Described | str]:
+    """Features of all images, from the machines of a cluster."""
+    results = run(
+        partial(_read_and_describe, describe, boxes.images, boxes.resize),
+        map(boxes.request, order),
+        engine="ray",
+        workers=workers or None,
+        gpus=float(describe.device.type == "cuda"),
+        address=address,
+    )
+    with closing(results):
+        yield from results
+
+
+def _read_and_describe(
+    describe: _BoxFeatures, images: Path, resize: Any, request: _Request
+) -> Described | str:
+    if not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images on {platform.node()}")
+    return describe(_load(request, resize))
+
+
+def _sound(described: Iterable[Described | str], strict: bool, broken: list[str]) -> Iterator[Described]:
+    """What could be read; messages about broken images are put into a list."""
+    for item in described:
         if not isinstance(item, str):
             yield item
         elif strict:
@@ -161,16 +216,19 @@ def _read(
 
 
 class _BoxFeatures:
-    """Features (N, C) of an image's boxes: the mean over each box on a trunk's last map."""
+    """Features (N, C) of an image's boxes: the mean over each box on a trunk's last map; messages pass."""
 
     def __init__(self, trunk: str, weights: str, device: torch.device) -> None:
         body, _ = build_trunk(trunk, strides=(8, 16, 32), weights=weights)
-        self.body, self.device = body.eval().to(device), device
+        self.body, self.device = body.eval(), device
         self.mean, self.std = normalisation(trunk)
 
     @torch.inference_mode()
-    def __call__(self, item: tuple[int, Tensor, Tensor]) -> tuple[int, npt.NDArray[np.float32]]:
+    def __call__(self, item: tuple[int, Tensor, Tensor] | str) -> Described | str:
+        if isinstance(item, str):
+            return item
         index, image, boxes = item
+        self.body.to(self.device)  # here, because a machine of a cluster has GPUs of its own
         pixels = transforms.normalize(image.to(self.device).float() / 255, list(self.mean), list(self.std))
         features = trunk_features(self.body, pixels[None])[-1]
         stride = -(-image.shape[2] // 32) * 32 / features.shape[3]  # the trunk pads to whole multiples of 32
@@ -180,9 +238,7 @@ class _BoxFeatures:
         return index, cells.mean((2, 3)).cpu().numpy()
 
 
-def _take(
-    features: Iterator[tuple[int, npt.NDArray[np.float32]]], sample: int
-) -> list[tuple[int, npt.NDArray[np.float32]]]:
+def _take(features: Iterator[Described], sample: int) -> list[Described]:
     """The first images, until they have as many boxes together."""
     taken, count = [], 0
     for index, rows in features:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import platform
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 from tqdm import tqdm
 
 from aligndet.commands._runs import check_bounds
@@ -26,6 +25,7 @@ from aligndet.data.images import ImageError, list_images, read_image, read_image
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 from aligndet.proposals.clusters import clusters_file
+from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
 from aligndet.proposals.selective_search import Mode, selective_search
@@ -77,6 +77,8 @@ def propose(
     masks: bool = False,
     segmentation: tuple[float, float, int] = (0.5, 150.0, 50),
     min_inside: float = 0.9,
+    engine: Engine = "processes",
+    ray_address: str | None = None,
     workers: int | None = None,
     shard_size: int = 256,
     annotations: Path | None = None,
@@ -101,7 +103,12 @@ def propose(
             the box. Pre-training of a mask head needs it.
         segmentation: Of masks: sigma of the blur, scale and smallest size in pixels of the segments.
         min_inside: Of masks: share of a segment that lies in the box at least.
-        workers: Processes; by default one a core.
+        engine: "processes" of this machine, or "ray": tasks on the machines of a Ray cluster, which all see
+            the images under the same path. The result is the same, and the one goes on where the other was
+            stopped.
+        ray_address: Of the cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
+            one of this machine alone, started for the purpose.
+        workers: Processes or tasks at a time; by default one a core.
         shard_size: Images a Parquet file, which is also what a stopped run loses at most for each process.
         annotations: COCO JSON, PASCAL VOC or YOLO of the objects in these images, to measure how many the
             boxes find, and how well the masks fit if it has masks.
@@ -115,6 +122,7 @@ def propose(
         ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
     """
     check_bounds(locals())
+    check_engine(engine, ray_address)
     names = list_images(images)
     parameters: dict[str, Any] = {
         "mode": mode,
@@ -140,7 +148,7 @@ def propose(
         _check_folder(folder, parameters, overwrite)
         work = partial(
             propose_image,
-            images,
+            images.absolute(),
             mode=mode,
             resolution=resolution,
             filters={
@@ -154,29 +162,23 @@ def propose(
         )
         shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
         paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
-        done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
+        left = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.is_file()]
+        waiting = [name for shard, _ in left for name in shard]
         with (
-            tqdm(total=len(names), initial=done, desc="propose", unit="image") as progress,
-            ExitStack() as stack,
+            tqdm(total=len(names), initial=len(names) - len(waiting), desc="propose", unit="image") as bar,
+            closing(run(work, waiting, engine=engine, workers=workers, address=ray_address)) as results,
         ):
-            rows_of = _pool(stack, workers, work)
-            for shard, path in zip(shards, paths, strict=True):
-                if path.is_file():
-                    continue
-                rows = []
-                for row in rows_of(shard):
-                    if row.skipped is not None and strict:
-                        raise ValueError(row.skipped)
-                    rows.append(row)
-                    progress.update()
-                write_shard(path, rows)
+            for shard, path in left:
+                write_shard(path, _rows(shard, results, bar, strict))
         reread = masks and (as_json or annotations is not None)
-        rows = [row for path in paths for row in read_shard(path, masks=reread)]
+        rows: Iterable[ImageProposals] = (row for path in paths for row in read_shard(path, masks=reread))
+        if as_json:
+            rows = list(rows)
         summary = _summarise(output, rows, images, annotations)
         if as_json:
             write_coco(output, rows)
-            left = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
-            for path in (*paths, *left, *folder.glob(".*.partial")):
+            others = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
+            for path in (*paths, *others, *folder.glob(".*.partial")):
                 path.unlink(missing_ok=True)
         else:
             counts = {
@@ -193,16 +195,18 @@ def propose(
     return summary
 
 
-def _pool(stack: ExitStack, workers: int | None, work: partial[ImageProposals]) -> Any:
-    """One process a core; every process one thread, or they fight over the cores."""
-    count = workers or len(os.sched_getaffinity(0))
-    pool = stack.enter_context(get_context("spawn").Pool(count, initializer=_one_thread))
-    return lambda shard: pool.imap(work, shard, chunksize=4)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+def _rows(
+    shard: list[str], results: Iterator[ImageProposals], bar: tqdm[Any], strict: bool
+) -> list[ImageProposals]:
+    """The next results, which are those of a shard."""
+    rows = []
+    for row in islice(results, len(shard)):
+        if row.skipped is not None and strict:
+            raise ValueError(row.skipped)
+        rows.append(row)
+        bar.update()
+    assert [row.file_name for row in rows] == shard
+    return rows
 
 
 def propose_image(
@@ -226,11 +230,16 @@ def propose_image(
 
     Returns:
         The boxes, or why there are none.
+
+    Raises:
+        ValueError: If this machine does not have the folder.
     """
     try:
         size = read_image_size(folder / name)
         image = read_image(folder / name, long_side=resolution).permute(1, 2, 0).numpy()
     except ImageError as error:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder of images on {platform.node()}") from error
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
     height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
@@ -275,19 +284,25 @@ def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, count
 def _summarise(
     output: Path, rows: Iterable[ImageProposals], images: Path, annotations: Path | None
 ) -> ProposeSummary:
-    rows = list(rows)
-    skipped = {row.file_name: row.skipped for row in rows if row.skipped is not None}
-    kept = {row.file_name: row for row in rows if row.skipped is None}
+    coco = None if annotations is None else read_labelled(annotations, images, masks=None)
+    labelled = frozenset(coco.file_names if coco else ())
+    skipped, kept, counts = {}, {}, []
+    for row in rows:  # one by one: all of a large set are larger than the memory
+        if row.skipped is not None:
+            skipped[row.file_name] = row.skipped
+            continue
+        counts.append(len(row.boxes))
+        if row.file_name in labelled:
+            kept[row.file_name] = row
     recall, mask_iou = None, None
-    if annotations is not None:
-        found, fitted = _measure(kept, read_labelled(annotations, images, masks=None))
+    if coco is not None:
+        found, fitted = _measure(kept, coco)
         if not len(found):
             raise ValueError(f"{annotations}: has no object in the images of {images}")
         at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}
         recall = {**at, "AR": float(np.mean([(found >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
         mask_iou = float(fitted.mean()) if len(fitted) else None
-    counts = [len(row.boxes) for row in kept.values()]
-    return ProposeSummary(output, len(kept), skipped, sum(counts), counts.count(0), recall, mask_iou)
+    return ProposeSummary(output, len(counts), skipped, sum(counts), counts.count(0), recall, mask_iou)
 
 
 def _measure(

@@ -1,0 +1,152 @@
+"""Where work on many images is done: in processes of this machine, or on the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Generator, Iterable
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+from typing import Any, Literal, TypeVar
+
+import cv2
+import torch
+
+Engine = Literal["processes", "ray"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PIECE = 32
+"""Items a task at most: what a machine that fails loses for each of its cores."""
+_WINDOW = 1000
+"""Tasks that Ray knows of at a time: it makes all blocks of a data set before it works on the first."""
+
+
+def check_engine(engine: Engine, address: str | None) -> None:
+    """Refuses what `run` could not do.
+
+    Args:
+        engine: See there.
+        address: See there.
+
+    Raises:
+        ImportError: If the engine is not installed.
+        ValueError: If an address is given to an engine that has none.
+    """
+    if engine == "ray" and not all(map(find_spec, ("ray", "pandas", "fsspec"))):
+        raise ImportError('--engine ray needs Ray Data: pip install "aligndet[ray]"')
+    if engine != "ray" and address is not None:
+        raise ValueError(f"--ray-address {address} is for --engine ray, not for {engine}")
+
+
+def run(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    engine: Engine = "processes",
+    workers: int | None = None,
+    gpus: float = 0,
+    address: str | None = None,
+) -> Generator[Result, None, None]:
+    """Does the same to many items; nothing starts before the first result is asked for.
+
+    Close the iterator if it is left before its end.
+
+    Args:
+        work: What to do to one; it can be pickled.
+        items: To do it to; they are taken as they are needed.
+        engine: "processes", or "ray": tasks that a cluster does again elsewhere where a machine fails.
+        workers: Processes or tasks at a time; by default one a core.
+        gpus: Of Ray: share of a GPU that a task takes.
+        address: Of Ray's cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
+            one that is started here for as long as the work takes.
+
+    Returns:
+        The results, in the order of the items.
+
+    Raises:
+        Exception: What work raises.
+    """
+    if engine == "ray":
+        return _on_ray(work, items, workers, gpus, address)
+    return _on_processes(work, items, workers)
+
+
+def _on_processes(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None
+) -> Generator[Result, None, None]:
+    count = workers or len(os.sched_getaffinity(0))
+    with get_context("spawn").Pool(count, initializer=_one_thread) as pool:
+        yield from pool.imap(work, items, chunksize=4)
+
+
+def _one_thread() -> None:
+    """One process a core, and every process one thread, or they fight over the cores."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _on_ray(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int | None,
+    gpus: float,
+    address: str | None,
+) -> Generator[Result, None, None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: nothing is reported to anyone
+    import ray
+    import ray.data
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        rest = iter(items)
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while window := list(islice(rest, _PIECE * _WINDOW)):
+            # small sets: some tasks for every core, so that all cores are done at about the same time
+            size = max(1, min(_PIECE, len(window) // (4 * cores)))
+            pieces = [pickle.dumps(window[start : start + size]) for start in range(0, len(window), size)]
+            data = ray.data.from_items(pieces, override_num_blocks=len(pieces))
+            data.context.execution_options.preserve_order = True
+            data.context.enable_progress_bars = False
+            done = data.map(_Piece(work), num_cpus=1, num_gpus=gpus or None, concurrency=workers)
+            for row in done.iter_rows():
+                for result, error in pickle.loads(row["item"]):
+                    if error is not None:
+                        raise error
+                    yield result
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Piece:
+    """Does the work on the items of one task; errors travel as values, or Ray would wrap them."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        results = _beside().map(self._result, pickle.loads(row["item"]), chunksize=_PIECE)
+        return {"item": pickle.dumps(results)}
+
+    def _result(self, item: Any) -> tuple[Any, Exception | None]:
+        try:
+            return self.work(item), None
+        except Exception as error:
+            return None, error
+
+
+@cache
+def _beside() -> Pool:
+    """A process beside each of Ray's, because these draw and seed C's random numbers in their threads.
+
+    So does OpenCV's ranking: in the same process, the order of boxes would now and then be another.
+    """
+    return get_context("spawn").Pool(1, initializer=_one_thread)
