@@ -19,6 +19,7 @@ from tqdm import tqdm
 from aligndet.commands._runs import check_bounds, provenance
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.labelled import geometric
+from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings, skipped_lines
@@ -30,7 +31,7 @@ _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them
 
 @accepts_strings
 def cluster(
-    images: Path,
+    images: str | Path,
     *,
     proposals: Path,
     trunk: str = "resnet50",
@@ -53,7 +54,7 @@ def cluster(
     the proposals, where a detector needs it.
 
     Args:
-        images: Folder of images.
+        images: Folder of images, or an address; see `aligndet pretrain --help`.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
         trunk: Whose features to take, by name; see `aligndet pretrain --help`.
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file, likewise.
@@ -83,9 +84,11 @@ def cluster(
     table = read_proposals(proposals)
     if not len(table.boxes):
         raise ValueError(f"{proposals}: holds no box in any of its {len(table)} images: nothing to group")
+    source = ImageSource(images)
+    source.prepare(table.file_names, proposals)
     broken: list[str] = []
     stream = tqdm(
-        _read(_Boxes(images, table, min_size, max_size), workers, seed, strict, broken),
+        _read(_Boxes(source, table, min_size, max_size), workers, seed, strict, broken),
         total=len(table),
         desc="cluster",
         unit="image",
@@ -122,7 +125,7 @@ def cluster(
 class _Boxes(Dataset[Any]):
     """Position, image (3, H, W) uint8 and boxes (N, 4), resized; or in the place of a broken one, why."""
 
-    def __init__(self, images: Path, table: ProposalTable, min_size: int, max_size: int) -> None:
+    def __init__(self, images: ImageSource, table: ProposalTable, min_size: int, max_size: int) -> None:
         self.images, self.table = images, table
         self.resize = geometric((min_size, min_size), max_size, flip=0.0)
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from aligndet.commands._runs import check_bounds
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError, list_images, read_image, read_image_size
+from aligndet.data.images import ImageError, read_image, read_image_size
 from aligndet.data.rle import EncodedMasks, encode, overlaps
+from aligndet.data.sources import ImageSource
 from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.filters import best_proposals, filter_boxes
@@ -64,9 +65,10 @@ class ProposeSummary(NamedTuple):
 
 @accepts_strings
 def propose(
-    images: Path,
+    images: str | Path,
     *,
     output: Path,
+    names: Path | None = None,
     mode: Mode = "fast",
     resolution: int | None = 400,
     max_aspect_ratio: float = 3.0,
@@ -88,8 +90,11 @@ def propose(
     Done once, before pre-training; a stopped run goes on where it was when the same command is given again.
 
     Args:
-        images: Folder of images, searched with its subfolders.
+        images: Folder of images, searched with its subfolders, or an address (s3://bucket/images,
+            gs://bucket/images, https://host/images, ...); a tar in it counts as a folder of images.
         output: Folder for Parquet files, or a ``.json`` file for COCO style (one category).
+        names: Only these images: a text file with a name a line, or Parquet with a column file_name, relative
+            to images; a tar stands for its images. Web servers need it, as they list nothing.
         mode: "fast", or "quality" (about five times as slow).
         resolution: Longest side at which to run; null for full size.
         max_aspect_ratio: Longer to shorter side of a box at most.
@@ -115,7 +120,10 @@ def propose(
         ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
     """
     check_bounds(locals())
-    names = list_images(images)
+    source = ImageSource(images)
+    if annotations is not None:
+        source.labelled_folder("--annotations")  # says so before the work
+    file_names = source.names(names)
     parameters: dict[str, Any] = {
         "mode": mode,
         "resolution": resolution,
@@ -125,8 +133,8 @@ def propose(
         "nms_iou": nms_iou,
         "max_proposals": max_proposals,
         "shard_size": shard_size,
-        "images": len(names),
-        "image_list": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "images": len(file_names),
+        "image_list": hashlib.sha256("\n".join(file_names).encode()).hexdigest(),
     }
     if masks:
         if segmentation[0] < 0 or segmentation[1] <= 0 or segmentation[2] < 1:
@@ -140,7 +148,7 @@ def propose(
         _check_folder(folder, parameters, overwrite)
         work = partial(
             propose_image,
-            images,
+            source,
             mode=mode,
             resolution=resolution,
             filters={
@@ -152,11 +160,11 @@ def propose(
             if masks
             else None,
         )
-        shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
+        shards = [file_names[start : start + shard_size] for start in range(0, len(file_names), shard_size)]
         paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
         done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
         with (
-            tqdm(total=len(names), initial=done, desc="propose", unit="image") as progress,
+            tqdm(total=len(file_names), initial=done, desc="propose", unit="image") as progress,
             ExitStack() as stack,
         ):
             rows_of = _pool(stack, workers, work)
@@ -172,7 +180,7 @@ def propose(
                 write_shard(path, rows)
         reread = masks and (as_json or annotations is not None)
         rows = [row for path in paths for row in read_shard(path, masks=reread)]
-        summary = _summarise(output, rows, images, annotations)
+        summary = _summarise(output, rows, source, annotations)
         if as_json:
             write_coco(output, rows)
             left = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
@@ -206,7 +214,7 @@ def _one_thread() -> None:
 
 
 def propose_image(
-    folder: Path,
+    folder: Path | ImageSource,
     name: str,
     *,
     mode: Mode,
@@ -228,8 +236,9 @@ def propose_image(
         The boxes, or why there are none.
     """
     try:
-        size = read_image_size(folder / name)
-        image = read_image(folder / name, long_side=resolution).permute(1, 2, 0).numpy()
+        file = folder / name
+        size = read_image_size(file)
+        image = read_image(file, long_side=resolution).permute(1, 2, 0).numpy()
     except ImageError as error:
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
     height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
@@ -273,14 +282,16 @@ def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, count
 
 
 def _summarise(
-    output: Path, rows: Iterable[ImageProposals], images: Path, annotations: Path | None
+    output: Path, rows: Iterable[ImageProposals], images: ImageSource, annotations: Path | None
 ) -> ProposeSummary:
     rows = list(rows)
     skipped = {row.file_name: row.skipped for row in rows if row.skipped is not None}
     kept = {row.file_name: row for row in rows if row.skipped is None}
     recall, mask_iou = None, None
     if annotations is not None:
-        found, fitted = _measure(kept, read_labelled(annotations, images, masks=None))
+        found, fitted = _measure(
+            kept, read_labelled(annotations, images.labelled_folder("--annotations"), masks=None)
+        )
         if not len(found):
             raise ValueError(f"{annotations}: has no object in the images of {images}")
         at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}
