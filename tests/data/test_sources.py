@@ -290,8 +290,8 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
     assert content(source, "1.jpg") == pictures["00001.jpg"]
     assert content(source, "a.tar/00003.jpg") == pictures["00003.jpg"]
     source.prepare(["1.jpg", "b/c.tar/00007.jpg"], Path("proposals"))
-    flaky.failures = flaky.left = 4
     for name in ("1.jpg", "a.tar/00003.jpg"):
+        flaky.left = 4
         with pytest.raises(ImageError, match=rf"{name}: 4 attempts have failed \(TimeoutError: no answer\)"):
             content(source, name)
     # in training it is skipped: the first of two fails until the second is asked for
@@ -320,9 +320,9 @@ def test_the_package_for_an_address_is_named(monkeypatch: pytest.MonkeyPatch) ->
         ImageSource("absent://a")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_reads_the_same_images_of_tars(workers: int, shards: Path, sample: Path) -> None:
-    def batches(place: Path, first: int) -> list[Any]:
+    def batches(place: Path, first: int, workers: int = 0) -> list[Any]:
         source = ImageSource(place)
         names = source.names()
         source.prepare(names, place)
@@ -330,7 +330,7 @@ def test_a_resumed_run_reads_the_same_images_of_tars(workers: int, shards: Path,
         sampler = StepSampler(len(names), batch_size=4, batches=5, seed=3, first=first)
         return list(build_loader(views, sampler, collate, workers))
 
-    plain, whole, resumed = batches(sample / "train", 0), batches(shards, 0), batches(shards, 2)
+    plain, whole, resumed = batches(sample / "train", 0), batches(shards, 0), batches(shards, 2, workers)
     for expected, found in (*zip(plain, whole, strict=True), *zip(plain[2:], resumed, strict=True)):
         for a, b in zip(expected, found, strict=True):
             assert b.file_name.endswith(a.file_name)
