@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -125,7 +125,7 @@ class ImageSource:
         if self._tar:
             return self._tar, name
         found = _IN_TAR.fullmatch(name) if ".tar/" in name.lower() else None
-        if found is None or (self.is_local and Path(self._root, found[1]).is_dir()):
+        if found is None or (self.is_local and _is_folder(self._root, found[1])):
             return "", name
         return found[1], found[2]
 
@@ -206,6 +206,12 @@ class ImageSource:
                 " early, or the server does not give ranges of bytes"
             )
         return content
+
+
+@lru_cache(4096)
+def _is_folder(root: str, name: str) -> bool:
+    """Asked once for each tar, not for each of its images."""
+    return Path(root, name).is_dir()
 
 
 def _is_tar(name: str) -> bool:
