@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from random import SystemRandom
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from fsspec.core import url_to_fs
@@ -17,6 +18,8 @@ from aligndet.data.images import ImageError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further attempt to read, give or take a half."""
+
+_BLOCK = 2**20  # bytes a request of `open_file`
 
 Result = TypeVar("Result")
 
@@ -59,6 +62,19 @@ def path_at(root: str, name: str) -> tuple[Any, str]:
     """
     files, path = file_system(root)
     return files, f"{path}/{quote(name) if is_web(root) else name}"
+
+
+def open_file(root: str, name: str) -> AbstractContextManager[BinaryIO]:
+    """Opens a file to go through it from start to end.
+
+    Args:
+        root: Local or an address.
+        name: Relative to it.
+    """
+    if "://" in root:
+        files, path = path_at(root, name)
+        return files.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+    return Path(root, name).open("rb")
 
 
 def read_range(root: str, name: str, start: int, size: int) -> bytes:

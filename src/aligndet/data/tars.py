@@ -12,11 +12,10 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from aligndet.data.addresses import path_at, patiently
+from aligndet.data.addresses import open_file, path_at, patiently
 from aligndet.data.images import is_listed
 from aligndet.files import safe_name, whole_file
 
-_BLOCK = 2**20  # bytes a request of the pass over the headers
 _SCHEMA = pa.schema([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 Members = dict[str, tuple[int, int]]
@@ -147,7 +146,7 @@ def update_index(root: str, tar: str) -> None:
         pass
 
     def scan() -> tuple[Members, str]:
-        with files.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
+        with open_file(root, tar) as file:
             return scan_tar(file, address)
 
     members, problem = patiently(address, scan)
