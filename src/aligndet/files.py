@@ -128,12 +128,12 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def safe_name(name: str, source: Path) -> str:
+def safe_name(name: str, source: object) -> str:
     """Refuses a file name that leads out of the folder of images.
 
     Args:
         name: Relative path with slashes.
-        source: The file that it stands in, for the message.
+        source: What it stands in, for the message.
 
     Raises:
         ValueError: If the name is absolute or goes up.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -20,8 +19,9 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from aligndet.commands._runs import check_bounds, provenance
-from aligndet.data.images import ImageError, read_image
+from aligndet.data.images import ImageError, StoredImage, read_image
 from aligndet.data.labelled import geometric
+from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings, skipped_lines
@@ -34,7 +34,7 @@ _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them
 
 @accepts_strings
 def cluster(
-    images: Path,
+    images: str | Path,
     *,
     proposals: Path,
     trunk: str = "resnet50",
@@ -59,7 +59,7 @@ def cluster(
     the proposals, where a detector needs it.
 
     Args:
-        images: Folder of images.
+        images: Folder of images, or an address; see `aligndet pretrain --help`.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes.
         trunk: Whose features to take, by name; see `aligndet pretrain --help`.
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", or a file, likewise.
@@ -94,9 +94,11 @@ def cluster(
     table = read_proposals(proposals)
     if not len(table.boxes):
         raise ValueError(f"{proposals}: holds no box in any of its {len(table)} images: nothing to group")
+    source = ImageSource(images)
+    source.prepare(table.file_names, proposals)
     broken: list[str] = []
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
-    boxes = _Boxes(images.absolute(), table, min_size, max_size)
+    boxes = _Boxes(source.absolute(), table, min_size, max_size)
     torch.manual_seed(seed)  # a trunk without weights is a random one
     describe = _BoxFeatures(trunk, trunk_weights, resolve_device(device))
     if engine == "ray":
@@ -138,7 +140,7 @@ class _Request(NamedTuple):
     """An image and its boxes, as the table has them."""
 
     position: int
-    path: Path
+    image: Path | StoredImage
     size: npt.NDArray[np.int32]  # (2,) width, height when the proposals were made
     boxes: npt.NDArray[np.float32]  # (N, 4)
 
@@ -146,7 +148,7 @@ class _Request(NamedTuple):
 class _Boxes(Dataset[Any]):
     """Position, image (3, H, W) uint8 and boxes (N, 4), resized; or in the place of a broken one, why."""
 
-    def __init__(self, images: Path, table: ProposalTable, min_size: int, max_size: int) -> None:
+    def __init__(self, images: ImageSource, table: ProposalTable, min_size: int, max_size: int) -> None:
         self.images, self.table = images, table
         self.resize = geometric((min_size, min_size), max_size, flip=0.0)
 
@@ -157,13 +159,13 @@ class _Boxes(Dataset[Any]):
         return _load(self.request(index), self.resize)
 
     def request(self, index: int) -> _Request:
-        path = self.images / self.table.file_names[index]
-        return _Request(index, path, self.table.sizes[index], self.table.boxes_of(index))
+        image = self.images / self.table.file_names[index]
+        return _Request(index, image, self.table.sizes[index], self.table.boxes_of(index))
 
 
 def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
     try:
-        image = resize(read_image(request.path))
+        image = resize(read_image(request.image))
     except ImageError as error:
         return str(error)
     size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(request.size)
@@ -197,10 +199,9 @@ def _on_ray(
 
 
 def _read_and_describe(
-    describe: _BoxFeatures, images: Path, resize: Any, request: _Request
+    describe: _BoxFeatures, images: ImageSource, resize: Any, request: _Request
 ) -> Described | str:
-    if not images.is_dir():
-        raise ValueError(f"{images}: no such folder of images on {platform.node()}")
+    images.check_here()
     return describe(_load(request, resize))
 
 

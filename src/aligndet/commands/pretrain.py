@@ -9,6 +9,7 @@ from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import provenance, run_folder, steps_of
+from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable, shared_options, training_default
@@ -31,7 +32,7 @@ pretrained/    the result: neck and heads (and the trunk they belong to), writte
 
 @accepts_strings
 def pretrain(
-    images: Path,
+    images: str | Path,
     *,
     proposals: Path,
     output: Path,
@@ -82,7 +83,8 @@ def pretrain(
     (paper section 3.2).
 
     Args:
-        images: Folder of images.
+        images: Folder of images, or an address (s3://bucket/images, https://host/images, ...); names that
+            begin with that of a tar are read from it.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes; with
             clusters (`aligndet cluster`) for query-based detectors.
         output: Folder of the run.
@@ -156,8 +158,9 @@ def pretrain(
         table = read_proposals(proposals, masks="masks" in needs)
         if "clusters" in needs:
             table = with_clusters(table, proposals, getattr(adapter, "num_clusters", None))
+        source = ImageSource(images)
         dataset = TwoViewDataset(
-            images,
+            source,
             table,
             min_size=min_size,
             max_size=max_size,
@@ -169,11 +172,7 @@ def pretrain(
             raise ValueError(
                 f"{proposals}: holds no box in any of its {len(table)} images: nothing to learn from"
             )
-        missing = [name for name in table.file_names if not (images / name).is_file()]
-        if len(missing) == len(table):
-            raise ValueError(
-                f"{proposals}: none of its {len(table)} images is in {images}; the first: {missing[0]}"
-            )
+        source.prepare(table.file_names, proposals)
         images_a_step = batch_size * accumulate * devices * nodes
         total = steps_of(steps, epochs * len(dataset) / images_a_step)
         module = BoxPretraining(

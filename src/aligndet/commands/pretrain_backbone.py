@@ -9,8 +9,8 @@ from lightning import seed_everything
 
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
-from aligndet.data.images import list_images
 from aligndet.data.labelled import ValidationDataset
+from aligndet.data.sources import ImageSource
 from aligndet.data.views import collate
 from aligndet.detectors.backbones import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
@@ -31,9 +31,10 @@ trunk/         the result, written at the end: model.safetensors and manifest.js
 
 @accepts_strings
 def pretrain_backbone(
-    images: Path,
+    images: str | Path,
     *,
     output: Path,
+    names: Path | None = None,
     trunk: str = "resnet50",
     trunk_weights: str = "none",
     method: Literal["simsiam", "moco"] = "simsiam",
@@ -83,8 +84,9 @@ def pretrain_backbone(
     a warning is printed when it stays low; with --labels, the accuracy of nearest neighbours is logged too.
 
     Args:
-        images: Folder of images.
+        images: Folder of images, or an address (s3://bucket/images, ...); a tar in it counts as a folder.
         output: Folder of the run.
+        names: Only these images; see `aligndet propose --help`.
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
         trunk_weights: To start from: "none", "default" (ImageNet, downloaded), "bundled", or a file (see
             `aligndet pretrain --help`).
@@ -139,7 +141,8 @@ def pretrain_backbone(
         raise ValueError(f"batch_size must be at least 2 (batch norms, comparison), not {batch_size}")
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
-        names = list_images(images)
+        source = ImageSource(images)
+        file_names = source.names(names)
         body, channels = build_trunk(trunk, weights=trunk_weights)
         mean, std = normalisation(trunk)
         kind, processes = METHODS[method], devices * nodes
@@ -148,11 +151,12 @@ def pretrain_backbone(
         )
         validation = None
         if labels is not None:
-            classes = read_classes(labels, images, names, strict=strict)
-            whole = ClassifiedDataset(images, classes, size=crop_size, mean=mean, std=std)
+            local = Path() if labels == "folders" else source.labelled_folder("--labels")
+            classes = read_classes(labels, local, file_names, strict=strict)
+            whole = ClassifiedDataset(source, classes, size=crop_size, mean=mean, std=std)
             validation = ValidationDataset(whole, strict=strict)
         images_a_step = batch_size * accumulate * processes
-        total = steps_of(steps, epochs * len(names) / images_a_step)
+        total = steps_of(steps, epochs * len(file_names) / images_a_step)
         own: dict[str, Any] = {"temperature": temperature, "decay": decay, "queue": queue}
         rate = kind.sgd_learning_rate if optimizer == "sgd" else 5e-4
         module = kind(
@@ -169,7 +173,7 @@ def pretrain_backbone(
         )
         written = fit(
             module,
-            TwoCropsDataset(images, names, augment, strict=strict),
+            TwoCropsDataset(source, file_names, augment, strict=strict),
             collate,
             steps=total,
             checkpoint=checkpoint,
@@ -183,7 +187,7 @@ def pretrain_backbone(
                 "kind": "trunk",
                 "architecture": {"trunk": trunk},
                 "names": "torchvision's ResNet, or timm's with features_only=True",
-                "images": len(names),
+                "images": len(file_names),
                 "pretraining": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
                 **provenance(),
             }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -21,8 +20,9 @@ from tqdm import tqdm
 from aligndet.commands._runs import check_bounds
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError, list_images, read_image, read_image_size
+from aligndet.data.images import ImageError, read_image, read_image_size
 from aligndet.data.rle import EncodedMasks, encode, overlaps
+from aligndet.data.sources import ImageSource
 from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.engines import Engine, check_engine, run
@@ -64,9 +64,10 @@ class ProposeSummary(NamedTuple):
 
 @accepts_strings
 def propose(
-    images: Path,
+    images: str | Path,
     *,
     output: Path,
+    names: Path | None = None,
     mode: Mode = "fast",
     resolution: int | None = 400,
     max_aspect_ratio: float = 3.0,
@@ -90,8 +91,11 @@ def propose(
     Done once, before pre-training; a stopped run goes on where it was when the same command is given again.
 
     Args:
-        images: Folder of images, searched with its subfolders.
+        images: Folder of images, searched with its subfolders, or an address (s3://bucket/images,
+            gs://bucket/images, https://host/images, ...); a tar in it counts as a folder of images.
         output: Folder for Parquet files, or a ``.json`` file for COCO style (one category).
+        names: Only these images: a text file with a name a line, or Parquet with a column file_name, relative
+            to images; a tar stands for its images. Web servers need it, as they list nothing.
         mode: "fast", or "quality" (about five times as slow).
         resolution: Longest side at which to run; null for full size.
         max_aspect_ratio: Longer to shorter side of a box at most.
@@ -123,7 +127,10 @@ def propose(
     """
     check_bounds(locals())
     check_engine(engine, ray_address)
-    names = list_images(images)
+    source = ImageSource(images)
+    if annotations is not None:
+        source.labelled_folder("--annotations")  # says so before the work
+    file_names = source.names(names)
     parameters: dict[str, Any] = {
         "mode": mode,
         "resolution": resolution,
@@ -133,8 +140,8 @@ def propose(
         "nms_iou": nms_iou,
         "max_proposals": max_proposals,
         "shard_size": shard_size,
-        "images": len(names),
-        "image_list": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "images": len(file_names),
+        "image_list": hashlib.sha256("\n".join(file_names).encode()).hexdigest(),
     }
     if masks:
         if segmentation[0] < 0 or segmentation[1] <= 0 or segmentation[2] < 1:
@@ -148,7 +155,7 @@ def propose(
         _check_folder(folder, parameters, overwrite)
         work = partial(
             propose_image,
-            images.absolute(),
+            source.absolute(),
             mode=mode,
             resolution=resolution,
             filters={
@@ -160,12 +167,14 @@ def propose(
             if masks
             else None,
         )
-        shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)]
+        shards = [file_names[start : start + shard_size] for start in range(0, len(file_names), shard_size)]
         paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
         left = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.is_file()]
         waiting = [name for shard, _ in left for name in shard]
         with (
-            tqdm(total=len(names), initial=len(names) - len(waiting), desc="propose", unit="image") as bar,
+            tqdm(
+                total=len(file_names), initial=len(file_names) - len(waiting), desc="propose", unit="image"
+            ) as bar,
             closing(run(work, waiting, engine=engine, workers=workers, address=ray_address)) as results,
         ):
             for shard, path in left:
@@ -174,7 +183,7 @@ def propose(
         rows: Iterable[ImageProposals] = (row for path in paths for row in read_shard(path, masks=reread))
         if as_json:
             rows = list(rows)
-        summary = _summarise(output, rows, images, annotations)
+        summary = _summarise(output, rows, source, annotations)
         if as_json:
             write_coco(output, rows)
             others = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
@@ -210,7 +219,7 @@ def _rows(
 
 
 def propose_image(
-    folder: Path,
+    folder: Path | ImageSource,
     name: str,
     *,
     mode: Mode,
@@ -235,11 +244,11 @@ def propose_image(
         ValueError: If this machine does not have the folder.
     """
     try:
-        size = read_image_size(folder / name)
-        image = read_image(folder / name, long_side=resolution).permute(1, 2, 0).numpy()
+        file = folder / name
+        size = read_image_size(file)
+        image = read_image(file, long_side=resolution).permute(1, 2, 0).numpy()
     except ImageError as error:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder of images on {platform.node()}") from error
+        folder.check_here()
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
     height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
@@ -282,9 +291,11 @@ def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, count
 
 
 def _summarise(
-    output: Path, rows: Iterable[ImageProposals], images: Path, annotations: Path | None
+    output: Path, rows: Iterable[ImageProposals], images: ImageSource, annotations: Path | None
 ) -> ProposeSummary:
-    coco = None if annotations is None else read_labelled(annotations, images, masks=None)
+    coco = None
+    if annotations is not None:
+        coco = read_labelled(annotations, images.labelled_folder("--annotations"), masks=None)
     labelled = frozenset(coco.file_names if coco else ())
     skipped, kept, counts = {}, {}, []
     for row in rows:  # one by one: all of a large set are larger than the memory

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import first_readable, read_image
+from aligndet.data.sources import ImageSource
 
 
 class TwoCrops(NamedTuple):
@@ -32,7 +33,7 @@ class TwoCropsDataset(Dataset[TwoCrops]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | ImageSource,
         file_names: Sequence[str],
         augment: Callable[..., Any],
         *,
@@ -68,7 +69,7 @@ class ClassifiedDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | ImageSource,
         classes: dict[str, int],
         *,
         size: int,

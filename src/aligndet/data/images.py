@@ -4,10 +4,12 @@ word.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
+from functools import cached_property
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +31,59 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file and the reason."""
 
 
+class StoredImage:
+    """An image that is no local file of its own; see `aligndet.data.sources`."""
+
+    def __init__(self, address: str, fetch: Callable[[], bytes]) -> None:
+        """Names an image; nothing is read yet.
+
+        Args:
+            address: For messages.
+            fetch: Reads it; raises ImageError.
+        """
+        self.address, self._fetch = address, fetch
+
+    def __str__(self) -> str:
+        return self.address
+
+    @cached_property
+    def content(self) -> bytes:
+        """The encoded image, read when it is first asked for."""
+        return self._fetch()
+
+
+def is_listed(path: PurePath, suffixes: Collection[str] = SUFFIXES) -> bool:
+    """Whether a file counts as one of a folder's: by its suffix, and if neither it nor its folder is hidden.
+
+    Args:
+        path: Relative to the folder.
+        suffixes: In lower case, with the dot.
+    """
+    return path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.parts)
+
+
+def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
+    """Finds files in a folder and its subfolders; hidden ones are left out.
+
+    Args:
+        folder: To search.
+        suffixes: In lower case, with the dot.
+
+    Returns:
+        Paths relative to the folder, with slashes, sorted.
+
+    Raises:
+        ValueError: If the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of images")
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if is_listed(path.relative_to(folder), suffixes) and path.is_file()
+    )
+
+
 def list_images(folder: Path) -> list[str]:
     """Finds the images of a folder and its subfolders; hidden files and folders are left out.
 
@@ -41,15 +96,7 @@ def list_images(folder: Path) -> list[str]:
     Raises:
         ValueError: If the folder does not exist or holds no image.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of images")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    names = find_files(folder)
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
     return names
@@ -83,14 +130,14 @@ def first_readable(
     raise ImageError(f"none of the {length} images can be read; the first: {skipped[0]}")
 
 
-def read_image(path: Path, *, long_side: int | None = None) -> Tensor:
+def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Tensor:
     """Decodes an image to RGB, upright.
 
     EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their
     own range's 8 bits, of an animation the first frame is taken.
 
     Args:
-        path: Of the file.
+        path: Of the file, or an image from elsewhere.
         long_side: How long the longer side has to be at least if the image is larger: a JPEG is then decoded
             at a half, a quarter or an eighth of its size, which is several times faster.
 
@@ -100,10 +147,11 @@ def read_image(path: Path, *, long_side: int | None = None) -> Tensor:
     Raises:
         ImageError: If the file is missing, empty, truncated, no image, too small or too large.
     """
+    source = _openable(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
-            with Image.open(path) as file:
+            with Image.open(source) as file:
                 _check_size(path, file.size)
                 if long_side is not None and max(file.size) >= 2 * long_side:
                     part = long_side / max(file.size)
@@ -119,19 +167,20 @@ def read_image(path: Path, *, long_side: int | None = None) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
+def read_image_size(path: Path | StoredImage) -> tuple[int, int]:
     """Reads width and height of the upright image from the file's header.
 
     Args:
-        path: Of the file.
+        path: Of the file, or an image from elsewhere.
 
     Raises:
         ImageError: As for `read_image`, as far as the header tells.
     """
+    source = _openable(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 _check_size(path, image.size)
                 width, height = image.size
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -142,6 +191,10 @@ def read_image_size(path: Path) -> tuple[int, int]:
     except Exception as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
     return (height, width) if turned else (width, height)
+
+
+def _openable(path: Path | StoredImage) -> Path | io.BytesIO:
+    return path if isinstance(path, Path) else io.BytesIO(path.content)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -159,17 +212,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(path: Path | StoredImage, size: tuple[int, int]) -> None:
     if min(size) < MIN_SIDE:
         raise ImageError(f"{path}: {size[0]}x{size[1]} pixels is too small to hold an object")
     if size[0] * size[1] > MAX_PIXELS:
         raise ImageError(f"{path}: {size[0]}x{size[1]} pixels is too large; scale it down first")
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_dir():
+def _reason(path: Path | StoredImage, error: Exception) -> str:
+    if isinstance(path, Path) and path.is_dir():
         return "is a folder, not an image"
-    if path.stat().st_size == 0:
+    if (path.stat().st_size if isinstance(path, Path) else len(path.content)) == 0:
         return "is empty"
     if isinstance(error, UnidentifiedImageError):
         return "is no image that Pillow knows"

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from aligndet.data.images import first_readable, read_image
 from aligndet.data.photometric import recolour
+from aligndet.data.sources import ImageSource
 from aligndet.proposals.storage import ProposalTable
 
 
@@ -61,7 +62,7 @@ class TwoViewDataset(Dataset[TwoViews]):
 
     def __init__(
         self,
-        images: Path,
+        images: Path | ImageSource,
         table: ProposalTable,
         *,
         min_size: tuple[int, int] = (640, 800),
@@ -73,7 +74,7 @@ class TwoViewDataset(Dataset[TwoViews]):
         """Prepares the data set.
 
         Args:
-            images: Folder that the table's file names are relative to.
+            images: Place that the table's file names are relative to.
             table: The proposals; views have masks and clusters if it has.
             min_size: Range of the views' short side.
             max_size: Bound of the views' long side.
