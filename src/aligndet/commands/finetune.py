@@ -143,8 +143,7 @@ def finetune(
         accelerator: "auto", "cpu" or "gpu".
         strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
-        channels_last: Neighbouring channels in memory; faster with most networks of convolutions, the same up
-            to rounding.
+        channels_last: Hold channels as neighbours in memory; the same up to rounding.
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of new weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints.
