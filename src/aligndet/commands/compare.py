@@ -228,7 +228,8 @@ class _Bench:
                     resume=folder.is_dir(),
                     **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
                 )
-            evaluate(folder / "model", measured[0], images=measured[1], output=folder / "result.json")
+            result = folder / "result.json"
+            evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)
 
     def _start(self, cell: Cell) -> Path | None:
         """What a cell is fine-tuned from; a pre-training is made once for each seed."""
@@ -341,7 +342,8 @@ def _write_results(bench: _Bench, cells: Sequence[Cell]) -> str:
     table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
     listed = [
         {**asdict(c), "labels": labels[c.fraction], "learning_rate": bench.rate(c), "figures": figures}
-        for c, figures in found.items()
+        for c, all_figures in found.items()
+        for figures in [{name: value for name, value in all_figures.items() if name != "details"}]
     ]
     atomic_write(bench.output / "table.md", table)
     atomic_write(
