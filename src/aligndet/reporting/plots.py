@@ -283,6 +283,7 @@ def _render(figure: Figure, name: str, title: str, note: str, wide: bool = False
     for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, transparent=True, dpi=150, metadata=metadata)
+        figure.set_layout_engine("none")  # the second format takes the places of the first
         pictures.append(buffer.getvalue())
     svg = pictures[0].replace(_INK.encode(), b"currentColor").replace(b"<defs>", _ADAPTIVE + b"<defs>", 1)
     return Plot(name, title, note, svg, pictures[1], wide)
