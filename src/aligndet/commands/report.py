@@ -106,7 +106,7 @@ def _looked_into(
     )
     from aligndet.reporting.runs import read_run
 
-    sides, title = sides_of(comparisons, runs), "Predictions side by side"
+    sides, title = sides_of(comparisons, runs), "Predictions"
     if images is None:
         parts = [
             Part(title, note="No images were given: --images FOLDER shows predictions of two detectors.")

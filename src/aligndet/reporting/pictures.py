@@ -20,7 +20,7 @@ from aligndet.evaluation.drawing import draw_detections, draw_labelled
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.reporting.runs import Comparison, Run
 
-_SIDE = 560  # pixels of a picture's long side
+_SIDE = 400  # pixels of a picture's long side
 _SUREST = 10  # boxes of an image; more would hide it
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 try:
-    from matplotlib import colormaps, rc_context
+    from matplotlib import rc_context
     from matplotlib.axes import Axes
-    from matplotlib.colors import LinearSegmentedColormap, to_hex
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 except ImportError as error:
@@ -105,7 +105,7 @@ def draw_panels(
         y: Label of the axis.
         note: What one sees.
         logarithmic: The x axis.
-        unit: Both axes go from 0 to 1.
+        unit: The x axis goes from 0 to 1, y starts at 0.
     """
     columns = len(panels) if len(panels) <= 4 else 4
     wide, rows = columns > 2, -(-len(panels) // columns)
@@ -119,11 +119,12 @@ def draw_panels(
             if logarithmic:
                 _mark_each(axes, sorted({point for line in lines for point in line.values}))
             if unit:
-                axes.set(xlim=(0, 1), ylim=(0, 1.02))
+                axes.set(xlim=(0, 1), ylim=(0, None))
             axes.set_title(_short(panel) if len(panels) > 1 else "")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel(x, fontsize=9)
+        for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with nothing below
+            axes.set_xlabel(x)
         figure.supylabel(y, fontsize=9)
         _legend(figure, colours, {line.label for lines in panels.values() for line in lines})
         return _render(figure, name, title, note, wide)
@@ -169,7 +170,6 @@ def draw_points(
     panels: Mapping[str, Floats],
     labels: Sequence[str],
     *,
-    ordered: bool = False,
     note: str = "",
 ) -> Plot:
     """Draws clouds of points side by side; the axes have no meaning.
@@ -179,15 +179,10 @@ def draw_points(
         title: Of the plot.
         panels: (N, 2) by the panel's title; the same N things in each.
         labels: (N,) what the colours stand for.
-        ordered: The labels have an order, which the colours show.
         note: What one sees.
     """
     names, shown = np.array(labels), sorted(set(labels))
-    if ordered:
-        scale = colormaps["plasma"](np.linspace(0.05, 0.85, len(shown)))
-        colours = dict(zip(shown, map(to_hex, scale), strict=True))
-    else:
-        colours = {label: _CLASSES[i % len(_CLASSES)] for i, label in enumerate(shown)}
+    colours = {label: _CLASSES[i % len(_CLASSES)] for i, label in enumerate(shown)}
     with rc_context(_STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
         figure = Figure(figsize=(_HALF, 3.6), layout="constrained")
         for axes, (panel, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

@@ -120,7 +120,6 @@ def feature_plots(name: str, run: Path, coco: CocoDataset) -> list[Plot]:
             f"{title} pyramid level",
             panels,
             embedded.levels,
-            ordered=True,
             note=by_level,
         ),
     ]
