@@ -41,10 +41,15 @@ def _open(browser: Any, html: Path, **options: Any) -> tuple[Any, list[str], lis
     """The page in a context without a network, what it complains about, and what it asks for."""
     complaints: list[str] = []
     requests: list[str] = []
+
+    def refuse(dialog: Any) -> None:
+        complaints.append(dialog.message)
+        dialog.dismiss()
+
     page = browser.new_context(**{"offline": True, "viewport": WIDE, **options}).new_page()
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.on("dialog", refuse)
     page.on("request", lambda request: requests.append(request.url))
     page.goto(html.as_uri())
     return page, complaints, requests

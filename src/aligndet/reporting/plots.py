@@ -119,8 +119,10 @@ def draw_panels(
             if logarithmic:
                 _mark_each(axes, sorted({point for line in lines for point in line.values}))
             if unit:
-                axes.set(xlim=(0, 1), ylim=(0, None))
+                axes.set_xlim(0, 1)
             axes.set_title(_short(panel) if len(panels) > 1 else "")
+        if unit:
+            grid[0].set_ylim(0, None)  # when all is drawn: a limit set earlier would cut later panels off
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with nothing below
@@ -266,7 +268,7 @@ def _legend(figure: Figure, colours: Mapping[str, str], used: set[str]) -> None:
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides _names
     handles = [Line2D([], [], color=colour, linewidth=3) for colour in shown.values()]
     columns = max(1, int(13 * figure.get_figwidth() / (max(map(len, names)) + 7)))
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)))
+    figure.legend(handles, names, loc="outside lower left", ncols=min(columns, len(names)))
 
 
 def _short(text: str, most: int = 24) -> str:
