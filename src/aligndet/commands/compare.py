@@ -337,13 +337,14 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
 def _write_results(bench: _Bench, cells: Sequence[Cell]) -> str:
     """Table, JSON and CSV of the cells that are finished."""
     found = {cell: figures for cell in cells if (figures := bench.figures(cell)) is not None}
+    for figures in found.values():
+        figures.pop("details", None)  # curves of all classes stay with their cell
     labels = {c.fraction: len(labelled_subset(bench.document, c.fraction, 0)["images"]) for c in cells}
     rows = summarise({cell: figures.get("AP") or 0.0 for cell, figures in found.items()}, labels)
     table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
     listed = [
         {**asdict(c), "labels": labels[c.fraction], "learning_rate": bench.rate(c), "figures": figures}
-        for c, all_figures in found.items()
-        for figures in [{name: value for name, value in all_figures.items() if name != "details"}]
+        for c, figures in found.items()
     ]
     atomic_write(bench.output / "table.md", table)
     atomic_write(
