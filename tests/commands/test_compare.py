@@ -80,6 +80,8 @@ def test_resumed_refused_and_in_parts(
         ("scratch", 12),
         ("aligndet", 12),
     ]
+    assert not any("details" in cell["figures"] for cell in results["cells"])
+    assert all("details" in json.loads(path.read_text()) for path in whole.glob("cells/*/result.json"))
     assert len(list((whole / "pretrained").iterdir())) == 1  # shared by the fractions
     with (whole / "results.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == ["scratch", "aligndet"] * 2

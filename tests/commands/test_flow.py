@@ -257,17 +257,22 @@ def test_details_of_an_evaluation(
     assert sum(map(sum, details["confusion"]["counts"][:-1])) == len(document["annotations"])
     assert set(details["errors"]) == {"class", "location", "both", "duplicate", "background", "missed"}
     assert "boxes from score 0" in capsys.readouterr().out
+    drawn = {path.stem for path in (tmp_path / "result_files").iterdir()}
+    assert drawn == {f"details_{kind}" for kind in ("precision_recall", "f1", "errors", "confusion1")}
 
 
 def test_a_report_looks_into_a_pretraining(run: Path, sample: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     given: dict[str, Any] = {"images": sample / "val", "annotations": sample / "train.json", "count": 2}
     aligndet.report((run,), output=page, **given)
-    drawn = {path.stem for path in (tmp_path / "page_files").glob("*.png")}
-    assert {"centers1", "centers2", "features_class", "features_level"} <= drawn
+    drawn = {path.stem for path in (tmp_path / "page_files").iterdir()}
+    sides = {f"runs_centers{image}_{side}" for image in (1, 2) for side in (1, 2)}
+    assert sides | {"runs_proposals1_1", "runs_proposals2_1"} <= drawn
+    assert {"runs_features_class", "runs_features_level"} <= drawn
     text = page.read_text()
     assert "Contrast features of labelled boxes (t-SNE), by pyramid level" in text
-    assert "Centres of predicted boxes before fine-tuning, 00000.jpg" in text
+    assert "Centres of predicted boxes before fine-tuning" in text
+    assert 'alt="00000.jpg, pre-trained"' in text
     stale = tmp_path / "stale"
     shutil.copytree(run, stale, ignore=shutil.ignore_patterns("last.ckpt"))
     with pytest.raises(ValueError, match=r"last\.ckpt: is gone; the projection head is nowhere else"):

@@ -87,7 +87,16 @@ def test_figures_by_class_and_at_the_best_score() -> None:
     text = details.table()
     assert "dog taken for cat: 1 times" in text
     assert "cat taken for dog" not in text
-    assert json.loads(json.dumps(details.to_dict()))["curves"]["dog"]["precision"][100] is None
+    stored = json.loads(json.dumps(details.to_dict()))
+    assert stored["curves"]["classes"]["dog"]["precision"][100] is None
+    # the dog's only correct box comes second: precision 1/2 at every recall; of two cats the first box is one
+    assert stored["curves"]["classes"]["dog"]["precision_at_recall"] == [0.5] * 101
+    assert stored["curves"]["classes"]["cat"]["precision_at_recall"] == [1.0] * 51 + [0.0] * 50
+    assert stored["classes"]["cat"]["AP50"] == pytest.approx(51 / 101)
+    mean = stored["curves"]["mean"]
+    assert mean["precision_at_recall"][:52:51] == [0.75, 0.25]
+    assert mean["F1"][89] == pytest.approx((2 / 3 + 0) / 2, abs=1e-4)
+    assert mean["precision"][50] == pytest.approx(1 / 5)  # the dog has no box from there on
 
 
 def test_what_an_error_costs() -> None:
@@ -127,7 +136,9 @@ def test_ap50_is_that_of_coco() -> None:
         }
         coco.update([moved], [target])
         details.update(moved, target)
-    assert _ap50(join(details._matches)) == pytest.approx(coco.compute().figures["AP50"], abs=1e-6)
+    expected = pytest.approx(coco.compute().figures["AP50"], abs=1e-6)
+    assert _ap50(join(details._matches)) == expected
+    assert details.compute().mean_curves()["precision_at_recall"].mean() == expected
 
 
 def test_boxes_in_a_crowd_are_no_errors() -> None:

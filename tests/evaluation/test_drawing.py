@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from aligndet.evaluation.drawing import draw_detections
+from aligndet.evaluation.drawing import draw_boxes, draw_centers, draw_detections, draw_labelled
 
 PREDICTION = {
     "boxes": torch.tensor([[40.0, 60.0, 120.0, 150.0], [10.0, 60.0, 30.0, 150.0]]),
@@ -56,3 +56,25 @@ def test_masks_are_laid_over_the_image() -> None:
     assert not changed[:, :36].any()  # the second mask is not sure enough
     drawn = draw_detections(image, {**PREDICTION, "masks": masks}, ["bird", "fish"], score=0.95)
     assert (drawn == image).all()
+
+
+def test_labels_have_the_colours_of_detections() -> None:
+    image = np.full((180, 160, 3), 90, np.uint8)
+    boxes, labels = PREDICTION["boxes"][:1].numpy(), PREDICTION["labels"][:1].numpy()
+    drawn = draw_labelled(image, boxes, labels, ["bird", "fish"])
+    edge = draw_detections(image, PREDICTION, ["bird", "fish"], score=0.5)[140, 40]
+    assert (drawn[140, 40] == edge).all()
+    assert edge.tolist() != [90, 90, 90]
+    assert (draw_labelled(image, boxes[:0], labels[:0], []) == image).all()
+
+
+def test_boxes_and_centres_without_a_class() -> None:
+    image = np.full((180, 160, 3), 90, np.uint8)
+    boxes = PREDICTION["boxes"].numpy()
+    edges = draw_boxes(image, boxes)[100, [40, 10]]
+    assert (edges != 90).any(1).all()
+    assert edges[0].tolist() != edges[1].tolist()
+    drawn = draw_centers(image, (boxes[:, :2] + boxes[:, 2:]) / 2)
+    assert drawn[105, [80, 20]].tolist() == [[255, 255, 0]] * 2  # yellow, as RGB
+    assert (drawn != 90).any(2).sum() < 200
+    assert (image == 90).all()

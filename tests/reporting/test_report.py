@@ -23,19 +23,42 @@ EVIL = "<script>alert(1)</script>"
 LABELS = {0.1: 10, 1.0: 100}
 
 
-def _write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def _run(folder: Path, settings: dict[str, Any], metrics: str = "step,loss/total\n0,2.0\n1,1.5\n") -> Path:
+def run_folder(
+    folder: Path, settings: dict[str, Any], metrics: str = "step,loss/total\n0,2.0\n1,1.5\n"
+) -> Path:
     record = {"command": "aligndet finetune 'a & b.json'", "versions": {"torch": "2.9"}, "settings": settings}
-    _write(folder / "run.json", record)
-    _write(folder / "logs" / "csv" / "metrics.csv", metrics)
+    write(folder / "run.json", record)
+    write(folder / "logs" / "csv" / "metrics.csv", metrics)
     return folder
 
 
-def _comparison(folder: Path) -> Path:
+DETAILS = {
+    "iou": 0.5,
+    "score": 0.3,
+    "classes": {
+        name: {"objects": objects, "AP50": 0.5} for name, objects in ((EVIL, 7.0), ("5$ and 6$", 3.0))
+    },
+    "errors": {"class": {"count": 2.0, "AP50_lost": 0.02}, "missed": {"count": 1.0, "AP50_lost": None}},
+    "confusion": {"names": [EVIL, "5$ and 6$", "background"], "counts": [[5, 1, 1], [0, 3, 0], [4, 0, 0]]},
+    "curves": {
+        "score": [0.0, 0.5, 1.0],
+        "recall": [0.0, 0.5, 1.0],
+        "mean": {"F1": [0.4, 0.6, None], "precision_at_recall": [0.9, 0.6, 0.0]},
+        "classes": {
+            name: {"F1": [0.4, 0.6, None], "precision_at_recall": [0.9, 0.6, 0.0]}
+            for name in (EVIL, "5$ and 6$")
+        },
+    },
+}
+
+
+def comparison_folder(folder: Path) -> Path:
+    """A finished comparison of two arms with six pairs, in the form of `aligndet compare`."""
     figures, cells = {}, []
     for fraction in LABELS:
         for seed in range(6):
@@ -46,10 +69,11 @@ def _comparison(folder: Path) -> Path:
                 result = {"AP": figures[cell], "AP_by_class": by_class}
                 entry = {"fraction": fraction, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
                 cells.append({**entry, "labels": LABELS[fraction], "learning_rate": 1e-3, "figures": result})
-                _run(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
+                made = run_folder(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
+                write(made / "result.json", {**result, "details": DETAILS})
     rows = summarise(figures, LABELS)
-    _write(folder / "results.json", {"rows": rows, "cells": cells, "command": "aligndet compare train.json"})
-    _write(folder / "compare.json", {"settings": {"detector": "fcos"}, "versions": {"torch": "2.9"}})
+    write(folder / "results.json", {"rows": rows, "cells": cells, "command": "aligndet compare train.json"})
+    write(folder / "compare.json", {"settings": {"detector": "fcos"}, "versions": {"torch": "2.9"}})
     return folder
 
 
@@ -70,46 +94,68 @@ class _Page(HTMLParser):
 
 
 def test_a_comparison_and_runs_on_one_page(tmp_path: Path) -> None:
-    compared = _comparison(tmp_path / "compared")
+    compared = comparison_folder(tmp_path / "compared")
     metrics = "step,loss/total,loss/contrast\n0,3,2\n1,2,1\n"
-    pretrained = _run(tmp_path / "quick" / "pretrained", {"images": "train"}, metrics)
+    pretrained = run_folder(tmp_path / "quick" / "pretrained", {"images": "train"}, metrics)
     for side, ap in (("without", 0.25), ("with", 0.35)):
-        _run(tmp_path / "quick" / side, {"annotations": "t.json"}, "step,loss/total,val/AP\n0,2,\n0,,0.1\n")
-        _write(tmp_path / "quick" / f"{side}.json", {"AP": ap, "AP_by_class": {"cup": ap}})
+        run_folder(
+            tmp_path / "quick" / side, {"annotations": "t.json"}, "step,loss/total,val/AP\n0,2,\n0,,0.1\n"
+        )
+        write(tmp_path / "quick" / f"{side}.json", {"AP": ap, "AP_by_class": {"cup": ap}})
     arguments = ["report", str(compared), str(pretrained.parent), "--output", str(tmp_path / "page.html")]
     assert cli.main(arguments) == 0
     page = _Page(tmp_path / "page.html")
-    for row in read_folders([compared])[0][0].rows:
+    rows = read_folders([compared])[0][0].rows
+    for row in rows:
         assert sentence(row) in page.text
+    assert page.text.index("aligndet helps by +10.0") < page.text.index("labelled images")  # the answer first
+    assert "The best mean F1: scratch 0.60 at 0.50, aligndet 0.60 at 0.50." in page.text
+    assert "The area under a curve is AP50: scratch 50.0, aligndet 50.0." in page.text
+    assert "<0.001" not in page.text  # of six pairs, none can be
+    assert "0.031" in page.text
     for expected in ("aligndet compare train.json", "aligndet finetune 'a & b.json'", "torch 2.9", '"fcos"'):
         assert expected in page.text
     assert "Losses of pre-training, quick/pretrained" in page.text
-    assert "35.00" in page.text  # the AP of quick/with
+    assert "35.0" in page.text  # the AP of quick/with
     assert "No images were given" in page.text
     names = {path.name for path in (tmp_path / "page_files").iterdir()}
-    comparison = {"ap_labels", "ap_steps", "ap_class", "loss_10_5", "loss_100_5"}
+    comparison = {"ap_labels", "ap_class", "loss", "precision_recall", "f1", "errors"}
+    comparison |= {"confusion1", "confusion2"}  # of each arm; and one budget alone is no axis
     single = {"runs_ap_steps.png", "runs_ap_class.png", "runs_loss.png", "run1_loss.png"}
     assert names == {f"comparison1_{name}.png" for name in comparison} | single
     assert sum(tag == "img" for tag, _ in page.tags) == len(names)
 
 
 def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
-    page = _Page(report((_comparison(tmp_path / "a<b>"),), output=tmp_path / "page.html"))
+    page = _Page(report((comparison_folder(tmp_path / "a<mark>"),), output=tmp_path / "page.html"))
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert len(links) >= 5
-    assert all(str(link).startswith("data:") for link in links)
+    assert all(str(link).startswith(("data:", "#section")) for link in links)
     html = re.sub(r"base64,[^\"]+", "", (tmp_path / "page.html").read_text())
     assert "http" not in html
     assert "@import" not in html
     assert sum(tag == "script" for tag, _ in page.tags) == 1
-    assert not any(tag == "b" for tag, _ in page.tags)
+    assert not any(tag == "mark" for tag, _ in page.tags)
     assert EVIL in page.text
 
 
+def test_each_comparison_is_a_section_under_its_detector(tmp_path: Path) -> None:
+    folders = tuple(comparison_folder(tmp_path / name) for name in ("first", "second"))
+    settings = {"detector": "faster_rcnn", "trunk": "resnet18"}
+    write(folders[1] / "compare.json", {"settings": settings, "versions": {}})
+    html = report(folders, output=tmp_path / "page.html").read_text()
+    assert re.findall(r"<h2>(.*)</h2>", html) == ["fcos", "faster_rcnn"]
+    assert "resnet18 · folder second · 24 fine-tunings" in html
+    assert re.findall(r'<li><a href="#section(\d)">(\w+)</a>: aligndet helps by', html) == [
+        ("1", "fcos"),
+        ("2", "faster_rcnn"),
+    ]
+
+
 def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
-    _write(tmp_path / "csv" / "metrics.csv", "step,loss,val/AP\n0,1.0,\n9,2.0,\n12,99,\n15,98,0.5\n")
-    _write(tmp_path / "csv_from_100" / "metrics.csv", "step,loss\n100,5.0\n")
-    _write(tmp_path / "csv_from_10" / "metrics.csv", "step,loss\n12,3.0\n14,nan\n100,97\n")
+    write(tmp_path / "csv" / "metrics.csv", "step,loss,val/AP\n0,1.0,\n9,2.0,\n12,99,\n15,98,0.5\n")
+    write(tmp_path / "csv_from_100" / "metrics.csv", "step,loss\n100,5.0\n")
+    write(tmp_path / "csv_from_10" / "metrics.csv", "step,loss\n12,3.0\n14,nan\n100,97\n")
     curves = read_curves(tmp_path)
     assert curves == {"loss": {0: 1.0, 9: 2.0, 12: 3.0, 100: 5.0}, "val/AP": {15: 0.5}}
 
@@ -119,7 +165,7 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     architecture |= {"num_classes": 1, "min_size": 64, "max_size": 64}
     detector = build_detector(**architecture, trunk_weights="none")
     manifest = {"kind": "detector", "architecture": architecture, "class_names": ["cup"], "category_ids": [1]}
-    runs = tuple(_run(tmp_path / name, {"annotations": "t.json"}) for name in ("first", "second"))
+    runs = tuple(run_folder(tmp_path / name, {"annotations": "t.json"}) for name in ("first", "second"))
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "a&b.png")
@@ -130,6 +176,25 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     page = _Page(report(runs, output=tmp_path / "page.html", images=tmp_path / "images"))
     shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "jpeg" in str(attrs["src"])]
     assert shown == [f"a&b.png, {tmp_path.name}/{name}" for name in ("first", "second")]
+    assert {path.name for path in (tmp_path / "page_files").glob("*.jpg")} == {
+        "runs_predictions1_1.jpg",
+        "runs_predictions1_2.jpg",
+    }
+    info = {"images": [{"id": 1, "file_name": "a&b.png", "width": 64, "height": 64}]}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 32], "area": 1024, "iscrowd": 0}
+    labels = {**info, "annotations": [box], "categories": [{"id": 1, "name": "cup"}]}
+    write(tmp_path / "images.json", labels)
+    page = _Page(
+        report(
+            runs,
+            output=tmp_path / "page.html",
+            images=tmp_path / "images",
+            annotations=tmp_path / "images.json",
+        )
+    )
+    shown = [str(attrs["alt"]) for tag, attrs in page.tags if tag == "img" and "jpeg" in str(attrs["src"])]
+    assert shown[0] == "a&b.png, labels"
+    assert len(shown) == 3
 
 
 @pytest.mark.parametrize(
@@ -144,7 +209,7 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
 )
 def test_what_is_no_run_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
-        _write(tmp_path / name, content)
+        write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):
         report((tmp_path / "x",), output=tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -132,7 +132,8 @@ class Bench:
                     resume=folder.is_dir(),
                     **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
                 )
-            evaluate(folder / "model", measured[0], images=measured[1], output=folder / "result.json")
+            result = folder / "result.json"
+            evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)
 
     def _start(self, cell: Cell) -> Path | None:
         """What a cell is fine-tuned from; a pre-training is made once for each seed."""
@@ -178,7 +179,12 @@ class Bench:
         """Table, JSON and CSV of the cells that are finished, those of earlier calls among them."""
         path = self.output / "results.json"
         entries = [
-            {**asdict(cell), "labels": self._labels(cell), "learning_rate": self.rate(cell), "figures": found}
+            {
+                **asdict(cell),
+                "labels": self._labels(cell),
+                "learning_rate": self.rate(cell),
+                "figures": {name: value for name, value in found.items() if name != "details"},
+            }
             for cell in cells
             if (found := self.figures(cell)) is not None
         ]

@@ -122,8 +122,10 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
 def provenance() -> dict[str, Any]:
     """What it takes to do the same again: command line and versions."""
     packages = ("aligndet", "torch", "torchvision", "lightning", "timm")
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "aligndet"] if program == "__main__.py" else [program]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*start, *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 

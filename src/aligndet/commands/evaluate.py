@@ -17,7 +17,7 @@ from aligndet.data.images import ImageError
 from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
-from aligndet.evaluation.details import DetailsEvaluator
+from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write, skipped_lines
 
@@ -47,7 +47,8 @@ def evaluate(
         masks: Measure masks if the detector finds them; false for labels without masks.
         details: Of boxes at IoU 0.5, by class: precision, recall and F1 at --score and at the best score; how
             many errors there are of each kind and what they cost (TIDE); which classes are taken for which.
-            The file for the figures holds the confusion matrix and the curves over the score, too.
+            The file for the figures holds the confusion matrix, the curves over the score and precision
+            against recall, too; their pictures lie beside it, under its name with _files.
         score: Boxes below are left out of the details.
         batch_size: Images at a time.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -101,4 +102,15 @@ def evaluate(
     print(f"{result.images} images, {len(broken)} skipped")
     if output is not None:
         atomic_write(output, json.dumps({**result.to_dict(), "skipped": broken}, indent=2) + "\n")
+        if result.details is not None:
+            _draw(result.details, model, output.with_name(f"{output.stem}_files"))
     return result
+
+
+def _draw(details: Details, model: Path, folder: Path) -> None:
+    from aligndet.reporting.details import detail_plots  # late: matplotlib takes its time
+    from aligndet.reporting.plots import colours_of
+
+    name = model.resolve().name
+    for plot in detail_plots("details", "", {name: [details.to_dict()]}, colours_of([name])):
+        atomic_write(folder / f"{plot.name}.png", plot.png)

@@ -25,6 +25,9 @@ from aligndet.evaluation.matching import (
 )
 
 _SCORES = np.linspace(0, 1, 101)  # of the curves
+_RECALLS = np.linspace(0, 1, 101)  # COCO's
+CURVES = ("precision", "recall", "F1", "precision_at_recall")
+"""The first three by score; the last by recall, as COCO has it: the best precision from that recall on."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Details:
 
     score: float  # boxes below are left out, but for the curves, the best scores and AP
     by_class: dict[str, dict[str, float]]
-    curves: dict[str, dict[str, list[float]]]  # precision, recall and F1 of each class at each score
+    curves: dict[str, dict[str, Floats]]  # of each class: precision, recall, F1 by score; precision by recall
     confusion: Ints  # (classes + 1, classes + 1) objects by rows, boxes by columns; the last: background
     errors: dict[str, dict[str, float]]  # by kind: how many, and by how much AP50 would be higher without
 
@@ -42,8 +45,22 @@ class Details:
         plain = {"iou": FOUND, "score": self.score, "classes": self.by_class, "errors": self.errors}
         names = [*self.by_class, "background"]
         confusion = {"names": names, "rows": "objects", "columns": "boxes", "counts": self.confusion.tolist()}
-        curves = {"score": _SCORES.round(2).tolist(), **self.curves}
+        curves = {
+            "score": _SCORES.round(2).tolist(),
+            "recall": _RECALLS.round(2).tolist(),
+            "mean": _plain(self.mean_curves()),
+            "classes": {name: _plain(curve) for name, curve in self.curves.items()},
+        }
         return without_nan({**plain, "confusion": confusion, "curves": curves})
+
+    def mean_curves(self) -> dict[str, Floats]:
+        """The curves averaged over the classes that have objects; precision over those with boxes, too."""
+        found = [self.curves[name] for name, row in self.by_class.items() if row["objects"]]
+        stacked = {kind: np.ma.masked_invalid([curve[kind] for curve in found]) for kind in CURVES}
+        return {
+            kind: values.mean(0).filled(np.nan) if found else np.full(len(_SCORES), np.nan)
+            for kind, values in stacked.items()
+        }
 
     def table(self) -> str:
         """The figures in percent, as text, with the ten classes most often taken for another."""
@@ -117,9 +134,7 @@ class DetailsEvaluator:
         return Details(self.score, by_class, curves, self._confusion, _errors(matches, self.score))
 
 
-def _class_figures(
-    matches: Matches, label: int, score: float
-) -> tuple[dict[str, float], dict[str, list[float]]]:
+def _class_figures(matches: Matches, label: int, score: float) -> tuple[dict[str, float], dict[str, Floats]]:
     own = matches.labels == label
     scores, correct = matches.scores[own], matches.kinds[own] == CORRECT
     objects = int((matches.object_labels == label).sum())
@@ -137,8 +152,28 @@ def _class_figures(
     figures = {"objects": float(objects), "precision": precision, "recall": recall, "F1": f1}
     figures["best_F1"] = float("nan") if best is None else float(each[best])
     figures["best_score"] = float("nan") if best is None else float(scores[best])
-    curve = dict(zip(("precision", "recall", "F1"), at(_SCORES), strict=True))
-    return figures, {name: values.round(4).tolist() for name, values in curve.items()}
+    by_recall = _precision_at_recall(correct, objects)
+    figures["AP50"] = float(by_recall.mean())
+    return figures, dict(zip(CURVES, (*at(_SCORES), by_recall), strict=True))
+
+
+def _precision_at_recall(correct: Any, objects: int) -> Floats:
+    """COCO's curve: the highest precision at each recall or beyond; nan if there are no objects.
+
+    Args:
+        correct: (P,) whether each box has found an object, the highest score first.
+        objects: How many there are.
+    """
+    if not objects:
+        return np.full(len(_RECALLS), np.nan)
+    hits = np.cumsum(correct)
+    precision = hits / np.arange(1, len(hits) + 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return envelope[np.searchsorted(hits / objects, _RECALLS, side="left")]
+
+
+def _plain(curves: dict[str, Floats]) -> dict[str, list[float]]:
+    return {kind: values.round(4).tolist() for kind, values in curves.items()}
 
 
 def _errors(matches: Matches, score: float) -> dict[str, dict[str, float]]:
@@ -194,11 +229,7 @@ def _ap50(matches: Matches) -> float:
     values = []
     for label in np.unique(matches.object_labels):
         correct = matches.kinds[matches.labels == label] == CORRECT
-        hits = np.cumsum(correct)
-        recall = hits / (matches.object_labels == label).sum()
-        precision = hits / np.arange(1, len(hits) + 1)
-        envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-        values.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101), side="left")].mean())
+        values.append(_precision_at_recall(correct, int((matches.object_labels == label).sum())).mean())
     return float(np.mean(values)) if values else float("nan")
 
 

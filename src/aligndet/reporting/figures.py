@@ -3,82 +3,100 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from aligndet.reporting.plots import Line, Plot, draw_bars, draw_lines
-from aligndet.reporting.runs import Comparison, Run
+from aligndet.reporting.details import detail_plots
+from aligndet.reporting.plots import Line, Plot, colours_of, draw_bars, draw_panels
+from aligndet.reporting.runs import Comparison, Curve, Run
 
 _LOSS = "loss/total"
 _AP = "AP (points)"
+_SPREAD = "Mean and standard deviation over seeds and folds."
 
 
 def comparison_plots(comparison: Comparison, prefix: str) -> list[Plot]:
-    """AP against labels, AP against steps, AP by class, and losses of a comparison.
+    """AP against labels, AP against steps, AP by class, precision and recall, and losses of a comparison.
 
     Args:
         comparison: With at least one finished cell; without, there are no plots.
         prefix: Of the names of the files.
     """
-    rows = comparison.rows
+    rows, colours = comparison.rows, colours_of(comparison.arms)
     if not rows:
         return []
-    plots = [
-        draw_lines(
-            f"{prefix}_ap_labels",
-            "AP against labelled images (mean and spread over seeds and folds)",
-            _lines(rows, over="labels", of="steps"),
-            x="labelled images",
-            y=_AP,
-            logarithmic=True,
-        ),
-        draw_lines(
-            f"{prefix}_ap_steps",
-            "AP against steps of fine-tuning (mean and spread over seeds and folds)",
-            _lines(rows, over="steps", of="labels"),
-            x="steps",
-            y=_AP,
-            logarithmic=True,
-        ),
-    ]
-    groups = class_table(comparison)
-    if groups:
-        labels, steps = max((group["labels"], group["steps"]) for group in groups)
-        bars = {g["class"]: g["AP"] for g in groups if (g["labels"], g["steps"]) == (labels, steps)}
-        title = f"AP by class at {labels} labelled images and {steps} steps"
-        plots.append(draw_bars(f"{prefix}_ap_class", title, bars, x=_AP))
-    for labels, steps in sorted({(row["labels"], row["steps"]) for row in rows}):
-        lines = [
-            Line(entry["arm"], run.curves[_LOSS])
-            for entry, run in comparison.cells
-            if (entry["labels"], entry["steps"]) == (labels, steps) and _LOSS in run.curves
-        ]
-        title = f"Loss of fine-tuning at {labels} labelled images and {steps} steps"
-        plots += _losses(f"{prefix}_loss_{labels}_{steps}", title, lines)
-    return plots
+    plots = []
+    for name, over, by, title, axis, panel in (
+        ("ap_labels", "labels", "steps", "labelled images", "labelled images", "{} steps"),
+        ("ap_steps", "steps", "labels", "steps of fine-tuning", "steps", "{} labelled images"),
+    ):
+        if len({row[over] for row in rows}) > 1:
+            panels = _panels(rows, over, by, panel)
+            given: dict[str, Any] = {"x": axis, "y": _AP, "note": _SPREAD, "logarithmic": True}
+            plots.append(draw_panels(f"{prefix}_{name}", f"AP against {title}", panels, colours, **given))
+    labels, steps = max((row["labels"], row["steps"]) for row in rows)
+    where = f"{labels} labelled images, {steps} steps"
+    bars = {
+        row["class"]: row["AP"]
+        for row in class_table(comparison)
+        if (row["labels"], row["steps"]) == (labels, steps)
+    }
+    if bars:
+        note = f"{where}; mean over seeds and folds."
+        plots.append(draw_bars(f"{prefix}_ap_class", "AP by class", bars, colours, x=_AP, note=note))
+    details: dict[str, list[dict[str, Any]]] = {}
+    losses: dict[str, dict[str, list[Curve]]] = {}
+    for entry, run in comparison.cells:
+        place = (entry["labels"], entry["steps"])
+        if place == (labels, steps) and run.details:
+            details.setdefault(entry["arm"], []).append(run.details)
+        if _LOSS in run.curves:
+            panel = f"{place[0]} images, {place[1]} steps"
+            losses.setdefault(panel, {}).setdefault(entry["arm"], []).append(run.curves[_LOSS])
+    plots += detail_plots(prefix, where, details, colours)
+    shown = {panel: [_mean_line(*item) for item in arms.items()] for panel, arms in losses.items()}
+    return plots + _losses(f"{prefix}_loss", "Loss of fine-tuning", shown, colours, _SPREAD)
 
 
 def run_plots(runs: Sequence[Run]) -> list[Plot]:
-    """AP on the way, AP by class and losses of runs that belong to no comparison.
+    """AP on the way, AP by class, precision and recall, and losses of runs that belong to no comparison.
 
     Args:
         runs: Each becomes a curve; those of pre-training, whose losses are others, have plots of their own.
     """
-    plots = []
-    validated = [Line(run.name, _percent(run.curves["val/AP"])) for run in runs if "val/AP" in run.curves]
+    tuned = [run for run in runs if is_tuned(run)]
+    colours, plots = colours_of(run.name for run in tuned), []
+    validated = [Line(run.name, _percent(run.curves["val/AP"])) for run in tuned if "val/AP" in run.curves]
     if validated:
-        plots.append(
-            draw_lines("runs_ap_steps", "AP of validation against steps", validated, x="steps", y=_AP)
-        )
-    by_class = run_class_table(runs)
+        title = "AP of validation against steps"
+        plots.append(draw_panels("runs_ap_steps", title, {"": validated}, colours, x="steps", y=_AP))
+    by_class = run_class_table(tuned)
     if by_class:
-        plots.append(draw_bars("runs_ap_class", "AP by class", by_class, x=_AP))
-    tuned = [Line(run.name, run.curves[_LOSS]) for run in runs if is_tuned(run) and _LOSS in run.curves]
-    plots += _losses("runs_loss", "Loss of fine-tuning", tuned)
-    for index, run in enumerate(run for run in runs if not is_tuned(run)):
-        parts = [Line(name, curve) for name, curve in run.curves.items() if name.startswith("loss/")]
-        plots += _losses(f"run{index + 1}_loss", f"Losses of pre-training, {run.name}", parts)
+        plots.append(draw_bars("runs_ap_class", "AP by class", by_class, colours, x=_AP))
+    details = {run.name: [run.details] for run in tuned if run.details}
+    plots += detail_plots("runs", "", details, colours)
+    lines = [Line(run.name, run.curves[_LOSS]) for run in tuned if _LOSS in run.curves]
+    plots += _losses("runs_loss", "Loss of fine-tuning", {"": lines} if lines else {}, colours)
+    for index, run in enumerate((run for run in runs if not is_tuned(run)), 1):
+        plots += pretraining_losses(f"run{index}", run)
     return plots
+
+
+def pretraining_losses(prefix: str, run: Run) -> list[Plot]:
+    """The losses of a run of pre-training.
+
+    Args:
+        prefix: Of the name of the file.
+        run: Of `aligndet pretrain` or `pretrain-backbone`.
+    """
+    parts = [
+        Line(name.removeprefix("loss/"), curve)
+        for name, curve in run.curves.items()
+        if name.startswith("loss/")
+    ]
+    panels = {"": sorted(parts, key=lambda line: line.label != "total")} if parts else {}
+    colours = colours_of(line.label for line in panels.get("", []))
+    return _losses(f"{prefix}_loss", f"Losses of pre-training, {run.name}", panels, colours)
 
 
 def is_tuned(run: Run) -> bool:
@@ -126,23 +144,38 @@ def run_class_table(runs: Iterable[Run]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _lines(rows: Sequence[dict[str, Any]], *, over: str, of: str) -> list[Line]:
-    """One line for each arm and each value of the other axis."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def _panels(rows: Sequence[dict[str, Any]], over: str, by: str, title: str) -> dict[str, list[Line]]:
+    """A panel for each value of one axis, in it a line for each arm along the other."""
+    panels: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        groups.setdefault((row["arm"], row[of]), []).append(row)
-    return [
-        Line(
-            f"{arm}, {value} {of}",
-            {row[over]: row["mean"] for row in group},
-            {row[over]: row["spread"] or 0.0 for row in group},
-        )
-        for (arm, value), group in groups.items()
-    ]
+        panels.setdefault(row[by], {}).setdefault(row["arm"], []).append(row)
+    return {
+        title.format(value): [
+            Line(arm, *({row[over]: row[key] or 0.0 for row in group} for key in ("mean", "spread")))
+            for arm, group in panels[value].items()
+        ]
+        for value in sorted(panels)
+    }
 
 
-def _losses(name: str, title: str, lines: Sequence[Line]) -> list[Plot]:
-    return [draw_lines(name, title, lines, x="step", y="loss")] if lines else []
+def _mean_line(label: str, curves: Sequence[Curve]) -> Line:
+    steps = sorted({step for curve in curves for step in curve})
+    values = {step: [curve[step] for curve in curves if step in curve] for step in steps}
+
+    def each(function: Callable[[list[float]], float]) -> Curve:
+        return {step: function(found) for step, found in values.items()}
+
+    return Line(label, each(statistics.fmean), each(lambda v: statistics.stdev(v) if len(v) > 1 else 0.0))
+
+
+def _losses(
+    name: str,
+    title: str,
+    panels: Mapping[str, Sequence[Line]],
+    colours: Mapping[str, str],
+    note: str = "",
+) -> list[Plot]:
+    return [draw_panels(name, title, panels, colours, x="step", y="loss", note=note)] if panels else []
 
 
 def _percent(curve: dict[int, float]) -> dict[int, float]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
-from aligndet.comparison import sentence
+from aligndet.comparison import BASELINE, sentence
 from aligndet.reporting.figures import class_table, is_tuned, run_class_table
 from aligndet.reporting.pictures import Pictures
-from aligndet.reporting.plots import Plot
+from aligndet.reporting.plots import Plot, colours_of
 from aligndet.reporting.runs import Comparison, Run
 
 try:
@@ -20,33 +20,53 @@ try:
 except ImportError as error:
     raise ImportError(f'a report needs Jinja2: pip install "aligndet[report]" ({error})') from error
 
-_ROW = ("labels", "steps", "arm", "n", "mean", "spread", "difference", "difference_spread", "p")
-_HEADS = ("labels", "steps", "arm", "n", "AP", "spread", "difference", "spread of it", "p")
+
+class Entry(NamedTuple):
+    """A cell of a table."""
+
+    text: str
+    value: float | None = None  # of a number, to sort by
+    colour: str | None = None  # that stands for the text in the plots
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of strings and numbers; None is an empty cell."""
+    """Rows of entries; None is an empty one."""
 
     heads: Sequence[str]
-    rows: Sequence[Sequence[str | float | None]]
+    rows: Sequence[Sequence[Entry | None]]
+    note: str = ""
 
 
-def render(
-    comparisons: Sequence[tuple[Comparison, list[Plot]]],
-    runs: Sequence[Run],
-    plots: Sequence[Plot],
-    pretraining: Sequence[Plot],
-    pictures: Pictures | str,
-) -> str:
+@dataclass(frozen=True)
+class Part:
+    """Plots and pictures under one heading."""
+
+    title: str
+    plots: Sequence[Plot] = ()
+    pictures: Sequence[Pictures] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A comparison, or the runs that belong to none."""
+
+    title: str
+    subtitle: str
+    answers: Sequence[str]  # what the reader wants to know first
+    more: Sequence[str]  # the other sentences
+    table: Table
+    classes: Table
+    parts: Sequence[Part]
+    manifest: Sequence[Mapping[str, str]]
+
+
+def render(sections: Sequence[Section]) -> str:
     """Fills the template; names are escaped.
 
     Args:
-        comparisons: Each with its plots.
-        runs: That belong to no comparison.
-        plots: Of these runs.
-        pretraining: What pre-training has changed.
-        pictures: Of two detectors, or the sentence why there are none.
+        sections: One below the other.
 
     Returns:
         HTML.
@@ -58,54 +78,111 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri, "shown": _shown}
-    everything = [(c.name, c.record) for c, _ in comparisons] + [(run.name, run.record) for run in runs]
-    return environment.get_template("page.html").render(
-        version=version("aligndet"),
-        comparisons=[
-            {
-                "name": comparison.name,
-                "table": Table(_HEADS, [[row.get(key) for key in _ROW] for row in comparison.rows]),
-                "sentences": list(filter(None, map(sentence, comparison.rows))),
-                "classes": _classes(comparison),
-                "plots": of_comparison,
-            }
-            for comparison, of_comparison in comparisons
-        ],
-        run_table=_runs(runs),
-        run_classes=_run_classes(runs),
-        plots=plots,
-        pretraining=pretraining,
-        pictures=None if isinstance(pictures, str) else pictures,
-        without_pictures=pictures,
-        manifest=[_manifest(name, record) for name, record in everything],
+    environment.filters["data_uri"] = _data_uri
+    return environment.get_template("page.html").render(sections=sections, version=version("aligndet"))
+
+
+def comparison_section(comparison: Comparison, parts: Sequence[Part]) -> Section:
+    """A comparison under the name of its detector: sentences, tables, then its parts.
+
+    Args:
+        comparison: Whose cells may be finished in part.
+        parts: Plots and pictures.
+    """
+    settings = comparison.record.get("settings") or {}
+    arms = [arm for arm in comparison.arms if arm != BASELINE]
+    main = "aligndet" if "aligndet" in arms else next(iter(arms), BASELINE)
+    longest = max((row["steps"] for row in comparison.rows), default=0)
+    answers: list[str] = []
+    more: list[str] = []
+    for row in comparison.rows:
+        (answers if (row["arm"], row["steps"]) == (main, longest) else more).append(sentence(row))
+    facts = [settings.get("trunk"), f"folder {comparison.name}", f"{len(comparison.cells)} fine-tunings"]
+    return Section(
+        str(settings.get("detector") or comparison.name),
+        " · ".join(str(fact) for fact in facts if fact),
+        [text for text in answers if text],
+        [text for text in more if text],
+        _arms(comparison),
+        _classes(comparison),
+        parts,
+        [_manifest(comparison.name, comparison.record)],
     )
 
 
+def runs_section(runs: Sequence[Run], parts: Sequence[Part]) -> Section:
+    """Runs that belong to no comparison.
+
+    Args:
+        runs: At least one.
+        parts: Plots and pictures.
+    """
+    manifest = [_manifest(run.name, run.record) for run in runs]
+    return Section("Runs", "", [], [], _runs(runs), _run_classes(runs), parts, manifest)
+
+
+def _arms(comparison: Comparison) -> Table:
+    heads = ("labelled images", "steps", "arm", "n", "AP", f"against {BASELINE}", "p", f"{BASELINE} needs")
+    colours = colours_of(comparison.arms)
+    rows = [
+        [
+            _whole(row["labels"]),
+            _whole(row["steps"]),
+            Entry(row["arm"], None, colours[row["arm"]]),
+            _whole(row["n"]),
+            _points(row["mean"], row["spread"]),
+            _points(row.get("difference"), row.get("difference_spread"), "+.1f"),
+            _probability(row.get("p")),
+            _whole(row.get("scratch_labels")),
+        ]
+        for row in comparison.rows
+    ]
+    note = (
+        "AP in points (0 to 100), mean ± standard deviation over n seeds and folds. Differences and p (exact"
+        " sign-flip test) are of pairs with the same seed and fold. The last column: how many labelled images"
+        f" {BASELINE} needs for the same AP, interpolated; empty where that lies outside what was run."
+    )
+    return Table(heads, rows, note)
+
+
 def _runs(runs: Sequence[Run]) -> Table:
-    rows = []
+    colours, rows = colours_of(run.name for run in runs if is_tuned(run)), []
     for run in runs:
-        loss = run.curves.get("loss/total", {})
+        step, loss = next(reversed(run.curves.get("loss/total", {}).items()), (None, None))
         figures = [run.figures.get(name) for name in ("AP", "AP50", "AP75")]
-        points = [None if value is None else 100 * value for value in figures]
-        kind = "fine-tuning" if is_tuned(run) else "pre-training"
-        last = next(reversed(loss.items()), (None, None))
-        rows.append([run.name, kind, last[0], last[1], *points])
-    return Table(("run", "kind", "last step", "loss there", "AP", "AP50", "AP75"), rows)
+        rows.append(
+            [
+                Entry(run.name, None, colours.get(run.name)),
+                Entry("fine-tuning" if is_tuned(run) else "pre-training"),
+                _whole(step),
+                None if loss is None else Entry(f"{loss:.3f}", loss),
+                *(_points(None if value is None else 100 * value) for value in figures),
+            ]
+        )
+    heads = ("run", "kind", "last step", "loss there", "AP", "AP50", "AP75")
+    return Table(heads, rows, "AP in points (0 to 100).")
 
 
 def _classes(comparison: Comparison) -> Table:
     arms = comparison.arms
     rows = [
-        [row["class"], row["labels"], row["steps"], *(row["AP"].get(arm) for arm in arms)]
+        [
+            Entry(row["class"]),
+            _whole(row["labels"]),
+            _whole(row["steps"]),
+            *(_points(row["AP"].get(arm)) for arm in arms),
+        ]
         for row in class_table(comparison)
     ]
-    return Table(("class", "labels", "steps", *arms), rows)
+    return Table(("class", "labelled images", "steps", *arms), rows)
 
 
 def _run_classes(runs: Sequence[Run]) -> Table:
     names = [run.name for run in runs if run.figures.get("AP_by_class")]
-    rows = [[c, *(values.get(name) for name in names)] for c, values in run_class_table(runs).items()]
+    rows = [
+        [Entry(name), *(_points(values.get(run)) for run in names)]
+        for name, values in run_class_table(runs).items()
+    ]
     return Table(("class", *names), rows)
 
 
@@ -118,14 +195,21 @@ def _manifest(name: str, record: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _points(value: float | None, spread: float | None = None, form: str = ".1f") -> Entry | None:
+    if value is None:
+        return None
+    return Entry(f"{value:{form}}" + ("" if spread is None else f" ± {spread:.1f}"), value)
+
+
+def _whole(value: float | None) -> Entry | None:
+    return None if value is None else Entry(f"{value:.0f}", value)
+
+
+def _probability(value: float | None) -> Entry | None:
+    if value is None:
+        return None
+    return Entry("<0.001" if value < 0.001 else f"{value:.3f}", value)
+
+
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _shown(value: str | float | None) -> str:
-    """A cell's text: integers whole, other numbers to what can be told apart."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
-    return str(value)

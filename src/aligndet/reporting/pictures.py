@@ -1,4 +1,4 @@
-"""Predictions of two detectors on the same images."""
+"""Pictures of a report: predictions of two detectors on the same images."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
 
 from aligndet.comparison import BASELINE
+from aligndet.data.coco import CocoDataset
 from aligndet.data.images import list_images, read_image
 from aligndet.detectors.weights import load_detector
-from aligndet.evaluation.drawing import draw_detections
+from aligndet.evaluation.drawing import draw_detections, draw_labelled
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.reporting.runs import Comparison, Run
 
-_SIDE = 480  # pixels of a picture on the page
+_SIDE = 400  # pixels of a picture's long side
+_SUREST = 10  # boxes of an image; more would hide it
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of two sides, row by row the same image."""
+    """Pictures row by row, each row the same image, each column a side."""
 
-    sides: tuple[str, str]
-    rows: list[tuple[str, bytes, bytes]]  # file name, JPEGs
+    name: str  # of their files, without number and suffix
+    title: str
+    note: str  # what one sees
+    sides: tuple[str, ...]
+    rows: list[tuple[str, tuple[bytes, ...]]]  # file name of the image, JPEGs
 
 
 def sides_of(comparisons: list[Comparison], runs: list[Run]) -> list[tuple[str, Run]]:
@@ -48,17 +57,26 @@ def sides_of(comparisons: list[Comparison], runs: list[Run]) -> list[tuple[str, 
             for entry, scratch in cells:
                 same = all(entry[k] == best[k] for k in ("fraction", "steps", "seed", "fold"))
                 if same and entry["arm"] == BASELINE:
-                    where = f"{best['labels']} labelled images, {best['steps']} steps, seed {best['seed']}"
-                    return [(f"{BASELINE} ({where})", scratch), (f"{best['arm']} ({where})", run)]
+                    return [(BASELINE, scratch), (best["arm"], run)]
     return [(run.name, run) for run in runs if run.model is not None][:2]
 
 
-def draw_sides(sides: list[tuple[str, Run]], images: Path, *, count: int, score: float) -> Pictures:
+def draw_sides(
+    name: str,
+    sides: list[tuple[str, Run]],
+    images: Path,
+    labelled: CocoDataset | None,
+    *,
+    count: int,
+    score: float,
+) -> Pictures:
     """Predicts and draws.
 
     Args:
+        name: Of the files.
         sides: Two, of `sides_of`.
         images: Folder; its first images by name are taken.
+        labelled: If any of the images is in it, its labels become a side, too.
         count: Of images.
         score: Boxes below are left out.
 
@@ -67,22 +85,59 @@ def draw_sides(sides: list[tuple[str, Run]], images: Path, *, count: int, score:
     """
     names = list_images(images)[:count]
     pixels = [read_image(images / name) for name in names]
-    drawn = []
-    for _, run in sides:
+    fitted = [fit(image) for image in pixels]
+    columns = {}
+    if labelled is not None and not set(names).isdisjoint(labelled.file_names):
+        columns["labels"] = _draw_labels(names, fitted, labelled)
+    for title, run in sides:
         assert run.model is not None  # sides_of chooses finished runs
         detector, manifest = load_detector(run.model)
-        found = predict_images(detector, pixels, device=resolve_device("cpu"), batch_size=1)
-        pairs = zip(pixels, found, strict=True)
-        classes = manifest["class_names"]
-        drawn.append(
-            [_jpeg(draw_detections(p.permute(1, 2, 0).numpy(), f, classes, score)) for p, f in pairs]
-        )
-    return Pictures((sides[0][0], sides[1][0]), list(zip(names, *drawn, strict=True)))
+        columns[title] = []
+        found = predict_images(detector, pixels, device=resolve_device("auto"), batch_size=1)
+        for (image, scale), prediction in zip(fitted, found, strict=True):
+            surest = {key: prediction[key][:_SUREST] for key in ("boxes", "labels", "scores")}
+            surest["boxes"] = surest["boxes"] * scale
+            columns[title].append(to_jpeg(draw_detections(image, surest, manifest["class_names"], score)))
+    note = f"Boxes from score {score:g}, at most the {_SUREST} surest of an image."
+    rows = list(zip(names, zip(*columns.values(), strict=True), strict=True))
+    return Pictures(name, "Predictions on the same images", note, tuple(columns), rows)
 
 
-def _jpeg(array: object) -> bytes:
-    image = Image.fromarray(array)  # type: ignore[arg-type]
-    image.thumbnail((_SIDE, _SIDE))
+def _draw_labels(
+    names: list[str], fitted: list[tuple[npt.NDArray[np.uint8], float]], labelled: CocoDataset
+) -> list[bytes]:
+    """What people have drawn; images that are not among the labelled stay as they are."""
+    places = {file_name: place for place, file_name in enumerate(labelled.file_names)}
+    classes = [category.name for category in labelled.categories]
+    drawn = []
+    for file_name, (image, scale) in zip(names, fitted, strict=True):
+        if (place := places.get(file_name)) is not None:
+            image = draw_labelled(image, labelled.boxes[place] * scale, labelled.labels[place], classes)
+        drawn.append(to_jpeg(image))
+    return drawn
+
+
+def fit(image: Tensor) -> tuple[npt.NDArray[np.uint8], float]:
+    """Makes an image as large as it is shown, so that lines and letters are the same in all.
+
+    Args:
+        image: (3, H, W) uint8.
+
+    Returns:
+        (h, w, 3), and how many of its pixels one was.
+    """
+    height, width = image.shape[1:]
+    scale = _SIDE / max(height, width)
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    return v2.functional.resize(image, size).permute(1, 2, 0).numpy(), scale
+
+
+def to_jpeg(array: npt.NDArray[np.uint8]) -> bytes:
+    """Encodes a picture.
+
+    Args:
+        array: (H, W, 3) RGB.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
+    Image.fromarray(array).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

@@ -1,9 +1,9 @@
-"""Curves and bars of a report, drawn to be read on light and on dark ground."""
+"""Curves, bars and matrices of a report, drawn to be read on light and on dark ground."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +13,43 @@ import numpy.typing as npt
 try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 except ImportError as error:
     raise ImportError(f'a report needs matplotlib: pip install "aligndet[report]" ({error})') from error
 
-_GREY = "#858585"  # legible on white and on black
-_COLOURS = ["#3b82c4", "#e07b39", "#3fa45b", "#c8504d", "#8d6fc0", "#a0724f", "#cf6fae", "#33a9b5", "#a5a736"]
+Floats = npt.NDArray[np.float64]
+Curve = Mapping[int, float] | Mapping[float, float]  # y by x
+
+_INK = "#808285"  # of the PNGs, legible on white and on black; on the page, the style below
+_ADAPTIVE = (
+    b"<style>svg { color: #50555b } @media (prefers-color-scheme: dark) { svg { color: #b3b9c0 } }</style>"
+)
+_COLOURS = ["#8b919a", "#e0702f", "#2f7fd0", "#35a05a", "#8d6fc0", "#c8504d", "#33a9b5", "#a0724f", "#cf6fae"]
+_CLASSES = ["#2f7fd0", "#e0702f", "#35a05a", "#c74fa5", "#c9a400", "#7a5fd0"]
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold a dollar sign
     "svg.hashsalt": "aligndet",
-    "text.color": _GREY,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "grid.color": _INK,
+    "grid.alpha": 0.2,
     "legend.frameon": False,
     "font.size": 9,
 }
 _POINTS = 400  # of a curve; a screen shows no more
+_FEW = 20  # points that are marked one by one
+_HALF, _WHOLE = 6.0, 12.2  # inches: of a figure beside another, and of one over the width of the page
+_NUMBERS = 20  # rows of a matrix, up to which its counts are written out
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,8 @@ class Line:
     """A curve; lines of one label share colour and entry of the legend."""
 
     label: str
-    values: Mapping[int, float]  # y by x
-    spread: Mapping[int, float] | None = None  # of y by x; drawn as bars
+    values: Curve
+    spread: Curve | None = None  # drawn as bars, or as a band
 
 
 @dataclass(frozen=True)
@@ -50,66 +67,112 @@ class Plot:
 
     name: str  # of its file, without suffix
     title: str
+    note: str  # what one sees
     svg: bytes
     png: bytes
+    wide: bool
 
 
-def draw_lines(
-    name: str, title: str, lines: Sequence[Line], *, x: str, y: str, logarithmic: bool = False
+def colours_of(labels: Iterable[str]) -> dict[str, str]:
+    """Gives each label the colour that it has in all plots; the first, which the others are against, is grey.
+
+    Args:
+        labels: Arms or runs.
+    """
+    return {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
+
+
+def draw_panels(
+    name: str,
+    title: str,
+    panels: Mapping[str, Sequence[Line]],
+    colours: Mapping[str, str],
+    *,
+    x: str,
+    y: str,
+    note: str = "",
+    logarithmic: bool = False,
+    unit: bool = False,
 ) -> Plot:
-    """Draws curves over steps or labels.
+    """Draws curves, in panels that share the y axis.
 
     Args:
         name: Of the file.
         title: Of the plot.
-        lines: What to draw.
+        panels: What to draw, by the panel's title.
+        colours: Of all labels.
         x: Label of the axis.
         y: Label of the axis.
+        note: What one sees.
         logarithmic: The x axis.
+        unit: The x axis goes from 0 to 1, y starts at 0.
     """
+    columns = len(panels) if len(panels) <= 4 else 4
+    wide, rows = columns > 2, -(-len(panels) // columns)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        colours = _colours([line.label for line in lines])
-        for line in lines:
-            _draw_line(axes, line, colours[line.label])
-        if logarithmic:
-            axes.set_xscale("log")
-            ticks = sorted({step for line in lines for step in line.values})
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
-        axes.set(xlabel=x, ylabel=y)
-        _legend(axes, colours)
-        return _render(figure, name, title)
+        size = (_WHOLE if wide else _HALF, (2.5 if wide else 3.1) * rows + 0.5)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+        for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
+            for line in lines:
+                _draw_line(axes, line, colours[line.label])
+            if logarithmic:
+                _mark_each(axes, sorted({point for line in lines for point in line.values}))
+            if unit:
+                axes.set_xlim(0, 1)
+            axes.set_title(_short(panel) if len(panels) > 1 else "")
+        if unit:
+            grid[0].set_ylim(0, None)  # when all is drawn: a limit set earlier would cut later panels off
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with nothing below
+            axes.set_xlabel(x)
+        figure.supylabel(y, fontsize=9)
+        _legend(figure, colours, {line.label for lines in panels.values() for line in lines})
+        return _render(figure, name, title, note, wide)
 
 
-def draw_bars(name: str, title: str, groups: Mapping[str, Mapping[str, float]], *, x: str) -> Plot:
+def draw_bars(
+    name: str,
+    title: str,
+    groups: Mapping[str, Mapping[str, float]],
+    colours: Mapping[str, str],
+    *,
+    x: str,
+    note: str = "",
+) -> Plot:
     """Draws horizontal bars, side by side in each group.
 
     Args:
         name: Of the file.
         title: Of the plot.
-        groups: Value by bar, by group; the bars of all groups have the same names.
+        groups: Value by bar, by group.
+        colours: Of the bars.
         x: Label of the axis.
+        note: What one sees.
     """
-    bars = list(dict.fromkeys(bar for values in groups.values() for bar in values))
+    bars = [bar for bar in colours if any(bar in values for values in groups.values())]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6, 1 + 0.16 * len(groups) * (len(bars) + 1)), layout="constrained")
-        axes = figure.subplots()
-        colours, middle = _colours(bars), np.arange(len(groups))
+        figure = Figure(figsize=(_HALF, 1 + 0.15 * len(groups) * (len(bars) + 1)), layout="constrained")
+        axes, middle = figure.subplots(), np.arange(len(groups))
         for index, bar in enumerate(bars):
             values = [group.get(bar, np.nan) for group in groups.values()]
             offset = (index + 0.5) / len(bars) - 0.5
             axes.barh(middle + 0.8 * offset, values, height=0.8 / len(bars), color=colours[bar])
-        axes.set_yticks(middle, list(groups))
-        axes.invert_yaxis()
-        axes.set(xlabel=x)
-        _legend(axes, colours)
-        return _render(figure, name, title)
+        axes.set_yticks(middle, [_short(group) for group in groups])
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=x, ylim=(len(groups) - 0.5, -0.5))
+        _legend(figure, colours, set(bars))
+        return _render(figure, name, title, note)
 
 
 def draw_points(
-    name: str, title: str, panels: Mapping[str, npt.NDArray[np.float64]], labels: Sequence[str]
+    name: str,
+    title: str,
+    panels: Mapping[str, Floats],
+    labels: Sequence[str],
+    *,
+    note: str = "",
 ) -> Plot:
     """Draws clouds of points side by side; the axes have no meaning.
 
@@ -118,71 +181,106 @@ def draw_points(
         title: Of the plot.
         panels: (N, 2) by the panel's title; the same N things in each.
         labels: (N,) what the colours stand for.
+        note: What one sees.
     """
-    names, colours = np.array(labels), _colours(sorted(set(labels)))
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
+    names, shown = np.array(labels), sorted(set(labels))
+    colours = {label: _CLASSES[i % len(_CLASSES)] for i, label in enumerate(shown)}
+    with rc_context(_STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+        figure = Figure(figsize=(_HALF, 3.6), layout="constrained")
         for axes, (panel, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for label, colour in colours.items():
-                axes.scatter(*points[names == label].T, s=5, color=colour, linewidths=0)
+                axes.scatter(*points[names == label].T, s=12, color=colour, linewidths=0)
             axes.set(title=panel, xticks=[], yticks=[])
-        _legend(axes, colours)
-        return _render(figure, name, title)
+        _legend(figure, colours, set(shown))
+        return _render(figure, name, title, note)
 
 
-def draw_centers(
-    name: str, title: str, image: npt.NDArray[np.uint8], panels: Mapping[str, npt.NDArray[np.float64]]
+def draw_matrix(
+    name: str,
+    title: str,
+    counts: npt.NDArray[np.int64],
+    names: Sequence[str],
+    *,
+    x: str,
+    y: str,
+    note: str = "",
 ) -> Plot:
-    """Draws points on copies of an image, side by side.
+    """Draws a square table of counts; the depth of a colour is the share of its row.
 
     Args:
         name: Of the file.
         title: Of the plot.
-        image: (H, W, 3) RGB.
-        panels: (n, 2) x and y in pixels, by the panel's title.
+        counts: (N, N).
+        names: (N,) of rows and columns.
+        x: What the columns are.
+        y: What the rows are.
+        note: What one sees.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6, 0.4 + 3 * image.shape[0] / image.shape[1]), layout="constrained")
-        for axes, (panel, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            axes.imshow(image)
-            axes.scatter(*points.T, s=9, color="#ffd400", edgecolors="black", linewidths=0.4)
-            axes.set(title=panel, xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
-            axes.axis("off")
-        return _render(figure, name, title)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ground = LinearSegmentedColormap.from_list("shares", [(0.18, 0.5, 0.82, 0), (0.18, 0.5, 0.82, 1)])
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(_HALF, _HALF), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(shares, cmap=ground, vmin=0, vmax=1)
+        if len(names) <= _NUMBERS:
+            for row, column in zip(*counts.nonzero(), strict=True):
+                ink = "white" if shares[row, column] > 0.5 else _INK
+                text = str(counts[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
+        shown = [_short(label) for label in names]
+        axes.set_xticks(range(len(names)), shown, rotation=90)
+        axes.set_yticks(range(len(names)), shown)
+        axes.tick_params(labelsize=min(9, max(3, 240 / len(names))))
+        axes.set(xlabel=x, ylabel=y)
+        return _render(figure, name, title, note)
 
 
 def _draw_line(axes: Axes, line: Line, colour: str) -> None:
-    steps = np.array(sorted(line.values))
-    if line.spread is None:
-        kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _POINTS)).round().astype(int))
-        steps = steps[kept]
-    values = [line.values[step] for step in steps]
-    if line.spread is None:
-        axes.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else None, color=colour)
-    else:
-        spread = [line.spread.get(step, 0.0) for step in steps]
-        axes.errorbar(steps, values, spread, marker="o", markersize=4, capsize=3, color=colour)
+    places = np.array(sorted(line.values))
+    kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), _POINTS)).round().astype(int))
+    places = places[kept]
+    values, spread = (
+        np.array([float(curve.get(place, 0.0)) for place in places.tolist()])
+        for curve in (line.values, line.spread or {})
+    )
+    if line.spread is not None and len(places) <= _FEW:
+        axes.errorbar(places, values, spread, marker="o", markersize=4, capsize=3, color=colour)
+        return
+    marker = "o" if len(places) == 1 else None
+    axes.plot(places, values, linewidth=1.3, marker=marker, color=colour)
+    if line.spread is not None:
+        axes.fill_between(places, values - spread, values + spread, color=colour, alpha=0.15, linewidth=0)
 
 
-def _colours(labels: Sequence[str]) -> dict[str, str]:
-    return {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
+def _mark_each(axes: Axes, places: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    axes.margins(x=0.1)
 
 
-def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
-    """Labels below the axes, where no curve is."""
-    handles = [axes.plot([], [], color=colour, linewidth=3)[0] for colour in colours.values()]
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    shown = [label if len(label) <= 40 else f"{label[:39]}…" for label in colours]
-    shown = [f" {label}" if label.startswith("_") else label for label in shown]  # matplotlib hides _names
-    columns = 2 if max(map(len, shown), default=0) <= 20 else 1  # longer names side by side would be cut off
-    figure.legend(handles, shown, loc="outside lower center", ncols=columns)
+def _legend(figure: Figure, colours: Mapping[str, str], used: set[str]) -> None:
+    """Labels below the axes, where no curve is; a single one needs none."""
+    shown = {label: colour for label, colour in colours.items() if label in used}
+    if len(shown) < 2:
+        return
+    names = [_short(label, 40) for label in shown]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides _names
+    handles = [Line2D([], [], color=colour, linewidth=3) for colour in shown.values()]
+    columns = max(1, int(13 * figure.get_figwidth() / (max(map(len, names)) + 7)))
+    figure.legend(handles, names, loc="outside lower left", ncols=min(columns, len(names)))
 
 
-def _render(figure: Figure, name: str, title: str) -> Plot:
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _render(figure: Figure, name: str, title: str, note: str, wide: bool = False) -> Plot:
     pictures = []
     for kind, metadata in (("svg", {"Date": None}), ("png", {})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, transparent=True, dpi=150, metadata=metadata)
+        figure.set_layout_engine("none")  # the second format takes the places of the first
         pictures.append(buffer.getvalue())
-    return Plot(name, title, *pictures)
+    svg = pictures[0].replace(_INK.encode(), b"currentColor").replace(b"<defs>", _ADAPTIVE + b"<defs>", 1)
+    return Plot(name, title, note, svg, pictures[1], wide)

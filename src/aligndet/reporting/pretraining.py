@@ -1,23 +1,25 @@
-"""What pre-training has changed: the paper's figures 4 and 5."""
+"""What pre-training has seen and changed: proposals, and the paper's figures 4 and 5."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision.transforms import v2
+import numpy as np
 
 from aligndet.data.coco import CocoDataset
 from aligndet.data.images import list_images, read_image
 from aligndet.evaluation.centers import predicted_centers
+from aligndet.evaluation.drawing import draw_boxes, draw_centers
 from aligndet.evaluation.inference import resolve_device
 from aligndet.evaluation.pretraining import load_pretrainable, load_untuned, read_settings
 from aligndet.evaluation.tsne import embed_boxes
-from aligndet.reporting.plots import Plot, draw_centers, draw_points
+from aligndet.proposals.storage import read_proposals
+from aligndet.reporting.pictures import Pictures, fit, to_jpeg
+from aligndet.reporting.plots import Plot, draw_points
 from aligndet.reporting.runs import Comparison, Run
 
 _SIDES = ("random", "pre-trained")
-_SIDE = 480  # pixels of a picture on the page
 _CENTERS = 100  # of an image
 
 
@@ -37,10 +39,38 @@ def pretraining_of(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Pa
     return next((f for f in folders if (f / "pretrained" / "manifest.json").is_file()), None)
 
 
-def center_plots(run: Path, images: Path, *, count: int) -> list[Plot]:
+def proposal_pictures(name: str, run: Path, *, count: int) -> list[Pictures]:
+    """Proposals on images that pre-training has seen.
+
+    Args:
+        name: Of the files.
+        run: Of `aligndet pretrain`.
+        count: Of images, the first that have proposals.
+
+    Returns:
+        One set of pictures, or none if images or proposals are no longer where the run has found them.
+
+    Raises:
+        ValueError: Naming the file that cannot be read.
+    """
+    settings = read_settings(run)
+    images, proposals = Path(settings["images"]), Path(settings["proposals"])
+    if not (images.is_dir() and proposals.exists()):
+        return []
+    table, rows = read_proposals(proposals), list[tuple[str, tuple[bytes, ...]]]()
+    for index in np.flatnonzero(np.diff(table.offsets))[:count].tolist():
+        image, scale = fit(read_image(images / table.file_names[index]))
+        boxes = table.boxes_of(index)[: settings["max_proposals"]] * scale
+        rows.append((table.file_names[index], (to_jpeg(draw_boxes(image, boxes)),)))
+    note = f"The first {settings['max_proposals']} of each image, which stand for labels in pre-training."
+    return [Pictures(f"{name}_proposals", "Proposals", note, ("",), rows)]
+
+
+def center_pictures(name: str, run: Path, images: Path, *, count: int) -> Pictures:
     """Centres of predicted boxes before fine-tuning, from random and from pre-trained neck and heads.
 
     Args:
+        name: Of the files.
         run: Of `aligndet pretrain`.
         images: Folder; its first images by name are taken.
         count: Of images.
@@ -49,26 +79,25 @@ def center_plots(run: Path, images: Path, *, count: int) -> list[Plot]:
         ValueError: Naming the weights or the image that cannot be read.
     """
     pair, device = load_untuned(run), resolve_device("auto")
-    plots = []
-    for number, name in enumerate(list_images(images)[:count], 1):
-        image = read_image(images / name)
+    rows = []
+    for file_name in list_images(images)[:count]:
+        image = read_image(images / file_name)
+        shown, scale = fit(image)
         points = [predicted_centers(side, image, count=_CENTERS, device=device).numpy() for side in pair]
-        shown = (
-            v2.functional.resize(image, [_SIDE], max_size=2 * _SIDE)
-            if min(image.shape[1:]) > _SIDE
-            else image
-        )
-        scale = shown.shape[2] / image.shape[2]
-        panels = {side: scale * found for side, found in zip(_SIDES, points, strict=True)}
-        title = f"Centres of predicted boxes before fine-tuning, {name}"
-        plots.append(draw_centers(f"centers{number}", title, shown.permute(1, 2, 0).numpy(), panels))
-    return plots
+        drawn = tuple(to_jpeg(draw_centers(shown, found * scale)) for found in points)
+        rows.append((file_name, drawn))
+    note = (
+        f"Of the {_CENTERS} boxes that the detector is surest of before it has seen a label: after"
+        " pre-training they should lie on objects."
+    )
+    return Pictures(f"{name}_centers", "Centres of predicted boxes before fine-tuning", note, _SIDES, rows)
 
 
-def feature_plots(run: Path, coco: CocoDataset) -> list[Plot]:
+def feature_plots(name: str, run: Path, coco: CocoDataset) -> list[Plot]:
     """t-SNE of the contrast features of labelled boxes, coloured by class and by pyramid level.
 
     Args:
+        name: Start of the names of the files.
         run: Of `aligndet pretrain`, with its last checkpoint.
         coco: Labelled images.
 
@@ -80,7 +109,17 @@ def feature_plots(run: Path, coco: CocoDataset) -> list[Plot]:
     embedded = embed_boxes(load_pretrainable(run), coco, **sizes, device=resolve_device("auto"))
     panels = dict(zip(_SIDES, (embedded.before, embedded.after), strict=True))
     title = "Contrast features of labelled boxes (t-SNE), by"
+    by_class, by_level = (
+        "Each point is a labelled box: after pre-training, those of a class should lie together.",
+        "The same points by the level that their size belongs to: a class should not fall apart into levels.",
+    )
     return [
-        draw_points("features_class", f"{title} class", panels, embedded.classes),
-        draw_points("features_level", f"{title} pyramid level", panels, embedded.levels),
+        draw_points(f"{name}_features_class", f"{title} class", panels, embedded.classes, note=by_class),
+        draw_points(
+            f"{name}_features_level",
+            f"{title} pyramid level",
+            panels,
+            embedded.levels,
+            note=by_level,
+        ),
     ]

@@ -30,6 +30,12 @@ class Run:
         folder = self.folder / "model"
         return folder if (folder / "manifest.json").is_file() else None
 
+    @property
+    def details(self) -> dict[str, Any] | None:
+        """What `aligndet evaluate --details` has found, if it was asked for."""
+        found = self.figures.get("details")
+        return found if found and "precision_at_recall" in found["curves"].get("mean", {}) else None
+
 
 @dataclass(frozen=True)
 class Comparison:
