@@ -21,7 +21,7 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -32,6 +32,7 @@ from aligndet.commands.propose import propose, propose_image
 from aligndet.commands.sample_data import sample_data
 from aligndet.data.coco import CocoDataset, read_coco
 from aligndet.data.images import read_image
+from aligndet.data.sources import ImageSource
 from aligndet.proposals.filters import best_proposals
 from aligndet.proposals.selective_search import Mode, selective_search, shrink
 from aligndet.proposals.storage import read_proposals
@@ -54,9 +55,8 @@ def measure(coco: CocoDataset, index: int, mode: Mode, resolution: int | None) -
     begun = time.process_time()
     selective_search(image, mode=mode)
     between = time.process_time()
-    row = propose_image(
-        coco.folder, coco.file_names[index], mode=mode, resolution=resolution, filters=FILTERS, outlines=None
-    )
+    given: dict[str, Any] = {"mode": mode, "resolution": resolution, "filters": FILTERS, "outlines": None}
+    row = propose_image(ImageSource(coco.folder), coco.file_names[index], **given)
     ended = time.process_time()
     objects = coco.boxes[index][~coco.iscrowd[index]]
     found = [best_proposals(row.boxes[:count], objects)[0] for count in (50, 200)]

@@ -21,6 +21,7 @@ from aligndet.commands import propose as command
 from aligndet.commands.cluster import cluster as group_proposals
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
+from aligndet.data.sources import ImageSource
 from aligndet.proposals import engines
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.engines import Engine, run
@@ -66,7 +67,7 @@ def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, sample: Path
 def test_images_that_a_machine_does_not_have_are_no_broken_ones(tmp_path: Path) -> None:
     find = partial(command.propose_image, mode="fast", resolution=None, filters={}, outlines=None)
     with pytest.raises(ValueError, match="elsewhere: no such folder of images on "):
-        find(tmp_path / "elsewhere", "image.jpg")
+        find(ImageSource(tmp_path / "elsewhere"), "image.jpg")
 
 
 # From here on: a cluster of two nodes, with a core each.

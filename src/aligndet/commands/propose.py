@@ -219,7 +219,7 @@ def _rows(
 
 
 def propose_image(
-    folder: Path | ImageSource,
+    folder: ImageSource,
     name: str,
     *,
     mode: Mode,
