@@ -190,7 +190,8 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
     assert len(curve(tmp_path / "two")) == 4
 
 
-@pytest.mark.parametrize("method", ["simsiam", pytest.param("moco", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
 def test_two_processes_pretrain_a_trunk(method: str, sample: Path, tmp_path: Path) -> None:
     command = [
         *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),

@@ -101,7 +101,8 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
 
 
-@pytest.mark.parametrize("method", ["simsiam", pytest.param("moco", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
 def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
     command = [
         *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
