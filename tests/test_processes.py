@@ -186,7 +186,9 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
     finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
     one, two = (load_file(tmp_path / run / "pretrained" / "model.safetensors") for run in ("one", "two"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+        # what a batch norm remembers is, without GPUs, of the first process's batches
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     assert len(curve(tmp_path / "two")) == 4
 
 

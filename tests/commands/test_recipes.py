@@ -58,8 +58,8 @@ def test_every_section_is_for_its_command(name: str) -> None:
         same = [key for key in settings if key not in named and values[key] == defaults[key]]
         assert not same, f"{name}: {section}: {same} are the defaults anyway"
     compared = RECIPES[name].get("compare", {})
-    _settings("pretraining", pretrain, compared.get("pretraining"), name, (), set())
-    _settings("finetuning", finetune, compared.get("finetuning"), name, (), {"learning_rate", "steps"})
+    _settings("pretraining", pretrain, compared.get("pretraining"), name, set())
+    _settings("finetuning", finetune, compared.get("finetuning"), name, {"learning_rate", "steps"})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan
 from aligndet.data.coco import build_dataset
 from aligndet.data.formats import load_labelled, read_labelled
-from aligndet.detectors.build import predicts_masks
+from aligndet.detectors.build import DETECTORS, predicts_masks
 from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
 
@@ -106,8 +106,8 @@ def compare(
         raise ValueError(f"learning_rates must be different positive numbers, not {list(learning_rates)}")
     stages = {}
     for detector in detectors:
-        before = _settings("pretraining", pretrain, pretraining, detector, detectors, set())
-        after = _settings("finetuning", finetune, finetuning, detector, detectors, {"learning_rate", "steps"})
+        before = _settings("pretraining", pretrain, pretraining, detector, set())
+        after = _settings("finetuning", finetune, finetuning, detector, {"learning_rate", "steps"})
         model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         _check_arms(names, sources, before, model)
         stages[detector] = (model, before, after)
@@ -172,23 +172,18 @@ def _check_arms(
 
 
 def _settings(
-    kind: str,
-    function: Any,
-    given: dict[str, Any] | None,
-    detector: str,
-    detectors: Sequence[str],
-    ours: set[str],
+    kind: str, function: Any, given: dict[str, Any] | None, detector: str, ours: set[str]
 ) -> dict[str, Any]:
     """Settings of one detector: those of all, and its own in front of them."""
-    common = {name: value for name, value in (given or {}).items() if name not in detectors}
+    common = {name: value for name, value in (given or {}).items() if name not in DETECTORS}
     parameters = signature(function).parameters
     allowed = set(parameters) - _OURS - ours
     settings = {}
     for name, value in {**common, **((given or {}).get(detector) or {})}.items():
         if name not in allowed:
             raise ValueError(
-                f"{kind}: {name!r} cannot be set; there are: {', '.join(sorted(allowed))}"
-                + (f", and for one detector alone: {', '.join(detectors)}" if len(detectors) > 1 else "")
+                f"{kind}: {name!r} cannot be set; there are: {', '.join(sorted(allowed))},"
+                " and settings of one detector under its name"
             )
         is_list = str(parameters[name].annotation).startswith("tuple[int") and isinstance(value, str)
         settings[name] = json.loads(f"[{value}]") if is_list else value  # 640,800 as on a command line
