@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from aligndet.commands.report import report
 from aligndet.comparison import Cell, sentence, summarise
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
+from aligndet.reporting.pretraining import proposal_pictures
 from aligndet.reporting.runs import read_curves, read_folders
 
 EVIL = "<script>alert(1)</script>"
@@ -158,6 +161,27 @@ def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
     write(tmp_path / "csv_from_10" / "metrics.csv", "step,loss\n12,3.0\n14,nan\n100,97\n")
     curves = read_curves(tmp_path)
     assert curves == {"loss": {0: 1.0, 9: 2.0, 12: 3.0, 100: 5.0}, "val/AP": {15: 0.5}}
+
+
+def test_proposals_are_shown_on_images_out_of_tars(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "green").save(tmp_path / "0.png")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(tmp_path / "0.png", "0.png")
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 40, 40], "area": 1600, "iscrowd": 0}
+    image = {"id": 1, "file_name": "0.tar/0.png", "width": 80, "height": 60}
+    document = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "object"}]}
+    (tmp_path / "proposals.json").write_text(json.dumps(document))
+    settings = {
+        "images": str(tmp_path),
+        "proposals": str(tmp_path / "proposals.json"),
+        "max_proposals": 5,
+    }
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    (shown,) = proposal_pictures("run", tmp_path, count=2)
+    ((name, (drawn,)),) = shown.rows
+    assert name == "0.tar/0.png"
+    colours = np.asarray(Image.open(io.BytesIO(drawn))).reshape(-1, 3)
+    assert np.ptp(colours, axis=0).max() > 50  # a box on the plain ground
 
 
 def test_predictions_side_by_side(tmp_path: Path) -> None:

@@ -178,22 +178,27 @@ class Bench:
     def write_results(self, cells: Sequence[Cell]) -> str:
         """Table, JSON and CSV of the cells that are finished, those of earlier calls among them."""
         path = self.output / "results.json"
-        entries = [
+        labels = {
+            fraction: len(labelled_subset(self.document, fraction, 0)["images"])
+            for fraction in {cell.fraction for cell in cells}
+        }
+        found = [
             {
                 **asdict(cell),
-                "labels": self._labels(cell),
+                "labels": labels[cell.fraction],
                 "learning_rate": self.rate(cell),
-                "figures": {name: value for name, value in found.items() if name != "details"},
+                "figures": {name: value for name, value in figures.items() if name != "details"},
             }
             for cell in cells
-            if (found := self.figures(cell)) is not None
+            if (figures := self.figures(cell)) is not None
         ]
-        finished = len(entries)
         before = read_json(path)["cells"] if path.is_file() else []
-        entries = [entry for entry in before if _cell(entry) not in set(cells)] + entries
-        figures = {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries}
-        rows = summarise(figures, {entry["fraction"]: entry["labels"] for entry in entries})
-        table = markdown(rows) + f"\n{finished} of {len(cells)} cells finished\n"
+        entries = [entry for entry in before if _cell(entry) not in cells] + found
+        rows = summarise(
+            {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
+            {entry["fraction"]: entry["labels"] for entry in entries},
+        )
+        table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
         atomic_write(self.output / "table.md", table)
         atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))
         text = io.StringIO()
@@ -204,9 +209,6 @@ class Bench:
             writer.writerow({**entry["figures"], **entry})
         atomic_write(self.output / "results.csv", text.getvalue())
         return table
-
-    def _labels(self, cell: Cell) -> int:
-        return len(labelled_subset(self.document, cell.fraction, cell.fold)["images"])
 
 
 def _cell(entry: dict[str, Any]) -> Cell:

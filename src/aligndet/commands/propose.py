@@ -200,7 +200,7 @@ def propose(
             _write_manifest(folder, parameters, "complete", counts)
     if as_json:
         folder.rmdir()
-    _print(summary)
+    print("\n".join(_lines(summary)))
     return summary
 
 
@@ -333,11 +333,6 @@ def _measure(
             true = [coco.masks[index][i] for i in objects[sure].tolist()]
             fitted.append(overlaps(whole_masks(row, best[sure]), EncodedMasks(row.height, row.width, true)))
     return np.concatenate(found), np.concatenate(fitted)
-
-
-def _print(summary: ProposeSummary) -> None:
-    for line in _lines(summary):
-        print(line)
 
 
 def _lines(summary: ProposeSummary) -> Iterator[str]:

@@ -33,43 +33,26 @@ def detail_plots(
     if not details:
         return []
     start = f"{where}; " if where else ""
-    summed = {label: _ap50(found) for label, found in details.items()}
-    ap50 = ", ".join(f"{label} {100 * value:.1f}" for label, value in summed.items())
+    ap50 = ", ".join(f"{label} {100 * _ap50(found):.1f}" for label, found in details.items())
     best = ", ".join(f"{label} {f1:.2f} at {score:.2f}" for label, (f1, score) in _best(details).items())
-    plots = [
-        draw_panels(
-            f"{prefix}_precision_recall",
-            "Precision against recall",
-            _panels(details, "recall", "precision_at_recall"),
-            colours,
-            x="recall",
-            y="precision",
-            note=f"{start}IoU 0.5, classes with most objects. The area under a curve is AP50: {ap50}.",
-            unit=True,
-        ),
-        draw_panels(
-            f"{prefix}_f1",
-            "F1 against the score from which boxes count",
-            _panels(details, "score", "F1"),
-            colours,
-            x="score",
-            y="F1",
-            note=f"{start}IoU 0.5, classes with most objects. The best mean F1: {best}.",
-            unit=True,
-        ),
-    ]
+    area, peak = f"The area under a curve is AP50: {ap50}.", f"The best mean F1: {best}."
+    f1_title = "F1 against the score from which boxes count"
+    plots = []
+    for name, title, x, y, kind, told in (
+        ("precision_recall", "Precision against recall", "recall", "precision", "precision_at_recall", area),
+        ("f1", f1_title, "score", "F1", "F1", peak),
+    ):
+        note = f"{start}IoU 0.5, classes with most objects. {told}"
+        panels = _panels(details, x, kind)
+        plots.append(draw_panels(f"{prefix}_{name}", title, panels, colours, x=x, y=y, note=note, unit=True))
     errors: dict[str, dict[str, float]] = {}
     for label, found in details.items():
         for kind in found[0]["errors"]:
             costs = np.array([item["errors"][kind]["AP50_lost"] for item in found], np.float64)
             errors.setdefault(kind, {})[label] = 100 * float(costs.mean())
-    title, note = (
-        "What each kind of error costs",
-        f"{start}the gain in AP50 if there were no such error (TIDE).",
-    )
-    plots.append(
-        draw_bars(f"{prefix}_errors", title, errors, colours, x="AP50 lost (points)", note=_upper(note))
-    )
+    note = _upper(f"{start}the gain in AP50 if there were no such error (TIDE).")
+    title, x = "What each kind of error costs", "AP50 lost (points)"
+    plots.append(draw_bars(f"{prefix}_errors", title, errors, colours, x=x, note=note))
     for number, (label, found) in enumerate(details.items(), 1):
         confusion = found[0]["confusion"]
         counts = np.array([item["confusion"]["counts"] for item in found], np.int64).sum(0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from aligndet.data.coco import CocoDataset
 from aligndet.data.images import list_images, read_image
+from aligndet.data.sources import ImageSource
 from aligndet.evaluation.centers import predicted_centers
 from aligndet.evaluation.drawing import draw_boxes, draw_centers
 from aligndet.evaluation.inference import resolve_device
@@ -55,11 +56,12 @@ def proposal_pictures(name: str, run: Path, *, count: int) -> list[Pictures]:
     """
     settings = read_settings(run)
     images, proposals = Path(settings["images"]), Path(settings["proposals"])
-    if not (images.is_dir() and proposals.exists()):
+    if not (images.exists() and proposals.exists()):
         return []
+    source = ImageSource(images)
     table, rows = read_proposals(proposals), list[tuple[str, tuple[bytes, ...]]]()
     for index in np.flatnonzero(np.diff(table.offsets))[:count].tolist():
-        image, scale = fit(read_image(images / table.file_names[index]))
+        image, scale = fit(read_image(source / table.file_names[index]))
         boxes = table.boxes_of(index)[: settings["max_proposals"]] * scale
         rows.append((table.file_names[index], (to_jpeg(draw_boxes(image, boxes)),)))
     note = f"The first {settings['max_proposals']} of each image, which stand for labels in pre-training."
