@@ -88,6 +88,7 @@ def cell(
         "seed": seed,
         "workers": 1,
         "precision": args.precision,
+        "channels_last": args.channels_last,
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
@@ -108,6 +109,7 @@ def cell(
                 learning_rate=args.pretrain_learning_rate,
                 warmup_steps=args.warmup_steps,
                 decay=args.decay,
+                temperature=args.temperature,
                 min_size=tuple(args.view_sizes),
                 max_proposals=args.proposals,
                 checkpoint_every=50,
@@ -195,6 +197,8 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.98, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--queries", type=int, default=100, help="of query-based detectors")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")

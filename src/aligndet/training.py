@@ -104,9 +104,14 @@ def build_optimizer(
                 settings.append({"params": chosen, "lr": learning_rate * factor, "weight_decay": decay})
     if not settings:
         raise ValueError("no parameter is trainable")
-    on_cpu = all(p.device.type == "cpu" for setting in settings for p in setting["params"])
-    # fused is faster on a CPU; on a GPU Lightning does not clip gradients with it in half precision
-    return AdamW(settings, fused=on_cpu) if name == "adamw" else SGD(settings, momentum=0.9)
+    if name == "sgd":
+        return SGD(settings, momentum=0.9)
+    devices = {p.device.type for setting in settings for p in setting["params"]}
+    optimizer = AdamW(settings, fused=devices <= {"cpu", "cuda"})
+    # a fused step would undo the scaling of 16-bit gradients itself, too late for clipping: Lightning refuses
+    # that; without this mark they are unscaled before
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_steps: int) -> LambdaLR:
