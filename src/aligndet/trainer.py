@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines, whole_file
 from aligndet.launch import SameStart, environment
-from aligndet.training import StepSampler, build_loader, steps_done, worker_settings
+from aligndet.training import StepSampler, build_loader, compile_networks, steps_done, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
 
@@ -40,6 +40,7 @@ RUN_SETTINGS = (
         "accelerator",
         "precision",
         "channels_last",
+        "compile",
         "clip",
     ),
     *("checkpoint_every", "log_every", "loggers", "workers", "seed"),
@@ -63,6 +64,7 @@ def fit(
     accelerator: str,
     precision: Literal["32", "bf16-mixed", "16-mixed"],
     channels_last: bool,
+    compile: bool,
     clip: float | None,
     checkpoint_every: int,
     log_every: int,
@@ -91,6 +93,7 @@ def fit(
         accelerator: Of Lightning ("auto", "cpu", "gpu").
         precision: Of Lightning.
         channels_last: Convolutions work on maps whose channels are neighbours in memory.
+        compile: Trunk, pyramid and heads go through torch.compile.
         clip: Bound of the gradient norm.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
@@ -187,6 +190,8 @@ def fit(
         )
     if channels_last:
         module.to(memory_format=torch.channels_last)  # convolutions hand on the format of their weights
+    if compile:
+        compile_networks(module)
     trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     return trainer.is_global_zero
 

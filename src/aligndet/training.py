@@ -173,6 +173,30 @@ def _one_thread(_: int) -> None:
     cv2.setNumThreads(1)
 
 
+_NETWORKS = (
+    *("backbone.body", "backbone.fpn", ".head", ".box_head", ".mask_head"),
+    *("model.backbone", "model.encoder", "model.decoder"),
+    ".trunk",
+)
+"""How the names of trunk, pyramid and heads end: torchvision's, transformers', a trunk's alone."""
+
+
+def compile_networks(module: nn.Module) -> list[str]:
+    """Lets torch.compile take the parts that are nothing but networks: assignment and losses, whose shapes
+    change with every batch, stay as they are. Names in state dicts do too.
+
+    Args:
+        module: With one or more detectors in it.
+
+    Returns:
+        The names of the parts.
+    """
+    names = [name for name, _ in module.named_modules() if name.endswith(_NETWORKS)]
+    for name in names:
+        module.get_submodule(name).compile()
+    return names
+
+
 def steps_done(checkpoint: Path | None) -> int:
     """Optimizer steps that a checkpoint has behind it.
 

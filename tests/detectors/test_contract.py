@@ -24,6 +24,7 @@ from aligndet.detectors.weights import (
 )
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import momentum_copy
+from aligndet.training import compile_networks
 
 ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
 QUERY_OPTIONS: dict[str, Any] = {
@@ -207,6 +208,25 @@ def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
         half = losses_of(adapter)
     assert not torch.equal(half, plain)
     torch.testing.assert_close(half.sum(), plain.sum(), rtol=0.03, atol=0.0)
+
+
+def test_compile_takes_the_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda part: taken.append(part))
+    adapter = build(name)
+    compile_networks(adapter)
+    inside = {id(parameter) for part in taken for parameter in part.parameters()}
+    sizes = {id(parameter): parameter.numel() for parameter in adapter.detector.parameters()}
+    assert sum(sizes[key] for key in inside) > 0.9 * sum(sizes.values())
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_same() -> None:
+    adapter = build("fcos")
+    plain = losses_of(adapter)
+    compile_networks(adapter)
+    torch.testing.assert_close(losses_of(adapter), plain, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # trunk, pyramid, head
 
 
 def test_weights_of_another_detector_are_refused(name: str) -> None:

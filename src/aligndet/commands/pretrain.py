@@ -67,6 +67,7 @@ def pretrain(
     strategy: str = "auto",
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
     channels_last: bool = False,
+    compile: bool = False,
     workers: int | None = None,
     seed: int = 0,
     checkpoint_every: int = 500,
@@ -128,6 +129,7 @@ def pretrain(
         strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Hold channels as neighbours in memory; the same up to rounding.
+        compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
         workers: Loader processes on each device; by default one less than the cores.
         seed: Of weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints.

@@ -69,7 +69,7 @@ def propose(
     output: Path,
     names: Path | None = None,
     mode: Mode = "fast",
-    resolution: int | None = 400,
+    resolution: int | None = 256,
     max_aspect_ratio: float = 3.0,
     min_area: float = 0.008,
     max_area: float = 0.81,
