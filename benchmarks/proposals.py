@@ -5,9 +5,10 @@
 
 A line for each mode and resolution (the longest side at which selective search runs). "OpenCV" is its call
 alone, on an image in memory that has been scaled already; "all" is what a process of `aligndet propose` does:
-decode, scale, search, filter. Seconds are the processor's, on one core, medians over the images, so that
-other work on the machine counts little. AR is the average recall over IoU 0.5 to 0.95 of the first 50 and 200
-boxes. "x" is the throughput of "all" against that of OpenCV's call at the images' own size in the same mode.
+decode, scale, search, rank, filter. Seconds are the processor's, on one core, medians over the images, so
+that other work on the machine counts little. AR is the average recall over IoU 0.5 to 0.95 of the first 50
+and 200 boxes; "own" of the first 50 in selective search's own order (`--rank search`). "x" is the throughput
+of "all" against that of OpenCV's call at the images' own size in the same mode.
 `--processes 1 2` runs the command with that many and prints images a second by the clock. `--storage` prints
 what proposals take, in bytes an image, without and with masks: as Parquet, and in memory (`read_proposals`;
 each process of training holds them).
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -45,6 +47,7 @@ class Figures(NamedTuple):
 
     opencv: float  # seconds
     all: float
+    chance50: npt.NDArray[np.float32]  # as found50, in selective search's own order
     found50: npt.NDArray[np.float32]  # IoU of each object with the best of the first 50 boxes
     found200: npt.NDArray[np.float32]
 
@@ -56,11 +59,13 @@ def measure(coco: CocoDataset, index: int, mode: Mode, resolution: int | None) -
     selective_search(image, mode=mode)
     between = time.process_time()
     given: dict[str, Any] = {"mode": mode, "resolution": resolution, "filters": FILTERS, "outlines": None}
-    row = propose_image(ImageSource(coco.folder), coco.file_names[index], **given)
+    find = partial(propose_image, ImageSource(coco.folder), coco.file_names[index], **given)
+    boxes = find(rank="straddling").boxes
     ended = time.process_time()
     objects = coco.boxes[index][~coco.iscrowd[index]]
-    found = [best_proposals(row.boxes[:count], objects)[0] for count in (50, 200)]
-    return Figures(between - begun, ended - between, *found)
+    chance = best_proposals(find(rank="search").boxes[:50], objects)[0]
+    found = [best_proposals(boxes[:count], objects)[0] for count in (50, 200)]
+    return Figures(between - begun, ended - between, chance, *found)
 
 
 def average_recall(found: list[npt.NDArray[np.float32]]) -> float:
@@ -72,7 +77,7 @@ def compare(coco: CocoDataset, modes: list[Mode], resolutions: list[int], count:
     chosen = range(0, len(coco), max(1, len(coco) // count))[:count]
     longest = int(np.median(coco.sizes[list(chosen)].max(axis=1)))
     print(f"{len(chosen)} images, longest side {longest}")
-    head = ("mode", "resolution", "OpenCV ms", "all ms", "all/OpenCV", "AR@50", "AR@200", "x")
+    head = ("mode", "resolution", "OpenCV ms", "all ms", "all/OpenCV", "own AR@50", "AR@50", "AR@200", "x")
     print("".join(f"{name:>11}" for name in head))
     for mode in modes:
         reference = 0.0
@@ -85,7 +90,7 @@ def compare(coco: CocoDataset, modes: list[Mode], resolutions: list[int], count:
                 f"{everything / opencv:.3f}",
                 *(
                     f"{average_recall([getattr(f, name) for f in found]):.3f}"
-                    for name in ("found50", "found200")
+                    for name in ("chance50", "found50", "found200")
                 ),
                 f"{reference / everything:.1f}",
             ]

@@ -65,7 +65,9 @@ def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, sample: Path
 
 
 def test_images_that_a_machine_does_not_have_are_no_broken_ones(tmp_path: Path) -> None:
-    find = partial(command.propose_image, mode="fast", resolution=None, filters={}, outlines=None)
+    find = partial(
+        command.propose_image, mode="fast", resolution=None, rank="search", filters={}, outlines=None
+    )
     with pytest.raises(ValueError, match="elsewhere: no such folder of images on "):
         find(ImageSource(tmp_path / "elsewhere"), "image.jpg")
 

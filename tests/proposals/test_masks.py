@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image, pseudo_masks, shares_inside
+from aligndet.proposals.filters import filter_boxes
+from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image, pseudo_masks
+from aligndet.proposals.segments import objectness, segments_of, shares_inside
 
 SETTINGS: dict[str, Any] = {
     "resolution": 100,
@@ -45,6 +48,39 @@ def test_one_segment_and_no_box() -> None:
         shares_inside(segments, np.array([[0, 0, 6, 4], [0, 0, 3, 4]])), [[1], [0.5]]
     )
     assert shares_inside(segments, np.zeros((0, 4), np.int64)).shape == (0, 1)
+
+
+def test_objectness_equals_a_loop_over_boxes_and_segments() -> None:
+    image, _ = scene()
+    image[70:90, 50:95] = (250, 20, 120)
+    segments = segments_of(image, 0.5, 300.0, 20)
+    assert segments.max() >= 2
+    corner = np.random.default_rng(2).integers(0, 30, (20, 2))
+    boxes = np.concatenate([corner, corner + np.random.default_rng(3).integers(30, 70, (20, 2))], 1)
+    expected = []
+    for x0, y0, x1, y1 in boxes:
+        inside = np.zeros(segments.shape, bool)
+        inside[y0:y1, x0:x1] = True
+        cut = sum(
+            min((inside & (segments == number)).sum(), (~inside & (segments == number)).sum())
+            for number in range(segments.max() + 1)
+        )
+        expected.append(max(0.0, 1 - cut / inside.sum()) * (inside.mean()) ** 0.25)
+    assert np.count_nonzero(expected) > 10
+    np.testing.assert_allclose(objectness(image, boxes.astype(np.float32)), expected, atol=1e-9)
+    assert objectness(image, np.zeros((0, 4), np.float32)).shape == (0,)
+
+
+def test_a_box_around_an_object_goes_before_one_that_cuts_it() -> None:
+    image, disc = scene(400)
+    y, x = np.nonzero(disc)
+    tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32)
+    boxes = np.stack([tight + 60, tight, tight - 50])
+    score = partial(objectness, image)
+    assert score(boxes)[1] > 1.5 * score(boxes)[[0, 2]].max()
+    kept = filter_boxes(boxes, 400, 400, nms_iou=0.3, score=score)
+    np.testing.assert_array_equal(kept[0], tight)
+    np.testing.assert_array_equal(filter_boxes(boxes, 400, 400, nms_iou=0.3)[0], boxes[0])
 
 
 def test_masks_equal_a_loop_over_boxes() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
+from aligndet.proposals.segments import objectness
 from aligndet.proposals.selective_search import Mode, selective_search
 from aligndet.proposals.storage import (
     ImageProposals,
@@ -37,6 +38,8 @@ from aligndet.proposals.storage import (
     write_coco,
     write_shard,
 )
+
+Rank = Literal["straddling", "search"]
 
 _EXPLANATION = f"""Proposals of `aligndet propose`.
 
@@ -70,6 +73,7 @@ def propose(
     names: Path | None = None,
     mode: Mode = "fast",
     resolution: int | None = 256,
+    rank: Rank = "straddling",
     max_aspect_ratio: float = 3.0,
     min_area: float = 0.008,
     max_area: float = 0.81,
@@ -98,6 +102,9 @@ def propose(
             to images; a tar stands for its images. Web servers need it, as they list nothing.
         mode: "fast", or "quality" (about five times as slow).
         resolution: Longest side at which to run; null for full size.
+        rank: Order of the boxes, which decides what overlap and max_proposals drop: "straddling" puts boxes
+            first that cut no segment of the image in two; "search" keeps selective search's own, as the paper
+            does, which is largely chance.
         max_aspect_ratio: Longer to shorter side of a box at most.
         min_area: Share of the image that a box covers at least.
         max_area: Share of the image that a box covers at most.
@@ -134,6 +141,7 @@ def propose(
     parameters: dict[str, Any] = {
         "mode": mode,
         "resolution": resolution,
+        "rank": rank,
         "max_aspect_ratio": max_aspect_ratio,
         "min_area": min_area,
         "max_area": max_area,
@@ -158,6 +166,7 @@ def propose(
             source.absolute(),
             mode=mode,
             resolution=resolution,
+            rank=rank,
             filters={
                 k: parameters[k]
                 for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")
@@ -224,6 +233,7 @@ def propose_image(
     *,
     mode: Mode,
     resolution: int | None,
+    rank: Rank,
     filters: dict[str, Any],
     outlines: dict[str, Any] | None,
 ) -> ImageProposals:
@@ -234,6 +244,7 @@ def propose_image(
         name: Of the file in it.
         mode: Of selective search.
         resolution: Longest side at which to run.
+        rank: Order of the boxes.
         filters: Arguments of `filter_boxes`.
         outlines: Arguments of `pseudo_masks`; None: no masks.
 
@@ -252,7 +263,8 @@ def propose_image(
         return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
     height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
     boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
-    boxes = filter_boxes(boxes, width, height, **filters)
+    score = partial(objectness, image) if rank == "straddling" else None
+    boxes = filter_boxes(boxes, width, height, score=score, **filters)
     masks = None
     if outlines is not None:
         masks = encode(pseudo_masks(image, boxes, resolution=resolution, **outlines)).counts

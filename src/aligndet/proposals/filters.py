@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +21,7 @@ def filter_boxes(
     max_area: float = 0.81,
     nms_iou: float = 0.5,
     max_proposals: int | None = None,
+    score: Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Keeps boxes of a sensible shape and size that do not repeat a better one.
 
@@ -25,7 +29,7 @@ def filter_boxes(
     which is no object.
 
     Args:
-        boxes: (N, 4) xyxy pixels, best first.
+        boxes: (N, 4) xyxy pixels, best first unless there is a score.
         width: Of the image.
         height: Of the image.
         max_aspect_ratio: Longer to shorter side at most.
@@ -33,14 +37,17 @@ def filter_boxes(
         max_area: Share of the image at most.
         nms_iou: A box that overlaps a better one by more is dropped.
         max_proposals: Most boxes to keep, the first ones.
+        score: Of boxes of a sensible shape and size, (K, 4) to (K,); a larger one is better.
 
     Returns:
-        (M, 4), M <= N, in the same order.
+        (M, 4), M <= N, best first.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     area = sides.prod(axis=1) / (width * height)
     shape = sides.max(axis=1, initial=0.0) <= max_aspect_ratio * sides.min(axis=1, initial=np.inf)
     kept = boxes[shape & (area >= min_area) & (area <= max_area)]
+    if score is not None:
+        kept = kept[np.argsort(-score(kept), kind="stable")]
     order = nms(torch.from_numpy(kept), torch.arange(len(kept), 0, -1, dtype=torch.float32), nms_iou)
     return kept[order.numpy()[:max_proposals]]
 

@@ -7,10 +7,10 @@ changes it.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from aligndet.proposals.segments import segments_of, shares_inside
 from aligndet.proposals.selective_search import shrink
 
 MASK_SIDE = 56
@@ -45,38 +45,11 @@ def pseudo_masks(
     """
     height, width = image.shape[:2]
     image = shrink(image, resolution)
-    segmentation = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, scale, min_size)
-    segments = np.asarray(segmentation.processImage(np.ascontiguousarray(image[:, :, ::-1])), np.int32)
+    segments = segments_of(image, sigma, scale, min_size)
     boxes = boxes * np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32)
     inside = shares_inside(segments, np.rint(boxes).astype(np.int64)) >= min_inside
     below = segments[_cells(boxes, *segments.shape)]  # (N, MASK_SIDE, MASK_SIDE)
     return inside[np.arange(len(boxes))[:, None, None], below].astype(np.uint8)
-
-
-def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """How much of each segment lies within each box.
-
-    Args:
-        segments: (H, W) numbers of segments, from 0 without a gap.
-        boxes: (N, 4) xyxy, whole pixels.
-
-    Returns:
-        (N, segments) shares of the segments' pixels.
-    """
-    flat, width = segments.ravel(), segments.shape[1]
-    # horizontal runs of one segment: some dozens a row, where pixels are hundreds
-    starts = np.ones(segments.shape, np.bool_)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    start = np.flatnonzero(starts)
-    length = np.diff(start, append=flat.size)
-    order = np.argsort(flat[start], kind="stable")  # the runs of a segment one after another
-    start, length = start[order], length[order]
-    y, left = np.divmod(start, width)
-    x0, y0, x1, y1 = boxes.T[:, :, None]  # (N, 1) each, against (runs,)
-    overlap = (np.minimum(left + length, x1) - np.maximum(left, x0)).clip(0) * ((y >= y0) & (y < y1))
-    first = np.flatnonzero(np.diff(flat[start], prepend=-1))  # run of each segment
-    assert len(first) == flat.max() + 1
-    return np.add.reduceat(overlap, first, axis=1) / np.add.reduceat(length, first)
 
 
 def on_grid(mask: npt.NDArray[np.uint8], box: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
