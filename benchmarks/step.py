@@ -40,6 +40,7 @@ from aligndet.detectors.query import QueryPretraining, decoder_states
 from aligndet.detectors.roi import mask_features
 from aligndet.detectors.weights import MODULES
 from aligndet.momentum import update_momentum
+from aligndet.training import compile_networks
 
 Step = Callable[[], None]
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,7 +62,9 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
     return items
 
 
-def in_format(module: Module, args: argparse.Namespace) -> Module:
+def prepared(module: Module, args: argparse.Namespace) -> Module:
+    if "compile" in args.variant:
+        compile_networks(module)
     last = "channels-last" in args.variant
     return module.to(memory_format=torch.channels_last if last else torch.preserve_format)
 
@@ -73,7 +76,7 @@ def in_precision(args: argparse.Namespace) -> torch.autocast:
 def pretraining(detector: str, args: argparse.Namespace, **settings: Any) -> BoxPretraining:
     adapter = build_pretrainable(detector, trunk=args.trunk, fpn_channels=args.fpn_channels)
     module = BoxPretraining(adapter, steps=1000, **settings)
-    return in_format(module.train(), args)
+    return prepared(module.train(), args)
 
 
 @contextmanager
@@ -168,7 +171,7 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     for layer in model.backbone.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
-    model = in_format(model, args)
+    model = prepared(model, args)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     items = batch(args)
     images = [item.online.image.float() / 255 for item in items]
@@ -215,7 +218,7 @@ def ours(detector: str, args: argparse.Namespace) -> Step:
 
 
 PARTS = {"a": bare, "b": finetuning, "c": ours}
-VARIANTS = ("plain", "channels-last", "bf16", "channels-last-bf16")
+VARIANTS = ("plain", "channels-last", "bf16", "channels-last-bf16", "compile")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 

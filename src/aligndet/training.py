@@ -174,8 +174,8 @@ def _one_thread(_: int) -> None:
 
 
 _NETWORKS = (
-    *("backbone.body", "backbone.fpn", ".head", ".box_head", ".mask_head"),
-    *("model.backbone", "model.encoder", "model.decoder"),
+    *(".backbone.body", ".backbone.fpn", ".head", ".box_head", ".mask_head"),
+    *(".model.backbone", ".model.encoder", ".model.decoder"),
     ".trunk",
 )
 """How the names of trunk, pyramid and heads end: torchvision's, transformers', a trunk's alone."""
@@ -191,7 +191,7 @@ def compile_networks(module: nn.Module) -> list[str]:
     Returns:
         The names of the parts.
     """
-    names = [name for name, _ in module.named_modules() if name.endswith(_NETWORKS)]
+    names = [name for name, _ in module.named_modules() if f".{name}".endswith(_NETWORKS)]
     for name in names:
         module.get_submodule(name).compile()
     return names
