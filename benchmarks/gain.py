@@ -195,7 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
-    parser.add_argument("--decay", type=float, default=0.98, help="of the momentum detector at the start")
+    parser.add_argument("--decay", type=float, default=0.9, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss")
