@@ -117,6 +117,17 @@ def test_light_and_dark(browser: Any, html: Path) -> None:
     assert grounds[0][1] != grounds[1][1]
 
 
+def test_paper_is_white_and_holds_every_picture(browser: Any, html: Path) -> None:
+    page, _, _ = _open(browser, html, color_scheme="dark", viewport={"width": 794, "height": 1123})  # A4
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    edges = page.evaluate("[...document.images].map((image) => image.getBoundingClientRect().right)")
+    edges += page.evaluate(
+        "[...document.querySelectorAll('table')].map((t) => t.getBoundingClientRect().right)"
+    )
+    assert max(edges) <= 794
+
+
 def test_a_phone_scrolls_down_alone(browser: Any, html: Path) -> None:
     page, _, _ = _open(browser, html, viewport=PHONE)
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true })")
