@@ -106,8 +106,9 @@ def build_optimizer(
         raise ValueError("no parameter is trainable")
     if name == "sgd":
         return SGD(settings, momentum=0.9)
-    devices = {p.device.type for setting in settings for p in setting["params"]}
-    optimizer = AdamW(settings, fused=devices <= {"cpu", "cuda"})
+    # fused is faster on a CPU
+    on_cpu = all(p.device.type == "cpu" for setting in settings for p in setting["params"])
+    optimizer = AdamW(settings, fused=on_cpu)
     # a fused step would undo the scaling of 16-bit gradients itself, too late for clipping: Lightning refuses
     # that; without this mark they are unscaled before
     optimizer._step_supports_amp_scaling = False
@@ -181,20 +182,16 @@ _NETWORKS = (
 """How the names of trunk, pyramid and heads end: torchvision's, transformers', a trunk's alone."""
 
 
-def compile_networks(module: nn.Module) -> list[str]:
+def compile_networks(module: nn.Module) -> None:
     """Lets torch.compile take the parts that are nothing but networks: assignment and losses, whose shapes
     change with every batch, stay as they are. Names in state dicts do too.
 
     Args:
         module: With one or more detectors in it.
-
-    Returns:
-        The names of the parts.
     """
-    names = [name for name, _ in module.named_modules() if f".{name}".endswith(_NETWORKS)]
-    for name in names:
-        module.get_submodule(name).compile()
-    return names
+    for name, part in module.named_modules():
+        if f".{name}".endswith(_NETWORKS):
+            part.compile()
 
 
 def steps_done(checkpoint: Path | None) -> int:

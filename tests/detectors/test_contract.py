@@ -217,7 +217,7 @@ def test_compile_takes_the_networks(name: str, monkeypatch: pytest.MonkeyPatch) 
     compile_networks(adapter)
     inside = {id(parameter) for part in taken for parameter in part.parameters()}
     sizes = {id(parameter): parameter.numel() for parameter in adapter.detector.parameters()}
-    assert sum(sizes[key] for key in inside) > 0.8 * sum(sizes.values())  # a projection head is not
+    assert sum(sizes[key] for key in inside) > 0.8 * sum(sizes.values())  # not what predicts and projects
 
 
 @pytest.mark.slow
