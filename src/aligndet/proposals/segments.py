@@ -54,7 +54,7 @@ def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64])
 
 
 OBJECTNESS_SIDE = 128
-"""Longest side of the image that boxes are judged on: as good as 256, and a fourth of the time."""
+"""Longest side of the image that boxes are judged on."""
 
 
 def objectness(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
