@@ -52,16 +52,23 @@ ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
 }
 
 
+# what may differ between the cells of an output folder: their names tell it
+NAMED = {"detectors", "arms", "seeds", "pretrain_steps", "learning_rates", "batch_norm"}
+ELSEWHERE = {"data", "output", "threads", "channels_last"}
+
+
 def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("trunk", "trunk_weights", "fpn_channels", "fpn_norm")}
 
 
-def keep_trunk(args: argparse.Namespace) -> None:
-    """Lets no cell of another trunk into the table of an output folder."""
-    path = args.output / "trunk.json"
-    if path.is_file() and json.loads(path.read_text()) != trunk_of(args):
-        raise SystemExit(f"{path}: these cells have another trunk; give another --output")
-    path.write_text(json.dumps(trunk_of(args)))
+def keep_settings(args: argparse.Namespace) -> None:
+    """Lets no cell of other settings into the table of an output folder."""
+    settings = {name: value for name, value in vars(args).items() if name not in NAMED | ELSEWHERE}
+    path = args.output / "settings.json"
+    if path.is_file() and (kept := json.loads(path.read_text())) != settings:
+        other = ", ".join(sorted(name for name in settings if kept.get(name) != settings[name]))
+        raise SystemExit(f"{path}: these cells have another {other}; give another --output")
+    path.write_text(json.dumps(settings, indent=2))
 
 
 def labelled_part(data: Path, output: Path, images: int) -> Path:
@@ -83,7 +90,7 @@ def cell(
 ) -> CocoFigures:
     """Runs one cell, or reads what it gave."""
     common: dict[str, Any] = {
-        "max_size": 256,
+        "max_size": args.size,
         "batch_size": 8,
         "seed": seed,
         "workers": 1,
@@ -110,7 +117,8 @@ def cell(
                 warmup_steps=args.warmup_steps,
                 decay=args.decay,
                 temperature=args.temperature,
-                min_size=tuple(args.view_sizes),
+                # the images are 4:3: with such short sides, views differ in scale
+                min_size=(args.size // 2, args.size * 3 // 4),
                 max_proposals=args.proposals,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
@@ -132,7 +140,7 @@ def cell(
                 detector=detector,
                 steps=args.steps,
                 learning_rate=rate,
-                min_size=(192, 256),
+                min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
                 options=regions if "rcnn" in detector or "htc" in detector else queries,
                 weight_decay=training_default(detector, "weight_decay", 0.05),
@@ -187,18 +195,15 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=300, help="labelled images")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
-    parser.add_argument("--pretrain-learning-rate", type=float, default=2e-3)
+    parser.add_argument("--pretrain-learning-rate", type=float, default=5e-4)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
-    # the images are 4:3 and 256 long at most: short sides of 128 to 192 let views differ in scale
-    parser.add_argument(
-        "--view-sizes", nargs=2, type=int, default=[128, 192], help="short sides of the views"
-    )
+    parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.9, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--queries", type=int, default=100, help="of query-based detectors")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
@@ -206,14 +211,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    keep_trunk(args)
+    keep_settings(args)
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
     if any(weights_format(d) == "transformers" for d in args.detectors):
         trunk = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
         if not clusters_file(args.output / "proposals").exists():
-            sizes: dict[str, Any] = {"min_size": 192, "max_size": 256}
+            sizes: dict[str, Any] = {"min_size": args.size * 3 // 4, "max_size": args.size}
             cluster(args.data / "train", proposals=args.output / "proposals", **sizes, **trunk)
     for seed, detector, arm in itertools.product(args.seeds, args.detectors, args.arms):
         for steps, rate in itertools.product(args.pretrain_steps, args.learning_rates):
