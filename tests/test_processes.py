@@ -13,8 +13,10 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
+from aligndet.data.coco import Category
+from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
-from aligndet.processes import boxes_elsewhere, mean_over_processes
+from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
 from tests.commands.test_kill import FEW_QUERIES, assert_same_weights, finish, kill_when
 
 SMALL = [
@@ -69,6 +71,28 @@ def parts() -> list[tuple[BoxPredictions, BoxPredictions]]:
     return [first, (view([0, 1, 2, 2]), view([2, 1, 0, BACKGROUND, BACKGROUND, 0, 1, 1]))]
 
 
+def evaluated(images: range) -> CocoResult:
+    """The figures of these images out of five; all scores are the same, so that their order counts."""
+    evaluator = CocoEvaluator([Category(1, "a"), Category(2, "b")], masks=True)
+    for image in images:
+        generator = torch.Generator().manual_seed(image)
+        boxes = torch.rand(6, 2, generator=generator) * 40
+        boxes = torch.cat([boxes, boxes + 12], 1)
+        labels = torch.randint(1, 3, (6,), generator=generator)
+        masks = torch.zeros(6, 64, 64, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.long(), strict=True):
+            mask[top:bottom, left:right] = True
+        target = {"boxes": boxes, "labels": labels, "masks": masks}
+        found = {
+            **target,
+            "boxes": boxes + 2 * torch.rand(6, 1, generator=generator),
+            "scores": torch.ones(6),
+        }
+        found["labels"] = labels.where(torch.rand(6, generator=generator) > 0.3, torch.tensor(1))
+        evaluator.update([found], [target])
+    return evaluator.compute()
+
+
 def in_a_process(rank: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -85,12 +109,14 @@ def in_a_process(rank: int, folder: Path) -> None:
         "ids": elsewhere.proposal_ids,
         "from_one_without": boxes_elsewhere(half).embeddings,
         "mean": mean_over_processes(torch.tensor(1.0 + 2 * rank)),
+        "items": from_all_processes([[0, 2, 4], [1]][rank]),
+        "figures": evaluated(range(rank, 5, 2)).to_dict(),
     }
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
-def test_gathered_keys_give_the_contrast_of_the_whole_batch(tmp_path: Path) -> None:
+def test_gathered_keys_and_images_are_those_of_one_process(tmp_path: Path) -> None:
     spawn(in_a_process, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = [
@@ -117,6 +143,12 @@ def test_gathered_keys_give_the_contrast_of_the_whole_batch(tmp_path: Path) -> N
         assert found["mean"] == 2
     assert first["from_one_without"].shape == (3, 16)
     assert second["from_one_without"].shape == (0, 16)
+
+    for found in (first, second):
+        assert found["items"] == [0, 1, 2, 4]
+        assert found["figures"] == evaluated(range(5)).to_dict()
+    assert found["figures"]["images"] == 5
+    assert 0.1 < found["figures"]["AP"] < 0.9
 
 
 def test_one_process_has_no_boxes_elsewhere() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aligndet.data.crops import TwoCrops
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
+from aligndet.processes import from_all_processes
 from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
 
 try:
@@ -109,13 +110,14 @@ class ImagePretraining(TrainingModule):
         if batch:
             images, labels = zip(*batch, strict=True)
             features = F.normalize(self.encoder.pooled(torch.stack(images)).float(), dim=1)
-            self._seen.append((features, torch.tensor(labels, device=features.device)))
+            self._seen.append((features.cpu(), torch.tensor(labels)))
 
     def on_validation_epoch_end(self) -> None:
         """Logs how often the nearest neighbours are of the same class, and how often the largest class is."""
-        if self._seen:
-            features, labels = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-            self._seen.clear()
+        seen = from_all_processes(self._seen)
+        self._seen.clear()
+        if seen:
+            features, labels = (torch.cat(parts).to(self.device) for parts in zip(*seen, strict=True))
             self.log("knn/accuracy", knn_accuracy(features, labels), prog_bar=True)
             self.log("knn/largest_class", labels.bincount().max() / len(labels))
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
 import torch
 from torch import Tensor, distributed
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -48,6 +54,23 @@ def mean_over_processes(value: Tensor) -> Tensor:
     total = value.clone()
     distributed.all_reduce(total)
     return total / distributed.get_world_size()
+
+
+def from_all_processes(items: Sequence[T]) -> list[T]:
+    """Gathers what the processes have made of their parts of the data; every process has to call it.
+
+    Args:
+        items: Of this process; what they hold must be on the CPU. Process r of w has the items r, r + w, ...
+
+    Returns:
+        All items in their order, the same in all processes; in a run of one process the items themselves.
+    """
+    if not _several():
+        return list(items)
+    parts: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, list(items))
+    missing = object()
+    return [item for row in zip_longest(*parts, fillvalue=missing) for item in row if item is not missing]  # type: ignore[misc]
 
 
 def _several() -> bool:

@@ -101,7 +101,7 @@ def fit(
         workers: Loader processes on each device; None: one less than the cores, at most eight.
         seed: Of the order of the data and of the samples.
         sync_batch_norm: Batch norms count over all processes, where these have GPUs (torch asks for them).
-        validation: Images to validate on, also after the last step; or None.
+        validation: Images to validate on, also after the last step, each process on its part; or None.
         validate_every: Steps between validations; by default a tenth of the run.
         callbacks: More of them.
 
@@ -184,6 +184,7 @@ def fit(
         held_out = DataLoader(
             validation,
             batch_size,
+            sampler=range(trainer.global_rank, len(validation), devices * nodes),
             collate_fn=collate_readable,
             persistent_workers=workers > 0,
             **worker_settings(workers),

@@ -15,6 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from aligndet.data.coco import Category
 from aligndet.evaluation.details import Details, without_nan
 from aligndet.evaluation.inference import binary_masks
+from aligndet.processes import from_all_processes
 
 FIGURES = {
     "AP": "map",
@@ -74,7 +75,10 @@ class CocoResult:
 
 
 class CocoEvaluator:
-    """Collects predictions and targets in torchvision's form; the sums are faster-coco-eval's."""
+    """Collects predictions and targets in torchvision's form; the sums are faster-coco-eval's.
+
+    In a run of several processes each adds its part of the images.
+    """
 
     def __init__(self, categories: Sequence[Category], *, masks: bool = False) -> None:
         """Starts empty.
@@ -85,14 +89,13 @@ class CocoEvaluator:
         """
         self.categories, self.masks = tuple(categories), masks
         self.images = 0
-        # every process sees all validation images: nothing to gather
         self._metric = MeanAveragePrecision(
             iou_type=("bbox", "segm") if masks else "bbox",
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),  # torchmetrics' own are rounded to float32
             class_metrics=True,
             backend="faster_coco_eval",
-            sync_on_compute=False,
+            sync_on_compute=False,  # it would gather image by image, and on GPUs only what lies there
         )
         self._metric.warn_on_many_detections = False
 
@@ -115,11 +118,14 @@ class CocoEvaluator:
         self.images += len(predictions)
 
     def compute(self) -> CocoResult:
-        """Sums up.
+        """Sums up the images of all processes of the run; every process has to call it.
 
         Raises:
             ValueError: If no image was added.
         """
+        for name, state in self._metric.metric_state.items():
+            setattr(self._metric, name, from_all_processes(list(state)))
+        self.images = sum(from_all_processes([self.images]))
         if self.images == 0:
             raise ValueError("no image was evaluated")
         result = self._metric.compute()
