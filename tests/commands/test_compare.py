@@ -68,6 +68,14 @@ def test_a_folder_of_something_else_is_left_alone(sample: Path, proposals: Path,
         _compare(sample, proposals, tmp_path)
 
 
+def test_a_folder_of_several_comparisons_says_which(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    for detector in ("fcos", "retinanet"):
+        (tmp_path / detector).mkdir()
+        (tmp_path / detector / "compare.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds the comparisons of fcos, retinanet; .*/fcos$"):
+        _compare(sample, proposals, tmp_path)
+
+
 @pytest.mark.slow
 def test_resumed_refused_and_in_parts(
     sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

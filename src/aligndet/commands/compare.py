@@ -196,6 +196,12 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
     record = output / "compare.json"
     if output.is_dir() and not record.is_file():
         other = next((path.name for path in output.iterdir() if not path.name.startswith(".")), None)
+        several = sorted(path.parent.name for path in output.glob("*/compare.json"))
+        if several:
+            raise ValueError(
+                f"{output}: holds the comparisons of {', '.join(several)}; to go on with one of them give its"
+                f" folder, as in --output {output / several[0]}"
+            )
         if other is not None:
             raise ValueError(f"{output}: holds {other!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
