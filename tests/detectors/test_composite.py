@@ -19,6 +19,7 @@ from aligndet.finetuning import Finetuning
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
 TRUNKS = ("resnet18", "timm/resnet18", "swin_tiny_patch4_window7_224", "convnext_atto")
+TRUNKS += ("tf_efficientnet_lite0", "mobilenetv2_050", "mobilenetv3_small_050")
 NAMES = ("cbnet_cascade_rcnn", "cbnet_htc")
 OBJECTS = torch.tensor([[4.0, 8.0, 40.0, 52.0]])
 LABELS = torch.tensor([2])
@@ -101,7 +102,7 @@ def test_the_lead_starts_as_the_plain_trunk(trunk: str, tmp_path: Path) -> None:
     assert all(not torch.allclose(now, before) for now, before in zip(changed[1], lead, strict=True))
 
 
-@pytest.mark.parametrize("trunk", ["vit_tiny_patch16_224", "mobilenetv2_050"])
+@pytest.mark.parametrize("trunk", ["vit_tiny_patch16_224", "hrnet_w18_small"])
 def test_a_trunk_without_stages_is_refused(trunk: str) -> None:
     with pytest.raises(ValueError, match=rf"trunk '{trunk}' cannot be doubled for CBNet v2"):
         build_pretrainable("cbnet_htc", trunk=trunk)

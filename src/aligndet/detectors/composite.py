@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def build_composite_backbone(
 
     Args:
         trunk: As for `aligndet.detectors.backbones.build_trunk`: one whose stages follow each other (ResNets,
-            Swin, ConvNeXt).
+            Swin, ConvNeXt, MobileNets, EfficientNets).
         trunk_weights: Likewise, for both copies.
         fpn_channels: As for `aligndet.detectors.backbones.build_backbone`.
         fpn_norm: Likewise.
@@ -137,23 +138,35 @@ def build_composite_backbone(
         ValueError: If the trunk is unknown or cannot be doubled, or the weights do not fit.
     """
     body, channels = build_trunk(trunk, weights=trunk_weights)
-    layers = OrderedDict(body.named_children())
-    names = list(getattr(body, "return_layers", ()))  # torchvision's and timm's
-    if not names or list(layers)[-len(names) :] != names:
+    stem, stages = _stem_and_stages(body)
+    if not stages:
         raise ValueError(
             f"trunk {trunk!r} cannot be doubled for CBNet v2: its stages are no layers of their own;"
-            " take a ResNet, a Swin or a ConvNeXt"
+            " take a ResNet, a Swin, a ConvNeXt, a MobileNet or an EfficientNet"
         )
-    stages = nn.ModuleDict({name: layers.pop(name) for name in names})
     fpn = build_pyramid(channels, fpn_channels, norm=fpn_norm, strides=(4, 8, 16, 32), extra_levels=False)
     return CompositeBackbone(
-        nn.Sequential(layers),
+        stem,
         stages,
         channels,
         fpn,
         fpn_channels,
         channels_last=getattr(body, "output_fmt", "NCHW") == "NHWC",
     )
+
+
+def _stem_and_stages(body: Any) -> tuple[nn.Sequential, nn.ModuleDict]:
+    """Takes a trunk apart where its maps come out; no stages if that is within a layer."""
+    layers = OrderedDict(body.named_children())
+    names = list(getattr(body, "return_layers", ()))  # torchvision's and timm's
+    stages: dict[str, nn.Module] = {}
+    if names and list(layers)[-len(names) :] == names:
+        stages = {name: layers.pop(name) for name in names}
+    elif list(layers)[-1] == "blocks":  # timm's MobileNets and EfficientNets: a stage is one block or more
+        blocks, ends = layers.pop("blocks"), [name.split(".")[1] for name in body.feature_info.module_name()]
+        for start, end in pairwise([0, *(int(end) + 1 for end in ends)]):
+            stages[f"blocks_{end}"] = blocks[start:end]
+    return nn.Sequential(layers), nn.ModuleDict(stages)
 
 
 class CompositeCascadeRCNN(CascadeRCNN):
