@@ -36,6 +36,15 @@ def curve(run: Path) -> list[float]:
         return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
 
 
+def validations(run: Path) -> list[dict[str, float]]:
+    with (run / "logs" / "csv" / "metrics.csv").open() as file:
+        rows = [
+            {k: float(v) for k, v in row.items() if k.startswith("val/") and v}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row]
+
+
 @pytest.fixture(scope="session")
 def two_boxes(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Proposals: the left and the right of each image, so that all processes have the same number."""
@@ -222,6 +231,18 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     assert len(curve(tmp_path / "two")) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_validate_every_image_once(sample: Path, tmp_path: Path) -> None:
+    command = ["finetune", str(sample / "train.json"), *SMALL, f"--val-annotations={sample / 'val.json'}"]
+    command += ["--detector=fcos", "--validate-every=2"]
+    finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")
+    finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
+    one, two = (validations(tmp_path / run) for run in ("one", "two"))
+    assert [row["val/images"] for row in two] == [float(len(list((sample / "val").iterdir())))] * 2
+    for mine, other in zip(one, two, strict=True):
+        assert mine == pytest.approx(other, abs=2e-3)
 
 
 @pytest.mark.slow

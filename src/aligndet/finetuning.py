@@ -74,6 +74,7 @@ class Finetuning(TrainingModule):
             watched = ("AP", "AP50", "AP75", "mask_AP")
             figures = {f"val/{name}": result.figures[name] for name in watched if name in result.figures}
             self.log_dict(figures, prog_bar=True, sync_dist=False)
+            self.log("val/images", float(result.images), sync_dist=False)
 
     def configure_optimizers(self) -> Any:
         """Optimizer with a smaller learning rate for the trunk, and the schedule."""
