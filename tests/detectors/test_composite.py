@@ -18,8 +18,10 @@ from aligndet.detectors.composite import CompositeBackbone, build_composite_back
 from aligndet.finetuning import Finetuning
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
-TRUNKS = ("resnet18", "timm/resnet18", "swin_tiny_patch4_window7_224", "convnext_atto")
-TRUNKS += ("tf_efficientnet_lite0", "mobilenetv2_050", "mobilenetv3_small_050")
+TRUNKS = (
+    *("resnet18", "timm/resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"),
+    *("tf_efficientnet_lite0", "mobilenetv2_050", "mobilenetv3_small_050"),
+)
 NAMES = ("cbnet_cascade_rcnn", "cbnet_htc")
 OBJECTS = torch.tensor([[4.0, 8.0, 40.0, 52.0]])
 LABELS = torch.tensor([2])
