@@ -52,9 +52,9 @@ ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
 }
 
 
-# what may differ between the cells of an output folder: their names tell it
-NAMED = {"detectors", "arms", "seeds", "pretrain_steps", "learning_rates", "batch_norm"}
-ELSEWHERE = {"data", "output", "threads", "channels_last"}
+# what may differ between the cells of an output folder: their names tell it, or it changes no figure
+FREE = {"detectors", "arms", "seeds", "pretrain_steps", "learning_rates", "batch_norm"}
+FREE |= {"data", "output", "threads", "channels_last"}
 
 
 def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def keep_settings(args: argparse.Namespace) -> None:
     """Lets no cell of other settings into the table of an output folder."""
-    settings = {name: value for name, value in vars(args).items() if name not in NAMED | ELSEWHERE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     path = args.output / "settings.json"
     if path.is_file() and (kept := json.loads(path.read_text())) != settings:
         other = ", ".join(sorted(name for name in settings if kept.get(name) != settings[name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -69,8 +68,7 @@ def from_all_processes(items: Sequence[T]) -> list[T]:
         return list(items)
     parts: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, list(items))
-    missing = object()
-    return [item for row in zip_longest(*parts, fillvalue=missing) for item in row if item is not missing]  # type: ignore[misc]
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
 def _several() -> bool:
