@@ -124,7 +124,7 @@ def cell(
                 resume=init_from.is_dir(),
                 **{**pretraining, "options": {**queries, **pretraining.get("options", {})}},
                 **trunk_of(args),
-                **common,
+                **{**common, "precision": args.pretrain_precision},
             )
     regions = {"box_batch_size_per_image": args.regions}  # torchvision's 512 are for images of 800 pixels
     run = folder / f"finetune_{arm}_{steps if init_from else 0}_seed{seed}_lr{rate:g}-{args.batch_norm}"
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.9, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
+    parser.add_argument("--pretrain-precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
