@@ -27,6 +27,10 @@ def test_sample_is_half_assigned_half_background_and_never_ignored() -> None:
 def test_each_anchor_of_a_location_has_output_weights_of_its_own() -> None:
     head = ProjectionHead(8, embedding_dim=5, num_anchors=3)
     features, anchors = torch.randn(4, 8), torch.tensor([2, 0, 1, 2])
+    equal = head(features[:1].expand(3, -1), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(equal, equal[:1].expand(3, -1))  # they start alike
+    torch.nn.init.normal_(head.output.weight)
+    torch.nn.init.normal_(head.output.bias)
     hidden = torch.relu(features @ head.hidden.weight.T + head.hidden.bias)
     for row, anchor in enumerate(anchors.tolist()):
         part = slice(5 * anchor, 5 * anchor + 5)

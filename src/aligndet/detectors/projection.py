@@ -12,7 +12,8 @@ class ProjectionHead(nn.Module):
     """Embeds the features of boxes for the contrastive loss.
 
     A classifier of several anchors a location predicts each from weights of its own; so does this head: the
-    hidden layer is shared, the output layer has one slice an anchor.
+    hidden layer is shared, the output layer has one slice an anchor. The slices start alike: a proposal's
+    anchors differ between views, and slices of unrelated numbers would first have to learn to agree.
     """
 
     def __init__(self, in_channels: int, embedding_dim: int = 128, num_anchors: int = 1) -> None:
@@ -23,6 +24,8 @@ class ProjectionHead(nn.Module):
         # RetinaNet's towers start with features so small that random biases alone would make the embeddings
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.output.bias)
+        with torch.no_grad():
+            self.output.weight.copy_(self.output.weight[:embedding_dim].repeat(num_anchors, 1))
 
     def forward(self, features: Tensor, anchors: Tensor | None = None) -> Tensor:
         """Projects box features.
