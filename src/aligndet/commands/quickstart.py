@@ -126,8 +126,9 @@ def quickstart(
                 steps=pretrain_steps,
                 min_size=(128, 192),  # within max_size, so that the two views differ in scale
                 max_proposals=20,
-                learning_rate=1e-3,
                 warmup_steps=10,
+                temperature=0.1,  # with the next: for short runs, see the design page
+                decay=0.9,
                 resume=pretrained.is_dir(),
                 **model,
                 **training,
