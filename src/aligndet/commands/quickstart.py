@@ -61,7 +61,7 @@ def quickstart(
     trunk_weights: str = "bundled",
     images: int = 160,
     pretrain_steps: int = 80,
-    finetune_steps: int = 80,
+    finetune_steps: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
     overwrite: bool = False,
@@ -103,6 +103,7 @@ def quickstart(
         "seed": seed,
         "workers": 1,
         "checkpoint_every": 40,
+        "channels_last": True,  # faster on a CPU
     }
     with run_folder(settings, _EXPLANATION + _NEXT):
         data = output / "data"
