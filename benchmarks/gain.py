@@ -94,7 +94,6 @@ def cell(
         "batch_size": 8,
         "seed": seed,
         "workers": 1,
-        "precision": args.precision,
         "channels_last": args.channels_last,
         "accelerator": "auto",
     }
@@ -124,7 +123,8 @@ def cell(
                 resume=init_from.is_dir(),
                 **{**pretraining, "options": {**queries, **pretraining.get("options", {})}},
                 **trunk_of(args),
-                **{**common, "precision": args.pretrain_precision},
+                precision=args.pretrain_precision,
+                **common,
             )
     regions = {"box_batch_size_per_image": args.regions}  # torchvision's 512 are for images of 800 pixels
     run = folder / f"finetune_{arm}_{steps if init_from else 0}_seed{seed}_lr{rate:g}-{args.batch_norm}"
@@ -142,6 +142,7 @@ def cell(
                 learning_rate=rate,
                 min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
+                precision=args.precision,
                 options=regions if "rcnn" in detector or "htc" in detector else queries,
                 weight_decay=training_default(detector, "weight_decay", 0.05),
                 checkpoint_every=50,
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.9, help="of the momentum detector at the start")
-    parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"])
+    parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"], help="of fine-tuning")
     parser.add_argument("--pretrain-precision", default="32", choices=["32", "bf16-mixed"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
