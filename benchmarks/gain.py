@@ -119,6 +119,7 @@ def cell(
                 # the images are 4:3: with such short sides, views differ in scale
                 min_size=(args.size // 2, args.size * 3 // 4),
                 max_proposals=args.proposals,
+                proposal_choice=args.proposal_choice,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
                 **{**pretraining, "options": {**queries, **pretraining.get("options", {})}},
@@ -197,7 +198,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--pretrain-learning-rate", type=float, default=5e-4)
-    parser.add_argument("--proposals", type=int, default=20, help="of an image in a step, at random")
+    parser.add_argument("--proposals", type=int, default=20, help="of an image in a step")
+    parser.add_argument("--proposal-choice", default="top", choices=["top", "random"], help="of these")
     parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import box_iou
 
@@ -48,6 +48,7 @@ def test_the_sampler_takes_objects_only_and_shares_the_limit() -> None:
 def test_torchvisions_losses(detector: str) -> None:
     """The same weights, regions and boxes through torchvision's own detector of one class."""
     adapter: Any = build_pretrainable(detector, **SMALL)
+    nn.init.normal_(adapter.stages[0].box_predictor.bbox_pred.weight, std=0.03)  # else no region moves
     plain: Any = build_detector(detector, num_classes=1, **SMALL, resize_in_training=False)
     initialise(plain, pretrained_state(adapter))
     plain.roi_heads.fg_bg_sampler = PositiveSampler(4096)
@@ -125,6 +126,12 @@ def test_a_region_stands_for_the_proposal_that_it_overlaps_most() -> None:
             overlaps = box_iou(box[None], boxes)[0]
             assert overlaps.max() >= 0.5
             assert found - 1 - offset == int(overlaps.argmax())
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn"])
+def test_regions_stay_where_they_are_at_first(detector: str) -> None:
+    for stage in build_pretrainable(detector, **SMALL).stages:  # type: ignore[attr-defined]
+        assert not stage.box_predictor(torch.randn(3, 1024))[1].any()
 
 
 def test_refined_regions_are_where_the_deltas_say_without_the_added_objects() -> None:

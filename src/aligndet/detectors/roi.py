@@ -80,6 +80,9 @@ class EmbeddingPredictor(nn.Module):
         super().__init__()
         self.projection_head = ProjectionHead(in_channels, embedding_dim)
         self.bbox_pred = nn.Linear(in_channels, 4)
+        # regions stay where they are at first: random moves are as large as those to learn
+        nn.init.zeros_(self.bbox_pred.weight)
+        nn.init.zeros_(self.bbox_pred.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """From (M, C) to embeddings (M, D) and box deltas (M, 4)."""
