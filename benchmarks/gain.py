@@ -98,8 +98,12 @@ def cell(
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
-    is_query = weights_format(detector) == "transformers"
-    queries = {"num_queries": args.queries} if is_query else {}
+    # options of pre-training and of fine-tuning; torchvision's 512 regions are for images of 800 pixels
+    both: tuple[dict[str, int], dict[str, int]] = {}, {}
+    if weights_format(detector) == "transformers":
+        both = ({"num_queries": args.queries},) * 2
+    elif "rcnn" in detector or "htc" in detector:
+        both = {"max_boxes": 8 * args.pretrain_regions}, {"box_batch_size_per_image": args.regions}
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:
@@ -122,12 +126,11 @@ def cell(
                 proposal_choice=args.proposal_choice,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
-                **{**pretraining, "options": {**queries, **pretraining.get("options", {})}},
+                **{**pretraining, "options": both[0] | pretraining.get("options", {})},
                 **trunk_of(args),
                 precision=args.pretrain_precision,
                 **common,
             )
-    regions = {"box_batch_size_per_image": args.regions}  # torchvision's 512 are for images of 800 pixels
     run = folder / f"finetune_{arm}_{steps if init_from else 0}_seed{seed}_lr{rate:g}-{args.batch_norm}"
     result = run / "result.json"
     if not result.is_file():
@@ -144,7 +147,7 @@ def cell(
                 min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
                 precision=args.precision,
-                options=regions if "rcnn" in detector or "htc" in detector else queries,
+                options=both[1],
                 weight_decay=training_default(detector, "weight_decay", 0.05),
                 checkpoint_every=50,
                 resume=run.is_dir(),
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
+    parser.add_argument("--pretrain-regions", type=int, default=512, help="likewise in pre-training")
     parser.add_argument("--queries", type=int, default=100, help="of query-based detectors")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()
