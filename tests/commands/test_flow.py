@@ -186,6 +186,27 @@ def test_bad_numbers_are_refused_by_name(
         aligndet.pretrain(sample / "train", **settings)
 
 
+@pytest.mark.parametrize(
+    ("detector", "choice", "top"),
+    [("fcos", "default", False), ("fcos", "top", True), ("detr", "default", True), ("detr", "random", False)],
+)
+def test_the_choice_of_proposals(
+    detector: str, choice: Any, top: bool, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+
+    def stop(*args: Any, top_proposals: bool, **settings: Any) -> None:
+        chosen.append(top_proposals)
+        raise InterruptedError
+
+    monkeypatch.setattr("aligndet.commands.pretrain.TwoViewDataset", stop)
+    monkeypatch.setattr("aligndet.commands.pretrain.with_clusters", lambda table, *_: table)
+    settings: dict[str, Any] = {**SMALL, "detector": detector, "proposal_choice": choice}
+    with pytest.raises(InterruptedError):
+        aligndet.pretrain(tmp_path, proposals=proposals, output=tmp_path / "run", **settings)
+    assert chosen == [top]
+
+
 def test_labels_of_other_formats_all_the_way(sample: Path, tmp_path: Path) -> None:
     folders: dict[str, Path] = {}
     for part in ("train", "val"):

@@ -32,9 +32,7 @@ def table(folder: Path, names: tuple[str, ...] = ("a.png", "b.png"), boxes: int 
 
 
 def test_both_views_hold_the_same_proposals_in_the_same_order(tmp_path: Path) -> None:
-    views = TwoViewDataset(
-        tmp_path, table(tmp_path), min_size=(64, 128), max_size=160, max_proposals=12, random_proposals=True
-    )
+    views = TwoViewDataset(tmp_path, table(tmp_path), min_size=(64, 128), max_size=160, max_proposals=12)
     for seed in range(20):
         item = views[0, seed]
         relative = []
@@ -52,9 +50,7 @@ def test_both_views_hold_the_same_proposals_in_the_same_order(tmp_path: Path) ->
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
-    views = TwoViewDataset(
-        tmp_path, table(tmp_path), min_size=(64, 128), max_size=160, max_proposals=12, random_proposals=True
-    )
+    views = TwoViewDataset(tmp_path, table(tmp_path), min_size=(64, 128), max_size=160, max_proposals=12)
     state = torch.get_rng_state()
     first, again, other = views[0, 5], views[0, 5], views[0, 6]
     assert torch.equal(torch.get_rng_state(), state)
@@ -67,7 +63,9 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 def test_top_proposals_keep_rank_order(tmp_path: Path) -> None:
     proposals = table(tmp_path)
-    views = TwoViewDataset(tmp_path, proposals, min_size=(60, 60), max_size=90, max_proposals=5)
+    views = TwoViewDataset(
+        tmp_path, proposals, min_size=(60, 60), max_size=90, max_proposals=5, top_proposals=True
+    )
     found = views[0, 0].online.proposals
     expected = torch.from_numpy(proposals.boxes_of(0)[:5])
     flipped = torch.stack([90 - expected[:, 2], expected[:, 1], 90 - expected[:, 0], expected[:, 3]], 1)
@@ -150,7 +148,7 @@ def test_masks_are_flipped_with_their_view(
         with Image.open(tmp_path / name) as image:
             image.resize(file_size, Image.Resampling.NEAREST).save(tmp_path / name)
     views = TwoViewDataset(
-        tmp_path, proposals, min_size=(64, 256), max_size=400, max_proposals=12, random_proposals=not top
+        tmp_path, proposals, min_size=(64, 256), max_size=400, max_proposals=12, top_proposals=top
     )
     flipped = []
     for seed in range(12):
@@ -168,9 +166,7 @@ def test_masks_are_flipped_with_their_view(
 def test_masks_change_nothing_else_and_are_there_only_if_asked_for(tmp_path: Path) -> None:
     proposals = with_masks(tmp_path)
     plain = replace(proposals, masks=None)
-    items = [
-        TwoViewDataset(tmp_path, t, max_proposals=12, random_proposals=True)[0, 3] for t in (proposals, plain)
-    ]
+    items = [TwoViewDataset(tmp_path, t, max_proposals=12)[0, 3] for t in (proposals, plain)]
     for view, other in zip(items[0][:2], items[1][:2], strict=True):
         assert torch.equal(view.image, other.image)
         assert torch.equal(view.proposals, other.proposals)
@@ -200,7 +196,7 @@ def test_clusters_go_with_their_proposals(tmp_path: Path, top: bool) -> None:
     known = table(tmp_path)
     known = replace(known, clusters=np.arange(60))  # the number of each box
     size: dict[str, Any] = {"max_size": 160, "max_proposals": 12}
-    item = TwoViewDataset(tmp_path, known, min_size=(64, 64), random_proposals=not top, **size)[1, 3]
+    item = TwoViewDataset(tmp_path, known, min_size=(64, 64), top_proposals=top, **size)[1, 3]
     for view in item.online, item.momentum:
         assert view.clusters is not None
         numbers = view.clusters.numpy() - 30  # of the second image

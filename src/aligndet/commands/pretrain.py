@@ -45,7 +45,7 @@ def pretrain(
     min_size: tuple[int, int] = (640, 800),
     max_size: int = 1333,
     max_proposals: int = 50,
-    proposal_choice: Literal["top", "random"] = "top",
+    proposal_choice: Literal["default", "top", "random"] = "default",
     steps: int | None = None,
     epochs: float = 12.0,
     batch_size: int = 16,
@@ -107,8 +107,8 @@ def pretrain(
         min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
         max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
         max_proposals: Most proposals of an image in a step.
-        proposal_choice: Where an image has more: "top" takes the first in rank order, "random" draws
-            anew in each step.
+        proposal_choice: Where an image has more: "random" draws anew in each step (the default), "top" takes
+            the first in rank order (the default of query-based detectors; better for few epochs).
         steps: Length of the run in optimizer steps; takes the place of epochs.
         epochs: Length of the run in passes over the images.
         batch_size: Images a batch on each device.
@@ -168,7 +168,9 @@ def pretrain(
             min_size=min_size,
             max_size=max_size,
             max_proposals=max_proposals,
-            random_proposals=proposal_choice == "random",
+            top_proposals=getattr(adapter, "top_proposals", False)
+            if proposal_choice == "default"
+            else proposal_choice == "top",
             strict=strict,
         )
         if not len(table.boxes):

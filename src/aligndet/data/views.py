@@ -68,7 +68,7 @@ class TwoViewDataset(Dataset[TwoViews]):
         min_size: tuple[int, int] = (640, 800),
         max_size: int = 1333,
         max_proposals: int = 50,
-        random_proposals: bool = False,
+        top_proposals: bool = False,
         strict: bool = False,
     ) -> None:
         """Prepares the data set.
@@ -79,11 +79,11 @@ class TwoViewDataset(Dataset[TwoViews]):
             min_size: Range of the views' short side.
             max_size: Bound of the views' long side.
             max_proposals: Most proposals of an image in a step.
-            random_proposals: Draw them anew each time; otherwise take the first ones in rank order.
+            top_proposals: Take the first ones in rank order, not a random subset each time.
             strict: A broken image is an error, not a warning.
         """
         self.images, self.table, self.strict = images, table, strict
-        self.max_proposals, self.random_proposals = max_proposals, random_proposals
+        self.max_proposals, self.top_proposals = max_proposals, top_proposals
         self.short_sides, self.max_size = short_sides(min_size, max_size), max_size
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class TwoViewDataset(Dataset[TwoViews]):
     ) -> TwoViews:
         boxes = self.table.boxes_of(index)  # (N, 4), in rank order
         chosen = np.arange(len(boxes))
-        if len(boxes) > self.max_proposals and self.random_proposals:
+        if len(boxes) > self.max_proposals and not self.top_proposals:
             chosen = rng.permutation(len(boxes))
         chosen = chosen[: self.max_proposals]
         masks, clusters = None, None

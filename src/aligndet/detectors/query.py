@@ -47,6 +47,7 @@ class QueryPretraining(nn.Module):
     family: ClassVar[Family]
     weights_format = "transformers"
     training_defaults: ClassVar = {"learning_rate": 1e-4, "weight_decay": 1e-4, "clip": 0.1}  # DETR's
+    top_proposals = True  # the first in rank order, not a random subset: one query a proposal
 
     def __init__(
         self,
