@@ -98,12 +98,13 @@ def cell(
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
-    # options of pre-training and of fine-tuning; torchvision's 512 regions are for images of 800 pixels
-    both: tuple[dict[str, int], dict[str, int]] = {}, {}
+    pretrain_options: dict[str, int] = {}
+    finetune_options: dict[str, int] = {}
     if weights_format(detector) == "transformers":
-        both = ({"num_queries": args.queries},) * 2
-    elif "rcnn" in detector or "htc" in detector:
-        both = {"max_boxes": 8 * args.pretrain_regions}, {"box_batch_size_per_image": args.regions}
+        pretrain_options = finetune_options = {"num_queries": args.queries}
+    elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 regions are for images of 800 pixels
+        pretrain_options = {"max_boxes": 8 * args.pretrain_regions}
+        finetune_options = {"box_batch_size_per_image": args.regions}
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:
@@ -126,7 +127,7 @@ def cell(
                 proposal_choice=args.proposal_choice,
                 checkpoint_every=50,
                 resume=init_from.is_dir(),
-                **{**pretraining, "options": both[0] | pretraining.get("options", {})},
+                **{**pretraining, "options": pretrain_options | pretraining.get("options", {})},
                 **trunk_of(args),
                 precision=args.pretrain_precision,
                 **common,
@@ -147,7 +148,7 @@ def cell(
                 min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
                 precision=args.precision,
-                options=both[1],
+                options=finetune_options,
                 weight_decay=training_default(detector, "weight_decay", 0.05),
                 checkpoint_every=50,
                 resume=run.is_dir(),
