@@ -38,7 +38,7 @@ from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
 from aligndet.detectors.query import QueryPretraining, decoder_states
 from aligndet.detectors.roi import mask_features
-from aligndet.detectors.weights import MODULES
+from aligndet.detectors.weights import MODULES, network_of
 from aligndet.momentum import update_momentum
 from aligndet.training import compile_networks
 
@@ -243,7 +243,7 @@ def timings(detector: str, args: argparse.Namespace) -> dict[tuple[str, str], fl
 
 
 def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
-    network = pretraining(detector, args).online.detector
+    network = network_of(pretraining(detector, args).online.detector)
     return {
         module: sum(p.numel() for name, p in network.named_parameters() if name.startswith(prefixes)) / 1e6
         for module, prefixes in MODULES.items()
