@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--pretrain-learning-rate", type=float, default=5e-4)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step")
-    parser.add_argument("--proposal-choice", default="default", choices=["default", "top", "random"])
+    parser.add_argument(
+        "--proposal-choice", default="default", choices=["default", "top", "random"], help="of these"
+    )
     parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")

@@ -130,7 +130,8 @@ def test_a_region_stands_for_the_proposal_that_it_overlaps_most() -> None:
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn"])
 def test_regions_stay_where_they_are_at_first(detector: str) -> None:
-    for stage in build_pretrainable(detector, **SMALL).stages:  # type: ignore[attr-defined]
+    adapter: Any = build_pretrainable(detector, **SMALL)
+    for stage in adapter.stages:
         assert not stage.box_predictor(torch.randn(3, 1024))[1].any()
 
 
