@@ -148,6 +148,7 @@ def cell(
                 min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
                 precision=args.precision,
+                trunk_factor=args.trunk_factor,
                 options=finetune_options,
                 weight_decay=training_default(detector, "weight_decay", 0.05),
                 checkpoint_every=50,
@@ -208,6 +209,9 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
+    parser.add_argument(
+        "--trunk-factor", type=float, default=0.1, help="of the trunk's learning rate; 0 freezes it"
+    )
     parser.add_argument("--warmup-steps", type=int, default=10, help="of pre-training")
     parser.add_argument("--decay", type=float, default=0.9, help="of the momentum detector at the start")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed"], help="of fine-tuning")

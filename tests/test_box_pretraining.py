@@ -121,3 +121,13 @@ def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:
         freeze_batch_norm=False,
     )
     assert all(m.training for m in free.modules())
+
+
+def test_a_factor_of_zero_freezes_the_trunk() -> None:
+    detector: Any = build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=64)
+    ours = Finetuning(detector, steps=10, trunk_factor=0.0, freeze_batch_norm=False)
+    trunk = detector.backbone.body
+    assert not any(p.requires_grad for p in trunk.parameters())
+    assert not any(m.training for m in trunk.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    trained = {id(p) for group in ours.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    assert trained == {id(p) for p in detector.parameters()} - {id(p) for p in trunk.parameters()}

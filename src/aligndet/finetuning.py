@@ -33,9 +33,12 @@ class Finetuning(TrainingModule):
         self.detector, self.evaluator, self.freeze_batch_norm = detector, evaluator, freeze_batch_norm
         self.trunk_factor, self.seed = trunk_factor, seed
         self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+        frozen = trunk_factor == 0  # as a whole: no gradient is made
+        if frozen:
+            self._trunk().requires_grad_(False)
         self._frozen_norms = (
             [m for m in self._trunk().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            if freeze_batch_norm
+            if freeze_batch_norm or frozen
             else []
         )
         for norm in self._frozen_norms:

@@ -27,6 +27,7 @@ from aligndet.detectors.roi import (
     RoIPretraining,
     mask_features,
     refine,
+    start_small,
 )
 
 THRESHOLDS = (0.5, 0.6, 0.7)  # of IoU, from which on a box stands for an object
@@ -39,6 +40,7 @@ class ClassAgnosticPredictor(FastRCNNPredictor):
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, num_classes)
         self.bbox_pred = nn.Linear(in_channels, 4)
+        start_small(self)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """From (M, C) to class logits (M, classes) and box deltas (M, 4 * classes)."""

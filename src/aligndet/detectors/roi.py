@@ -73,6 +73,20 @@ def pick(wanted: Tensor, limit: int) -> Tensor:
     return torch.zeros_like(wanted).index_fill(0, kept, True) & wanted
 
 
+def start_small(predictor: Any) -> None:
+    """Starts a box predictor near zero, as OpenMMLab's detectors do, in which the paper's figures were made.
+
+    With torchvision's start, what the heads have learnt makes logits of size 2 and moves as far as those
+    to learn, all of them random: a short fine-tuning would be busy unlearning them.
+
+    Args:
+        predictor: torchvision's FastRCNNPredictor, or one like it.
+    """
+    for layer, size in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=size)
+        nn.init.zeros_(layer.bias)
+
+
 class EmbeddingPredictor(nn.Module):
     """torchvision's box predictor with embeddings in the place of class scores, and one box regression."""
 
@@ -285,7 +299,9 @@ class FasterRcnnPretraining(RoIPretraining):
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FasterRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        return FasterRCNN(backbone, num_classes, **transform)
+        detector = FasterRCNN(backbone, num_classes, **transform)
+        start_small(detector.roi_heads.box_predictor)
+        return detector
 
 
 class MaskRcnnPretraining(RoIPretraining):
@@ -324,4 +340,6 @@ class MaskRcnnPretraining(RoIPretraining):
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> MaskRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        return MaskRCNN(backbone, num_classes, **transform)
+        detector = MaskRCNN(backbone, num_classes, **transform)
+        start_small(detector.roi_heads.box_predictor)
+        return detector
