@@ -101,7 +101,8 @@ def cell(
     pretrain_options: dict[str, int] = {}
     finetune_options: dict[str, int] = {}
     if weights_format(detector) == "transformers":
-        pretrain_options = finetune_options = {"num_queries": args.queries}
+        settings = (setting.split("=") for setting in args.query_settings)
+        pretrain_options = finetune_options = {name: int(value) for name, value in settings}
     elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 regions are for images of 800 pixels
         pretrain_options = {"max_boxes": 8 * args.pretrain_regions}
         finetune_options = {"box_batch_size_per_image": args.regions}
@@ -220,7 +221,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--pretrain-regions", type=int, default=512, help="likewise in pre-training")
-    parser.add_argument("--queries", type=int, default=100, help="of query-based detectors")
+    parser.add_argument(
+        "--query-settings",
+        nargs="+",
+        default=["num_queries=100"],
+        metavar="NAME=NUMBER",
+        help="of query-based detectors, as transformers' configurations have them",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it comes")
     args = parser.parse_args()
     if args.threads:
