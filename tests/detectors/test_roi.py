@@ -165,3 +165,14 @@ def test_the_region_proposal_network_can_be_shown_objects_alone() -> None:
         torch.nn.init.constant_(adapter.detector.rpn.head.cls_logits.bias, -20.0)
     assert both(images, BOXES[:1]).losses["loss_objectness"] < 15
     assert alone(images, BOXES[:1]).losses["loss_objectness"] > 15
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc"])
+def test_new_box_predictors_start_near_zero(detector: str) -> None:
+    plain: Any = build_detector(detector, num_classes=3, **SMALL)
+    stages = getattr(plain.roi_heads, "stages", [plain.roi_heads])
+    features = torch.rand(50, 1024) * 4
+    for stage in stages:
+        scores, deltas = stage.box_predictor(features)
+        assert 0.1 < scores.std() < 1.5
+        assert 0 < deltas.abs().max() < 0.5
