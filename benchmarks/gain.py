@@ -103,9 +103,9 @@ def cell(
     if weights_format(detector) == "transformers":
         settings = (setting.split("=") for setting in args.query_settings)
         pretrain_options = finetune_options = {name: int(value) for name, value in settings}
-    elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 regions are for images of 800 pixels
+    elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 and 1,000 are for images of 800 pixels
         pretrain_options = {"max_boxes": 8 * args.pretrain_regions}
-        finetune_options = {"box_batch_size_per_image": args.regions}
+        finetune_options = {"box_batch_size_per_image": args.regions, "rpn_post_nms_top_n_test": 300}
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:
