@@ -19,7 +19,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
 
 from aligndet.detectors.backbones import build_timm_trunk
-from aligndet.detectors.query_families import Family, from_transformers
+from aligndet.detectors.query_families import Family, from_transformers, start_as_authors
 from aligndet.processes import mean_over_processes
 
 
@@ -282,4 +282,5 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
     except (StrictDataclassError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         chosen = {"width": trunk.width, **settings}
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
+    start_as_authors(family, network)
     return network
