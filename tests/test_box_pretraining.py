@@ -129,5 +129,6 @@ def test_a_factor_of_zero_freezes_the_trunk() -> None:
     trunk = detector.backbone.body
     assert not any(p.requires_grad for p in trunk.parameters())
     assert not any(m.training for m in trunk.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    trained = {id(p) for group in ours.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    groups = ours.configure_optimizers()["optimizer"].param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for p in detector.parameters()} - {id(p) for p in trunk.parameters()}

@@ -121,3 +121,14 @@ def test_losses_are_normalised_over_all_processes(name: str, monkeypatch: pytest
             )
     means = [torch.stack([part[kind] for part in alone]).mean() / loss for kind, loss in whole.items()]
     assert any(abs(mean - 1) > 1e-2 for mean in means)  # each by its own number of boxes, it would be another
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_queries_differ_from_the_start(name: str) -> None:
+    torch.manual_seed(0)
+    detector: Any = build_detector(
+        name, num_classes=2, trunk="resnet18", fpn_channels=64, options={"num_queries": 12}
+    ).eval()
+    with torch.inference_mode():
+        boxes = detector.run(IMAGES).pred_boxes  # (2, 12, 4)
+    assert boxes.std(1).amax(1).min() > 2e-4  # of transformers' own numbers for DETR: 3e-8

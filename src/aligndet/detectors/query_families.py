@@ -128,7 +128,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         family: Of the detector.
         network: transformers' model of it.
     """
-    trunk = set(network.model.backbone.modules())  # type: ignore[union-attr, operator]
+    trunk = set(network.model.backbone.modules())  # type: ignore[union-attr]
     for name, module in network.named_modules():
         if module in trunk:
             continue
@@ -136,11 +136,9 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are meant
             nn.init.xavier_uniform_(module.weight)
-        if not family.moves:
-            continue
-        if "bbox_" in name and hasattr(module, "layers"):  # no move at first
+            classes = family.moves and name.startswith(family.class_layers)
+            if classes and module.bias is not None and not module.bias.any():
+                nn.init.constant_(module.bias, -log(99))  # objects are rare: focal loss
+        if family.moves and "bbox_" in name and hasattr(module, "layers"):  # no move at first
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
-        elif any(name.startswith(layer) for layer in family.class_layers) and isinstance(module, nn.Linear):
-            if not module.bias.any():  # an object is rare: focal loss
-                nn.init.constant_(module.bias, -log(99))
