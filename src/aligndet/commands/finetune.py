@@ -130,7 +130,7 @@ def finetune(
         weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
             pre-trained heads.
         decay: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
-        trunk_factor: Of the learning rate for the trunk; 0 freezes it, which saves its half of a step.
+        trunk_factor: Of the learning rate for the trunk; 0 freezes it: no gradient of it is made.
         warmup_steps: Steps of linear warm-up.
         clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
