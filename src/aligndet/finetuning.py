@@ -30,15 +30,15 @@ class Finetuning(TrainingModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.detector, self.evaluator, self.freeze_batch_norm = detector, evaluator, freeze_batch_norm
+        self.detector, self.evaluator = detector, evaluator
         self.trunk_factor, self.seed = trunk_factor, seed
         self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
-        frozen = trunk_factor == 0  # as a whole: no gradient is made
-        if frozen:
+        if trunk_factor == 0:  # frozen as a whole: no gradient is made
+            freeze_batch_norm = True
             self._trunk().requires_grad_(False)
         self._frozen_norms = (
             [m for m in self._trunk().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            if freeze_batch_norm or frozen
+            if freeze_batch_norm
             else []
         )
         for norm in self._frozen_norms:

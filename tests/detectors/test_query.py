@@ -132,3 +132,8 @@ def test_queries_differ_from_the_start(name: str) -> None:
     with torch.inference_mode():
         boxes = detector.run(IMAGES).pred_boxes  # (2, 12, 4)
     assert boxes.std(1).amax(1).min() > 2e-4  # of transformers' own numbers for DETR: 3e-8
+    ends = [
+        m.layers[-1] for n, m in detector.network.named_modules() if "bbox_" in n and hasattr(m, "layers")
+    ]
+    assert ends
+    assert all(bool(end.weight.any()) != detector.family.moves for end in ends)  # reference points stay
