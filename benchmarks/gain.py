@@ -98,14 +98,21 @@ def cell(
         "accelerator": "auto",
     }
     folder: Path = args.output / detector
-    pretrain_options: dict[str, int] = {}
-    finetune_options: dict[str, int] = {}
+    pretrain_options: dict[str, Any] = {}
+    finetune_options: dict[str, Any] = {}
     if weights_format(detector) == "transformers":
         settings = (setting.split("=") for setting in args.query_settings)
-        pretrain_options = finetune_options = {name: int(value) for name, value in settings}
+        pretrain_options = finetune_options = {name: json.loads(value) for name, value in settings}
     elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 and 1,000 are for images of 800 pixels
-        pretrain_options = {"max_boxes": 8 * args.pretrain_regions}
-        finetune_options = {"box_batch_size_per_image": args.regions, "rpn_post_nms_top_n_test": 300}
+        pretrain_options = {
+            "max_boxes": 8 * args.pretrain_regions,
+            "box_convolutions": args.box_convolutions,
+        }
+        finetune_options = {
+            "box_batch_size_per_image": args.regions,
+            "rpn_post_nms_top_n_test": 300,
+            "box_convolutions": args.box_convolutions,
+        }
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:
@@ -221,6 +228,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.1, help="of the contrastive loss")
     parser.add_argument("--regions", type=int, default=128, help="that two-stage heads train on, of an image")
     parser.add_argument("--pretrain-regions", type=int, default=512, help="likewise in pre-training")
+    parser.add_argument(
+        "--box-convolutions", type=int, default=0, help="of two-stage box heads; as the authors: 4"
+    )
     parser.add_argument(
         "--query-settings",
         nargs="+",

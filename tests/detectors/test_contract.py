@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, shared_options
+from aligndet.detectors.build import (
+    DETECTORS,
+    build_detector,
+    build_pretrainable,
+    shared_options,
+    weights_format,
+)
 from aligndet.detectors.weights import (
     MODULES,
     initialise,
@@ -36,7 +42,7 @@ OBJECTS = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 120.0, 90.0], [5.
 
 def options_of(name: str, **more: Any) -> dict[str, Any]:
     """Small, where there is a choice."""
-    return {**(QUERY_OPTIONS if shared_options(name) else {}), **more}
+    return {**(QUERY_OPTIONS if weights_format(name) == "transformers" else {}), **more}
 
 
 def build(name: str, **options: Any) -> Any:
@@ -165,7 +171,7 @@ def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
 
 def test_boxes_are_exact_in_half_precision(name: str) -> None:
     few: dict[str, Any] = {"score_thresh": 0.0, "detections_per_img": 10}
-    if shared_options(name):
+    if weights_format(name) == "transformers":
         few = options_of(name)
     elif name not in ("fcos", "retinanet"):
         few = {f"box_{option}": value for option, value in few.items()} | {"rpn_post_nms_top_n_test": 50}

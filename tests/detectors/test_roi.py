@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import box_iou
 
 from aligndet.boxes import as_targets
+from aligndet.detectors.backbones import build_backbone
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.roi import PositiveSampler, pick, refine
 from aligndet.detectors.weights import initialise, pretrained_state
@@ -176,3 +179,23 @@ def test_new_box_predictors_start_near_zero(detector: str) -> None:
         for layer, size in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
             assert float(layer.weight.detach().std()) == pytest.approx(size, rel=0.1)  # torchvision's: 0.018
             assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc"])
+def test_box_heads_may_have_the_papers_convolutions(detector: str) -> None:
+    options = {"box_convolutions": 4}
+    adapter: Any = build_pretrainable(detector, **SMALL, options=options)
+    plain = build_detector(detector, num_classes=3, **SMALL, options=options)
+    origins = initialise(plain, pretrained_state(adapter))
+    convolutions = [name for name in origins if ".box_head." in name and name.endswith(".0")]
+    assert len(convolutions) == 4 * len(adapter.stages)
+    assert {origins[name] for name in convolutions} == {"pre-trained"}
+    with pytest.raises(ValueError, match="these weights are of another detector"):
+        initialise(build_detector(detector, num_classes=3, **SMALL), pretrained_state(adapter))
+
+
+def test_torchvision_alone_loads_the_papers_box_head() -> None:
+    ours = build_detector("faster_rcnn", num_classes=3, **SMALL, options={"box_convolutions": 4})
+    backbone = build_backbone("resnet18", fpn_channels=64, strides=(4, 8, 16, 32), extra_levels=False)
+    theirs = FasterRCNN(backbone, 3 + 1, box_head=FastRCNNConvFCHead((64, 7, 7), [64] * 4, [1024]))
+    theirs.load_state_dict(ours.state_dict(), strict=True)

@@ -135,17 +135,17 @@ def build_detector(
         "_skip_resize": not resize_in_training,
     }
     shared = shared_options(detector)
-    if shared:
+    if weights_format(detector) == "transformers":
         _check(detector, options, shared)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
-    if not shared:
+    if weights_format(detector) == "torchvision":
         # torchvision's constructors swallow what they do not know; what they build themselves is None by
         # default
         ancestors = type(model).__mro__[:-1]
         parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
         known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
-        _check(detector, options, known - set(own))
+        _check(detector, options, known - set(own) | shared)
     _predict_in_float32(model)
     return model
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
@@ -25,6 +25,7 @@ from aligndet.detectors.roi import (
     REPRESENTATION,
     EmbeddingPredictor,
     RoIPretraining,
+    box_head,
     mask_features,
     refine,
     start_small,
@@ -162,6 +163,7 @@ class CascadeRCNN(FasterRCNN):
         *,
         thresholds: Sequence[float] = THRESHOLDS,
         weights: Sequence[float] = WEIGHTS,
+        box_convolutions: int = 0,
         **kwargs: Any,
     ) -> None:
         """Builds the stages.
@@ -172,6 +174,7 @@ class CascadeRCNN(FasterRCNN):
             mask_predictors: One a stage, of features (M, 256, 14, 14); none for Cascade R-CNN.
             thresholds: IoU from which on a box stands for an object, of each stage.
             weights: Of each stage in the losses.
+            box_convolutions: Of each stage's box head, see `aligndet.detectors.roi.box_head`.
             kwargs: Of torchvision's FasterRCNN.
         """
         super().__init__(backbone, box_predictor=box_predictors[0], **kwargs)
@@ -188,7 +191,7 @@ class CascadeRCNN(FasterRCNN):
             stages.append(
                 RoIHeads(
                     single.box_roi_pool,
-                    TwoMLPHead(width * 7 * 7, REPRESENTATION),
+                    box_head(backbone, box_convolutions),
                     predictor,
                     fg_iou_thresh=threshold,
                     bg_iou_thresh=threshold,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
@@ -85,6 +86,19 @@ def start_small(predictor: Any) -> None:
     for layer, size in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
         nn.init.normal_(layer.weight, std=size)
         nn.init.zeros_(layer.bias)
+
+
+def box_head(backbone: Backbone, convolutions: int = 0) -> nn.Module:
+    """Builds torchvision's box head: two linear layers, or convolutions and one linear layer.
+
+    Args:
+        backbone: Whose width the convolutions have.
+        convolutions: How many; the official implementation has four, `fasterrcnn_resnet50_fpn` none.
+    """
+    width, side = backbone.out_channels, 7  # of pooled regions
+    if not convolutions:
+        return TwoMLPHead(width * side * side, REPRESENTATION)
+    return FastRCNNConvFCHead((width, side, side), [width] * convolutions, [REPRESENTATION])
 
 
 class EmbeddingPredictor(nn.Module):
@@ -192,6 +206,11 @@ class RoIPretraining(nn.Module):
         )
 
     @staticmethod
+    def settings() -> frozenset[str]:
+        """Names of the settings that pre-training and fine-tuning share."""
+        return frozenset({"box_convolutions"})
+
+    @staticmethod
     def backbone(trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> Backbone:
         """Builds the backbone of this family: P2 to P6."""
         return build_backbone(
@@ -290,16 +309,24 @@ class FasterRcnnPretraining(RoIPretraining):
         embedding_dim: int = 128,
         max_boxes: int = 4096,
         rpn_positives: bool = False,
+        box_convolutions: int = 0,
         **transform: Any,
     ) -> None:
-        predictor = EmbeddingPredictor(REPRESENTATION, embedding_dim)
-        detector = FasterRCNN(backbone, box_predictor=predictor, **FOR_PRETRAINING, **transform)
+        parts = {
+            "box_head": box_head(backbone, box_convolutions),
+            "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
+        }
+        detector = FasterRCNN(backbone, **parts, **FOR_PRETRAINING, **transform)
         super().__init__(detector, [detector.roi_heads], max_boxes=max_boxes, rpn_positives=rpn_positives)
 
     @staticmethod
-    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FasterRCNN:
+    def plain(
+        backbone: Backbone, num_classes: int, *, box_convolutions: int = 0, **transform: Any
+    ) -> FasterRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        detector = FasterRCNN(backbone, num_classes, **transform)
+        detector = FasterRCNN(
+            backbone, num_classes, box_head=box_head(backbone, box_convolutions), **transform
+        )
         start_small(detector.roi_heads.box_predictor)
         return detector
 
@@ -321,9 +348,13 @@ class MaskRcnnPretraining(RoIPretraining):
         max_masks: int = 128,
         rpn_positives: bool = False,
         pretrain_mask: bool = True,
+        box_convolutions: int = 0,
         **transform: Any,
     ) -> None:
-        parts: dict[str, Any] = {"box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim)}
+        parts: dict[str, Any] = {
+            "box_head": box_head(backbone, box_convolutions),
+            "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
+        }
         if pretrain_mask:
             parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_classes=1)
         family = MaskRCNN if pretrain_mask else FasterRCNN
@@ -338,8 +369,10 @@ class MaskRcnnPretraining(RoIPretraining):
         )
 
     @staticmethod
-    def plain(backbone: Backbone, num_classes: int, **transform: Any) -> MaskRCNN:
+    def plain(
+        backbone: Backbone, num_classes: int, *, box_convolutions: int = 0, **transform: Any
+    ) -> MaskRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        detector = MaskRCNN(backbone, num_classes, **transform)
+        detector = MaskRCNN(backbone, num_classes, box_head=box_head(backbone, box_convolutions), **transform)
         start_small(detector.roi_heads.box_predictor)
         return detector
