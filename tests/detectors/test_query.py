@@ -137,3 +137,21 @@ def test_queries_differ_from_the_start(name: str) -> None:
     ]
     assert ends
     assert all(bool(end.weight.any()) != detector.family.moves for end in ends)  # reference points stay
+
+
+@pytest.mark.parametrize("name", ["detr", pytest.param("dab_detr", marks=pytest.mark.slow)])
+def test_dilation_doubles_the_places(name: str) -> None:
+    """The DC5 variants of the detectors with one map."""
+    places = []
+    for dilation in (False, True):
+        settings = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "dilation": dilation}
+        detector: Any = build_detector(
+            name, num_classes=2, trunk="resnet50", min_size=96, max_size=128, options=settings
+        ).eval()
+        assert detector.network.config.backbone_config.output_stride == (16 if dilation else None)
+        maps: list[torch.Tensor] = []
+        detector.backbone.body.register_forward_hook(lambda *call, maps=maps: maps.append(call[2][-1]))
+        with torch.inference_mode():
+            detector.run([torch.rand(3, 96, 128)])
+        places.append(tuple(maps[0].shape[-2:]))
+    assert places == [(3, 4), (6, 8)]

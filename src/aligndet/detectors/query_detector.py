@@ -263,11 +263,14 @@ def _is_head(name: str) -> bool:
 
 def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> nn.Module:
     """transformers' model on a trunk of timm's."""
+    settings = dict(settings)
+    dilated = settings.pop("dilation", False)  # transformers has it for trunks that it chooses itself
     backbone = from_transformers("TimmBackboneConfig")(
         backbone=trunk.name,
         out_indices=list(range(-len(family.strides), 0)),
         # transformers freezes batch norms itself, but takes the activations of timm's norms away with them
         freeze_batch_norm_2d=True,
+        output_stride=16 if dilated else None,
     )
     own: dict[str, Any] = dict.fromkeys(family.width, trunk.width)
     if family.from_encoder:

@@ -82,7 +82,7 @@ RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
 D_FINE = RT_DETR._replace(model="DFine", layer_dim=0)
 
 _OURS = {
-    *("backbone_config", "num_channels", "dilation", "freeze_backbone_batch_norms", "feat_strides"),
+    *("backbone_config", "num_channels", "freeze_backbone_batch_norms", "feat_strides"),
     *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
     *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
 }
@@ -115,6 +115,8 @@ def settings_of(family: Family) -> frozenset[str]:
     """
     config = from_transformers(f"{family.model}Config")
     chosen = {name for name in config.__annotations__ if not name.startswith("_")}
+    if len(family.strides) > 1:
+        chosen -= {"dilation"}  # is for detectors with one map
     return frozenset(chosen - _OURS - set(family.width) - set(config.attribute_map))
 
 
