@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from aligndet.boxes import BACKGROUND
-from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, weights_format
+from aligndet.detectors.build import (
+    DETECTORS,
+    build_detector,
+    build_pretrainable,
+    shared_options,
+    weights_format,
+)
 from aligndet.momentum import momentum_copy, update_momentum
 
 FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
@@ -155,3 +161,19 @@ def test_dilation_doubles_the_places(name: str) -> None:
             detector.run([torch.rand(3, 96, 128)])
         places.append(tuple(maps[0].shape[-2:]))
     assert places == [(3, 4), (6, 8)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradient_predicts_the_same_and_has_no_losses(name: str) -> None:
+    calm = {"dropout": 0.0} if "dropout" in shared_options(name) else {}
+    adapter = build(name, objectness=True, **calm)
+    proposals = [boxes(4), boxes(5)]
+    learning = adapter(IMAGES, proposals)
+    with torch.no_grad():
+        quiet = adapter(IMAGES, proposals)
+    assert learning.losses
+    assert not quiet.losses
+    for ours, theirs in zip(quiet.stages, learning.stages, strict=True):
+        assert torch.equal(ours.proposal_ids, theirs.proposal_ids)
+        torch.testing.assert_close(ours.embeddings, theirs.embeddings)
+    assert adapter(IMAGES, proposals).losses

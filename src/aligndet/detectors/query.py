@@ -9,7 +9,7 @@ beside the class layer embeds the queries (paper section 3.2).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -138,7 +138,9 @@ class QueryPretraining(nn.Module):
                 torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
             ]
         labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
-        with decoder_states(self.detector.network.model) as recorded:
+        network, learns = self.detector.network, torch.is_grad_enabled()
+        # the momentum detector's losses are not used
+        with decoder_states(network.model) as recorded, nullcontext() if learns else without_losses(network):
             outputs = self.detector.run(images, labels)
         states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)
         embeddings = self.projection_head(states.flatten(0, 2)).unflatten(0, states.shape[:3]).flatten(1, 2)
@@ -146,7 +148,7 @@ class QueryPretraining(nn.Module):
             BoxPredictions(embedding, self._proposal_ids(layer, labels))
             for embedding, layer in zip(embeddings, self._layers(outputs, len(states)), strict=True)
         ]
-        return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels))
+        return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels) if learns else {})
 
     def _layers(self, outputs: Any, count: int) -> list[Any]:
         """Class scores and boxes after each of the decoder's layers."""
@@ -239,3 +241,23 @@ def decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
         yield states
     finally:
         hook.remove()
+
+
+@contextmanager
+def without_losses(network: Any) -> Iterator[None]:
+    """Lets transformers predict from every layer, which it does for its losses alone, without these.
+
+    Args:
+        network: transformers' model; called with labels inside.
+    """
+
+    def predictions(*call: Any, **_: Any) -> tuple[None, dict[str, Tensor], list[dict[str, Tensor]]]:
+        classes, boxes = call[5:7]  # of all layers
+        former = zip(classes[:-1], boxes[:-1], strict=True)
+        return None, {}, [{"logits": logits, "pred_boxes": box} for logits, box in former]
+
+    network.loss_function = predictions
+    try:
+        yield
+    finally:
+        del network._loss_function
