@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.ops import masks_to_boxes
+from torchvision.transforms.v2 import functional as transforms
 
 from aligndet.data.coco import read_coco
-from aligndet.data.images import ImageError
+from aligndet.data.images import ImageError, read_image
 from aligndet.data.labelled import LabelledDataset, geometric
 from aligndet.data.rle import encode
 from aligndet.data.views import TwoViewDataset, collate, short_sides
@@ -70,6 +71,24 @@ def test_top_proposals_keep_rank_order(tmp_path: Path) -> None:
     expected = torch.from_numpy(proposals.boxes_of(0)[:5])
     flipped = torch.stack([90 - expected[:, 2], expected[:, 1], 90 - expected[:, 0], expected[:, 3]], 1)
     assert min((found - expected).abs().max(), (found - flipped).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("sides", [(60, 60), (200, 260)])
+def test_views_are_the_resized_image(
+    tmp_path: Path, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller than the image or larger, to a grey level."""
+    monkeypatch.setattr("aligndet.data.views.recolour", lambda planes, rng: None)
+    views = TwoViewDataset(tmp_path, table(tmp_path), min_size=sides, max_size=400)
+    image = read_image(tmp_path / views.table.file_names[0], long_side=400)
+    flips = set()
+    for seed in range(8):
+        for view in views[0, seed][:2]:
+            expected = transforms.resize(image, list(view.image.shape[1:]), antialias=True).int()
+            distances = [int((view.image.int() - e).abs().max()) for e in (expected, expected.flip(2))]
+            assert min(distances) <= 1
+            flips.add(distances[0] > distances[1])
+    assert flips == {True, False}
 
 
 def test_a_broken_image_is_replaced_and_named(tmp_path: Path) -> None:

@@ -124,10 +124,9 @@ class TwoViewDataset(Dataset[TwoViews]):
         height, width = image.shape[1:]
         scale = min(rng.choice(self.short_sides) / min(height, width), self.max_size / max(height, width))
         size = [max(1, int(side * scale)) for side in (height, width)]
-        image = F.resize(image, size, antialias=True)
-        # OpenCV changes the layout several times as fast as torch does
-        planes = np.empty((3, *size), np.uint8)
-        cv2.split(image.permute(1, 2, 0).contiguous().numpy(), list(planes))
+        # a view that is larger than its image grows last: until then there are fewer pixels to change
+        grows = scale > 1
+        planes = _planes(image if grows else F.resize(image, size, antialias=True))
         if rng.random() < 0.5:
             for plane in planes:
                 cv2.flip(plane, 1, plane)
@@ -135,7 +134,18 @@ class TwoViewDataset(Dataset[TwoViews]):
             boxes = np.stack([1 - right, top, 1 - left, bottom], axis=1)
             masks = None if masks is None else masks.flip(-1)
         recolour(planes, rng)
+        if grows:
+            small, planes = planes, np.empty((3, *size), np.uint8)
+            for source, target in zip(small, planes, strict=True):
+                cv2.resize(source, size[::-1], target, interpolation=cv2.INTER_LINEAR)
         return View(torch.from_numpy(planes), torch.from_numpy(boxes * np.tile(size[::-1], 2)).float(), masks)
+
+
+def _planes(image: Tensor) -> npt.NDArray[np.uint8]:
+    """The channels of (3, H, W) each by itself in memory; OpenCV does it several times as fast as torch."""
+    planes = np.empty(tuple(image.shape), np.uint8)
+    cv2.split(image.permute(1, 2, 0).contiguous().numpy(), list(planes))
+    return planes
 
 
 def collate(items: Sequence[TwoViews]) -> list[TwoViews]:
