@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from aligndet.detectors.build import (
     shared_options,
     weights_format,
 )
+from aligndet.detectors.query_families import from_transformers
+from aligndet.detectors.weights import save_detector
 from aligndet.momentum import momentum_copy, update_momentum
 
 FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
@@ -146,8 +149,8 @@ def test_queries_differ_from_the_start(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["detr", pytest.param("dab_detr", marks=pytest.mark.slow)])
-def test_dilation_doubles_the_places(name: str) -> None:
-    """The DC5 variants of the detectors with one map."""
+def test_dilation_doubles_the_places(name: str, tmp_path: Path) -> None:
+    """The DC5 variants of the detectors with one map; transformers alone builds them as well."""
     places = []
     for dilation in (False, True):
         settings = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "dilation": dilation}
@@ -161,6 +164,12 @@ def test_dilation_doubles_the_places(name: str) -> None:
             detector.run([torch.rand(3, 96, 128)])
         places.append(tuple(maps[0].shape[-2:]))
     assert places == [(3, 4), (6, 8)]
+    save_detector(tmp_path, detector, {"architecture": {}})
+    theirs = from_transformers("AutoModelForObjectDetection").from_pretrained(tmp_path).eval()
+    pixels, mask = torch.rand(1, 3, 96, 128), torch.ones(1, 96, 128, dtype=torch.int64)
+    with torch.inference_mode():
+        ours = detector.network(pixel_values=pixels, pixel_mask=mask).pred_boxes
+        torch.testing.assert_close(theirs(pixel_values=pixels, pixel_mask=mask).pred_boxes, ours)
 
 
 @pytest.mark.parametrize("name", NAMES)
