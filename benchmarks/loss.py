@@ -4,9 +4,9 @@
 
 Forward and backward, medians of alternating calls in one process. "products" is what no implementation can do
 without: all similarities, and their gradient. "loop" goes over the queries one by one, each against all keys
-at once: a kind loop, which cannot be slower than the products by much. It runs up to --loop boxes. "pairs" is
-the formula as it stands, one pair of boxes after the other; the time of a few queries is scaled up to all.
-Memory is the peak over what was there before, of a process each.
+at once, so it is a kind loop; it runs up to --loop boxes. "pairs" is the formula as it stands, one pair of
+boxes after the other; the time of a few queries is scaled up to all. Memory is the peak over what was there
+before, of a process each.
 """
 
 from __future__ import annotations

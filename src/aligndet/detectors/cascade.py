@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
@@ -191,7 +191,7 @@ class CascadeRCNN(FasterRCNN):
             stages.append(
                 RoIHeads(
                     single.box_roi_pool,
-                    box_head(backbone, box_convolutions),
+                    box_head(backbone, box_convolutions) or TwoMLPHead(width * 7 * 7, REPRESENTATION),
                     predictor,
                     fg_iou_thresh=threshold,
                     bg_iou_thresh=threshold,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
@@ -88,16 +88,16 @@ def start_small(predictor: Any) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def box_head(backbone: Backbone, convolutions: int = 0) -> nn.Module:
-    """Builds torchvision's box head: two linear layers, or convolutions and one linear layer.
+def box_head(backbone: Backbone, convolutions: int) -> nn.Module | None:
+    """Builds a box head of convolutions and one linear layer, as the official implementation has it (four).
 
     Args:
         backbone: Whose width the convolutions have.
-        convolutions: How many; the official implementation has four, `fasterrcnn_resnet50_fpn` none.
+        convolutions: How many; none leave the head to torchvision: two linear layers.
     """
     width, side = backbone.out_channels, 7  # of pooled regions
     if not convolutions:
-        return TwoMLPHead(width * side * side, REPRESENTATION)
+        return None
     return FastRCNNConvFCHead((width, side, side), [width] * convolutions, [REPRESENTATION])
 
 
@@ -312,7 +312,7 @@ class FasterRcnnPretraining(RoIPretraining):
         box_convolutions: int = 0,
         **transform: Any,
     ) -> None:
-        parts = {
+        parts: dict[str, Any] = {
             "box_head": box_head(backbone, box_convolutions),
             "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
         }
