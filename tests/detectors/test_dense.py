@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torchvision.models.detection import FCOS, RetinaNet
 
@@ -74,3 +75,18 @@ def test_retinanet_keeps_torchvisions_box_loss() -> None:
     assert isinstance(plain, RetinaNet)
     assert set(ours) == {"bbox_regression"}
     torch.testing.assert_close(ours["bbox_regression"], theirs["bbox_regression"])
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+def test_boxes_are_computed_for_losses_alone(detector: str) -> None:
+    adapter: Any = build_pretrainable(detector, trunk="resnet18", fpn_channels=64)
+    calls = []
+    adapter.detector.head.regression_head.register_forward_hook(lambda *call: calls.append(call))
+    inputs = [torch.rand(3, 64, 64)], [torch.tensor([[4.0, 4.0, 50.0, 60.0]])]
+    adapter(*inputs)
+    assert len(calls) == 1
+    with torch.no_grad():
+        output = adapter(*inputs)
+    assert len(calls) == 1
+    assert not output.losses
+    assert len(output.stages[0].embeddings)

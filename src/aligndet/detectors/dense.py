@@ -60,9 +60,17 @@ class _ContrastiveHead(nn.Module):
         self.projection_head = ProjectionHead(channels, embedding_dim, num_anchors)
         self.max_boxes = max_boxes
 
-    def _class_features(self, pyramid: list[Tensor]) -> Tensor:
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        """Runs the class tower, and the box branch where there is something to learn: boxes are for the
+        losses alone, and the momentum detector's are not used.
+        """
+        outputs = self._boxes(x) if torch.is_grad_enabled() else {}
         tower = self.classification_head.conv
-        return torch.cat([tower(level).flatten(2) for level in pyramid], dim=2).mT  # (B, locations, C)
+        features = torch.cat([tower(level).flatten(2) for level in x], dim=2).mT  # (B, locations, C)
+        return {**outputs, "class_features": features}
+
+    def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def _embed(
         self, class_features: Tensor, targets: list[dict[str, Tensor]], matched: list[Tensor]
@@ -86,12 +94,11 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
         FCOSHead.__init__(self, channels, num_anchors, num_classes=1)
         self._add_projection(channels, num_anchors, embedding_dim, max_boxes)
 
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        boxes, centerness = self.regression_head(x)
+    def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+        boxes, centerness = self.regression_head(pyramid)
         return {
             "bbox_regression": boxes,
             "bbox_ctrness": centerness,
-            "class_features": self._class_features(x),
             # stands in for the class scores that FCOSHead.compute_loss wants to see; its loss is dropped
             "cls_logits": torch.zeros_like(centerness),
         }
@@ -104,7 +111,7 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
         result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if torch.is_grad_enabled():  # the momentum detector's losses are not used
+        if torch.is_grad_enabled():
             one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
             losses = FCOSHead.compute_loss(self, one_class, head_outputs, anchors, matched_idxs)
             result |= {"bbox_regression": losses["bbox_regression"], "bbox_ctrness": losses["bbox_ctrness"]}
@@ -117,8 +124,8 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
         self.regression_head._loss_type = _RETINANET_BOX_LOSS
         self._add_projection(channels, num_anchors, embedding_dim, max_boxes)
 
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        return {"bbox_regression": self.regression_head(x), "class_features": self._class_features(x)}
+    def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+        return {"bbox_regression": self.regression_head(pyramid)}
 
     def compute_loss(
         self,
