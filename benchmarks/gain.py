@@ -10,6 +10,7 @@ Writes every cell as a run of its own and goes on where it stopped; the table is
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -54,7 +55,7 @@ ARMS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
 
 # what may differ between the cells of an output folder: their names tell it, or it changes no figure
 FREE = {"detectors", "arms", "seeds", "pretrain_steps", "learning_rates", "batch_norm"}
-FREE |= {"data", "output", "threads", "channels_last"}
+FREE |= {"output", "threads", "channels_last"}
 
 
 def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def trunk_of(args: argparse.Namespace) -> dict[str, Any]:
 def keep_settings(args: argparse.Namespace) -> None:
     """Lets no cell of other settings into the table of an output folder."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    labels = ((args.data / f"{part}.json").read_bytes() for part in ("train", "val"))
+    settings["data"] = [hashlib.sha256(label).hexdigest() for label in labels]
     path = args.output / "settings.json"
     if path.is_file() and (kept := json.loads(path.read_text())) != settings:
         other = ", ".join(sorted(name for name in settings if kept.get(name) != settings[name]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def table(found: list[Reading], steps: int, warmup: float) -> float:
             settled = median_at(found, process, (warmup + 0.05) * steps, window, kind)
             growth = 100 * (cells[-1] / settled - 1)
             if kind == "uss":
-                growths.append(growth)
+                growths.append(math.inf if math.isnan(growth) else growth)  # no readings say nothing good
             name = f"{process} {kind.upper()}"
             print(f"{name:<16}" + "".join(f"{cell:>9.1f}" for cell in cells) + f"{growth:>18.2f} %")
     return max(growths)

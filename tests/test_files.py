@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.files import accepts_strings, atomic_write, locked, read_json, whole_file
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -15,6 +15,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         atomic_write(path, 3)  # type: ignore[arg-type]
     assert path.read_text() == "first"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    with whole_file(path) as first:
+        first.write(b"first")
+        with whole_file(path) as second:
+            second.write(b"the second")
+        assert path.read_text() == "the second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_has_one_owner(tmp_path: Path) -> None:

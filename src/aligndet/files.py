@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -56,8 +57,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """Lets a library write a file under another name, flushes it to disk, and only then renames it.
+
+    Args:
+        path: Of the file; its folder is made if need be.
+
+    Yields:
+        The path to write to, in the same folder and with the same suffix.
+
+    Raises:
+        OSError: If the disk is full or the folder not writable; the former file, if any, is intact then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # at random: processes on two machines or in two containers can have the same number
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Writes a file under another name, flushes it to disk, and only then renames it.
+    """Opens a file to write that appears whole or not at all; see `whole_path`.
 
     Args:
         path: Of the file; its folder is made if need be.
@@ -69,20 +95,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: Naming the file, if the disk is full or the folder not writable; the former file, if any, is
             intact then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with whole_path(path) as partial, partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

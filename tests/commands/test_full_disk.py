@@ -59,7 +59,7 @@ def test_propose(disk: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(OSError, match=r"No space left on device: '.*part-00001\.parquet'"):
             propose(sample / "val", output=output, workers=1, shard_size=2)
     assert len(read_shard(output / "part-00000.parquet")) == 2
-    assert not list(output.glob(".*partial"))
+    assert not list(output.glob(".*.partial*"))
     (disk / "filler").unlink()
     propose(sample / "val", output=output, workers=1, shard_size=2)
     assert len(read_proposals(output)) == 4

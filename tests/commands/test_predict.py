@@ -222,6 +222,21 @@ def test_videos_that_are_broken(
     assert not list((tmp_path / "c").rglob("*.mp4"))
 
 
+def test_frames_that_were_not_written_are_missed(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = sv.VideoSink.write_frame, iter(range(3))
+
+    def as_on_a_full_disk(sink: sv.VideoSink, frame: np.ndarray) -> None:
+        if next(left, None) is not None:
+            write(sink, frame)
+
+    monkeypatch.setattr(sv.VideoSink, "write_frame", as_on_a_full_disk)
+    with pytest.raises(OSError, match=r"clip\.mp4: not all 5 frames could be written; is the disk full"):
+        predict(Path("model"), video, output=tmp_path / "out")
+    assert not list((tmp_path / "out" / "pictures").iterdir())
+
+
 def test_predictions_as_detections(images: Path, tmp_path: Path) -> None:
     predict(Path("model"), images, output=tmp_path / "out", score=0.0)
     found = aligndet.read_detections(tmp_path / "out")

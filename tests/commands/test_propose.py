@@ -43,8 +43,22 @@ def test_broken_images_are_skipped_counted_and_named(
     assert len(table.boxes_of(2)) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["status"] == "complete"
-    with pytest.raises(ValueError, match="broken"):
-        propose(images, output=tmp_path / "strict", workers=1, strict=True)
+    for out in (tmp_path / "strict", tmp_path / "out"):  # a new folder, and one that is complete
+        with pytest.raises(ValueError, match=r"broken\.jpg"):
+            propose(images, output=out, workers=1, strict=True)
+
+
+def test_a_folder_that_has_lost_a_part_is_not_complete_until_the_next_run(
+    images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    propose(images, output=out, workers=1, shard_size=2)
+    before = read_proposals(out)
+    (out / "part-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="not complete; run the same `aligndet propose` again"):
+        read_proposals(out)
+    propose(images, output=out, workers=1, shard_size=2)
+    np.testing.assert_array_equal(read_proposals(out).boxes, before.boxes)
 
 
 def test_json_and_parquet_hold_the_same(images: Path, tmp_path: Path) -> None:

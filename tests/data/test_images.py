@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +74,12 @@ def test_a_large_jpeg_is_decoded_smaller_but_no_smaller_than_asked(orientation: 
 
 def broken(folder: Path) -> dict[str, Path]:
     paths = {
-        name: folder / f"{name}.jpg" for name in ("empty", "text", "truncated", "tiny", "missing", "folder")
+        name: folder / f"{name}.jpg"
+        for name in ("empty", "text", "postscript", "truncated", "tiny", "missing", "folder")
     }
     paths["empty"].write_bytes(b"")
     paths["text"].write_text("no image at all")
+    picture(200, 200).save(paths["postscript"], "EPS")  # which would be run, not read
     picture(200, 200).save(paths["truncated"], "JPEG")
     paths["truncated"].write_bytes(paths["truncated"].read_bytes()[:2000])
     picture(1, 1).save(paths["tiny"])
@@ -89,6 +92,7 @@ def broken(folder: Path) -> dict[str, Path]:
     [
         ("empty", "empty"),
         ("text", "no image"),
+        ("postscript", "no image that Pillow knows"),
         ("truncated", "truncated"),
         ("tiny", "too small"),
         ("missing", "no such image"),
@@ -96,8 +100,17 @@ def broken(folder: Path) -> dict[str, Path]:
     ],
 )
 def test_a_broken_image_is_named_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=rf"{name}\.jpg.*{reason}"):
-        read_image(broken(tmp_path)[name])
+    path = broken(tmp_path)[name]
+    for read in (read_image, read_image_size)[: 1 if name == "truncated" else 2]:  # whose header is whole
+        with pytest.raises(ImageError, match=rf"{name}\.jpg.*{reason}"):
+            read(path)
+
+
+def test_a_file_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    picture(20, 20).save(tmp_path / "fine.jpg")
+    (tmp_path / "fine.jpg").rename(tmp_path / os.fsdecode(b"caf\xe9.jpg"))
+    with pytest.raises(ValueError, match=r"caf.*\.jpg' is no UTF-8; rename the file"):
+        list_images(tmp_path)
 
 
 def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,19 @@ def test_tars_are_folders(
     assert ImageSource(str(shards)).names() == names
 
 
+def test_hard_links_in_a_tar_are_images(pictures: dict[str, bytes], tmp_path: Path) -> None:
+    name, content_of_both = next(iter(pictures.items()))
+    (tmp_path / name).write_bytes(content_of_both)
+    (tmp_path / "linked.jpg").hardlink_to(tmp_path / name)
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for path in (tmp_path / name, tmp_path / "linked.jpg"):
+            archive.add(path, f"./{path.name}")
+        assert archive.getmembers()[1].islnk()
+    source = ImageSource(tmp_path / "all.tar")
+    assert source.names() == sorted([name, "linked.jpg"])
+    assert content(source, "linked.jpg") == content_of_both
+
+
 def test_a_folder_named_like_a_tar_is_a_folder(pictures: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "a.tar").mkdir()
     (tmp_path / "a.tar" / "1.jpg").write_bytes(pictures["00000.jpg"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import psutil
 import pytest
 
 from aligndet.commands import propose as command
@@ -53,6 +55,36 @@ def test_processes_keep_the_order_and_raise_what_the_work_raises() -> None:
         assert [next(results) for _ in range(16)] == numbers[:-1]
         with pytest.raises(ValueError, match="40 is even"):
             next(results)
+
+
+def killed(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_process_ends_the_work_with_a_word() -> None:
+    results = run(killed, range(40), workers=2)
+    with pytest.raises(ChildProcessError, match=r"a worker process was killed, .* fewer --workers"):
+        list(results)
+
+
+def sleeping(number: int) -> int:
+    time.sleep(60)
+    return number
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    code = "from tests.proposals.test_engines import *; list(run(sleeping, range(9), workers=2))"
+    first = psutil.Popen([sys.executable, "-c", code])
+    workers: list[psutil.Process] = []
+    while sum("spawn_main" in " ".join(worker.cmdline()) for worker in workers) < 2:
+        time.sleep(0.1)
+        workers = first.children()
+    time.sleep(5)  # they start
+    first.kill()
+    first.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, sample: Path, tmp_path: Path) -> None:
@@ -94,7 +126,7 @@ def expected(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def written(output: Path) -> dict[str, bytes]:
-    assert not list(output.glob(".*.partial"))
+    assert not list(output.glob(".*.partial*"))
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.name != ".lock"}
 
 

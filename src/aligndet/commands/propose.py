@@ -193,10 +193,12 @@ def propose(
         if as_json:
             rows = list(rows)
         summary = _summarise(output, rows, source, annotations)
+        if strict and summary.skipped:  # by a former run that was not strict
+            raise ValueError(f"{next(iter(summary.skipped.values()))}; mend it and give --overwrite")
         if as_json:
             write_coco(output, rows)
             others = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
-            for path in (*paths, *others, *folder.glob(".*.partial")):
+            for path in (*paths, *others, *folder.glob(".*.partial*")):
                 path.unlink(missing_ok=True)
         else:
             counts = {
@@ -276,6 +278,7 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
     manifest = folder / "manifest.json"
     used = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if overwrite and manifest.is_file():
+        _write_manifest(folder, {}, "in progress", {})
         for path in [*folder.glob("part-*.parquet"), manifest, clusters_file(folder)]:
             path.unlink(missing_ok=True)
     elif manifest.is_file():

@@ -18,8 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+# Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 MIN_SIDE = 8
-MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB
+MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB, one of 16 bits a pixel 2.4 GB
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses from twice this on
 
@@ -73,15 +75,21 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
         Paths relative to the folder, with slashes, sorted.
 
     Raises:
-        ValueError: If the folder does not exist.
+        ValueError: If the folder does not exist, or a name in it is no UTF-8.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
-    return sorted(
+    names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if is_listed(path.relative_to(folder), suffixes) and path.is_file()
     )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: the file name {name!r} is no UTF-8; rename the file") from None
+    return names
 
 
 def list_images(folder: Path) -> list[str]:
@@ -151,7 +159,7 @@ def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Ten
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
-            with Image.open(source) as file:
+            with Image.open(source, formats=_FORMATS) as file:
                 _check_size(path, file.size)
                 if long_side is not None and max(file.size) >= 2 * long_side:
                     part = long_side / max(file.size)
@@ -180,7 +188,7 @@ def read_image_size(path: Path | StoredImage) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source) as image:
+            with Image.open(source, formats=_FORMATS) as image:
                 _check_size(path, image.size)
                 width, height = image.size
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -199,12 +207,13 @@ def _openable(path: Path | StoredImage) -> Path | io.BytesIO:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float32)  # changed in place: such images can be large
         # 16-bit grey comes as "I;16" or, from PNG, as "I"; both span 0..65535
         top = 255.0 if values.max(initial=0.0) <= 255 and image.mode == "I" else 65535.0
         if image.mode == "F":
             top = float(values.max(initial=0.0)) or 1.0
-        grey = np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8)
+        values *= 255.0 / top
+        grey = np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -81,6 +81,8 @@ def scan_tar(file: BinaryIO, tar: str) -> tuple[Members, str]:
                     safe_name(name, tar).encode()
                     if is_listed(PurePosixPath(name)):
                         found[name] = member.offset_data, member.size
+                elif member.islnk() and (same := found.get(member.linkname.removeprefix("./"))):
+                    found[safe_name(name, tar)] = same  # of two hard links, GNU tar stores the second so
             # tarfile takes a broken header for the end
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

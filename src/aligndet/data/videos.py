@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aligndet.data.images import ImageError
+from aligndet.files import whole_path
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"})
 _RATE = 25.0  # frames a second, where a file does not say
@@ -81,23 +82,31 @@ def video_writer(path: Path, rate: float) -> Iterator[Writer]:
 
     Yields:
         A function that takes the next frame, (H, W, 3) RGB, all of the size of the first.
+
+    Raises:
+        OSError: If frames are missing in the file at the end, as on a full disk, of which OpenCV says
+            nothing.
     """
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    sinks: list[sv.VideoSink] = []
+    count = 0
+    with ExitStack() as opened:
+        sinks: list[sv.VideoSink] = []
 
-    def write(frame: npt.NDArray[np.uint8]) -> None:
-        if not sinks:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            info = sv.VideoInfo(frame.shape[1], frame.shape[0], rate)
-            sinks.append(sv.VideoSink(str(partial), info).__enter__())
-        sinks[0].write_frame(frame[:, :, ::-1])
+        def write(frame: npt.NDArray[np.uint8]) -> None:
+            nonlocal count
+            if not sinks:
+                partial = opened.enter_context(whole_path(path))
+                opened.enter_context(check(partial))
+                info = sv.VideoInfo(frame.shape[1], frame.shape[0], rate)
+                sinks.append(opened.enter_context(sv.VideoSink(str(partial), info)))
+            sinks[0].write_frame(frame[:, :, ::-1])
+            count += 1
 
-    try:
+        @contextmanager
+        def check(partial: Path) -> Iterator[None]:
+            yield
+            with suppress(ImageError):
+                if rate_and_length(partial)[1] == count:
+                    return
+            raise OSError(f"{path}: not all {count} frames could be written; is the disk full?")
+
         yield write
-        if sinks:
-            sinks.pop().__exit__(None, None, None)
-            partial.replace(path)
-    finally:
-        for sink in sinks:
-            sink.__exit__(None, None, None)
-        partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+
+from aligndet.files import whole_path
 
 _KINDS = (FCOS, RetinaNet, FasterRCNN, MaskRCNN)
 _SIZE = (3, 240, 320)  # of the image that the detector is traced with
@@ -44,9 +45,7 @@ def save_onnx(detector: nn.Module, path: Path) -> float | None:
     image = torch.rand(_SIZE, generator=generator)
     with torch.no_grad():
         names = list(detector([image])[0])
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_path(path) as partial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a tracer that sees Python's numbers
             torch.onnx.export(
@@ -65,9 +64,6 @@ def save_onnx(detector: nn.Module, path: Path) -> float | None:
             share = min(_share_of_same(detector, partial, names, x) for x in (image, others))
             if share < _SAME:
                 raise ValueError(f"{path}: onnxruntime finds {100 * share:.0f} % of PyTorch's boxes only")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return share
 
 

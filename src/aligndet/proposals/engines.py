@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing import get_context
-from multiprocessing.pool import Pool
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import cv2
@@ -20,6 +25,10 @@ Engine = Literal["processes", "ray"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_TOGETHER = 4
+"""Items that a process takes at a time."""
+_AHEAD = 8
+"""Of these, what waits for each process: enough for the others while one is slow."""
 _PIECE = 32
 """Items a task at most: what a machine that fails loses for each of its cores."""
 _WINDOW = 1000
@@ -69,6 +78,7 @@ def run(
         The results, in the order of the items.
 
     Raises:
+        ChildProcessError: If a process is killed.
         Exception: What work raises.
     """
     if engine == "ray":
@@ -80,14 +90,48 @@ def _on_processes(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int | None
 ) -> Generator[Result, None, None]:
     count = workers or len(os.sched_getaffinity(0))
-    with get_context("spawn").Pool(count, initializer=_one_thread) as pool:
-        yield from pool.imap(work, items, chunksize=4)
+    rest = iter(items)
+    waiting: deque[Future[list[Result]]] = deque()
+    pool = _pool(count)
+    try:
+        while True:
+            while len(waiting) < _AHEAD * count and (piece := list(islice(rest, _TOGETHER))):
+                waiting.append(pool.submit(_each, work, piece))
+            if not waiting:
+                return
+            yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process was killed, most likely for lack of memory: give fewer --workers; the same"
+            " command goes on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    return [work(item) for item in items]
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # multiprocessing's own pool would wait for ever for what a killed process had
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start)
+
+
+def _start() -> None:
     """One process a core, and every process one thread, or they fight over the cores."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    """Ends this process with its parent, which nothing else does if that one is killed."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _on_ray(
@@ -133,8 +177,8 @@ class _Piece:
         self.work = work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        results = _beside().map(self._result, pickle.loads(row["item"]), chunksize=_PIECE)
-        return {"item": pickle.dumps(results)}
+        items = pickle.loads(row["item"])
+        return {"item": pickle.dumps(_beside().submit(_each, self._result, items).result())}
 
     def _result(self, item: Any) -> tuple[Any, Exception | None]:
         try:
@@ -144,9 +188,9 @@ class _Piece:
 
 
 @cache
-def _beside() -> Pool:
+def _beside() -> ProcessPoolExecutor:
     """A process beside each of Ray's, because these draw and seed C's random numbers in their threads.
 
     So does OpenCV's ranking: in the same process, the order of boxes would now and then be another.
     """
-    return get_context("spawn").Pool(1, initializer=_one_thread)
+    return _pool(1)

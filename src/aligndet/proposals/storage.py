@@ -143,11 +143,13 @@ def read_proposals(path: Path, *, masks: bool = False) -> ProposalTable:
         if not shards:
             raise ValueError(f"{path}: holds no proposals (part-*.parquet); run `aligndet propose` first")
         manifest = path / "manifest.json"
-        if manifest.is_file() and read_json(manifest).get("status") != "complete":
+        noted: dict[str, Any] = read_json(manifest) if manifest.is_file() else {"status": "complete"}
+        rows = [row for shard in shards for row in read_shard(shard, masks=masks)]
+        images = noted.get("parameters", {}).get("images", len(rows))
+        if noted.get("status") != "complete" or images != len(rows):  # a part can have been lost since
             raise ValueError(
                 f"{path}: these proposals are not complete; run the same `aligndet propose` again to finish"
             )
-        rows = [row for shard in shards for row in read_shard(shard, masks=masks)]
     elif not path.is_file():
         raise ValueError(f"{path}: no such file or folder of proposals")
     elif path.suffix == ".json":
