@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -22,8 +21,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
+from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import ValidationDataset, collate_readable
-from aligndet.files import skipped_lines, whole_file
+from aligndet.files import skipped_lines
 from aligndet.launch import SameStart, environment
 from aligndet.training import StepSampler, build_loader, compile_networks, steps_done, worker_settings
 
@@ -117,13 +117,11 @@ def fit(
         "have no `val_dataloader`",
     )
     warnings.filterwarnings("ignore", "|".join(f".*{text}" for text in expected))
-    last = ModelCheckpoint(
+    validate_every = min(steps, validate_every or max(1, steps // 10))
+    last = LastCheckpoint(
         output / "checkpoints",
-        filename="last",
-        every_n_train_steps=min(checkpoint_every, steps),
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
+        min(checkpoint_every, steps),
+        validate_every if validation is not None else None,
     )
     first = steps_done(checkpoint)
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
@@ -152,18 +150,18 @@ def fit(
         logger=logs,
         callbacks=[
             SameStart(output, first, samples),
-            last,
             Throughput(),
             SkippedImages(),
             Progress(),
             ValidateLast(),
             *callbacks,
+            last,  # has the state of all others in it
         ],
         plugins=[p for p in (WholeCheckpointIO(), SyncBatchNorms() if synchronised else None, started) if p],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        val_check_interval=min(steps, validate_every or max(1, steps // 10)) * accumulate,
+        val_check_interval=validate_every * accumulate,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validation is not None else 0,
     )
@@ -308,17 +306,3 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Leaves the number of a logger's version out."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name, flushes it to disk, and only then renames it.
-
-    Lightning's own renames as well, but does not flush: after a power cut the name may stand for half a file.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        """Saves whole or not at all."""
-        with whole_file(Path(path)) as file:
-            torch.save(checkpoint, file)

@@ -12,6 +12,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from aligndet.commands import _cells as module
+from aligndet.commands._cells import detector_settings
 from aligndet.commands.compare import compare
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
@@ -47,6 +48,7 @@ def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Pat
         ({"arms": ("scratch", "magic")}, "unknown arm 'magic'"),
         ({"arms": ("scratch", "trunk-only")}, "same as 'scratch'"),
         ({"finetuning": {"seed": 3}}, "finetuning: 'seed' cannot be set"),
+        ({"finetuning": {"schedule": "4x"}}, "finetuning: 'schedule' cannot be set"),  # the steps are given
         ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),
@@ -60,6 +62,31 @@ def test_mistakes_are_said_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         _compare(sample, proposals, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_detector_are_refused(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"detector": "faster_rcnn", "trunk": "resnet18", "fpn_channels": 64, "fpn_norm": "batch"}
+    monkeypatch.setattr("aligndet.commands.compare.load_weights", lambda path: ({}, {"architecture": theirs}))
+    given: dict[str, Any] = {"detectors": ("faster_rcnn",), "arms": ("scratch", "from:theirs")}
+    for settings, difference in (
+        ({}, "fpn_norm 'batch', the other arms 'none'"),
+        (
+            {"fpn_norm": "batch", "options": {"box_convolutions": 4}},
+            "box_convolutions None, the other arms 4",
+        ),
+    ):
+        pretraining = {**SMALL["pretraining"], **settings}
+        with pytest.raises(ValueError, match=f"theirs: has {difference}: not comparable"):
+            _compare(sample, proposals, tmp_path / "out", pretraining=pretraining, **given)
+
+
+def test_all_arms_have_the_same_detector() -> None:
+    options = {"box_convolutions": 4, "rpn_positives": True}
+    settings = detector_settings("faster_rcnn", {"fpn_norm": "batch", "options": options}, {"batch_size": 2})
+    assert settings == {"fpn_norm": "batch", "options": {"box_convolutions": 4}}
+    assert detector_settings("fcos", {}, {}) == {"options": None}
 
 
 def test_a_folder_of_something_else_is_left_alone(sample: Path, proposals: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from aligndet.checkpoints import WholeCheckpointIO
 from aligndet.cli import main
 from aligndet.commands.propose import propose
 from aligndet.proposals.storage import read_proposals, read_shard, write_shard
-from aligndet.trainer import WholeCheckpointIO
 
 
 @pytest.fixture

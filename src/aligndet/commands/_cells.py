@@ -32,6 +32,26 @@ ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: th
 }
 
 
+def detector_settings(
+    detector: str, pretraining: dict[str, Any], finetuning: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of fine-tuning that make the detectors of all arms alike, pre-trained or not.
+
+    Args:
+        detector: A key of `DETECTORS`.
+        pretraining: Settings of `aligndet pretrain`.
+        finetuning: Of `aligndet finetune`; they come first.
+
+    Returns:
+        Its ``options``, and ``fpn_norm`` if it is set.
+    """
+    shared = shared_options(detector)
+    given = {name: value for name, value in (pretraining.get("options") or {}).items() if name in shared}
+    norm = finetuning.get("fpn_norm") or pretraining.get("fpn_norm")
+    options = given | (finetuning.get("options") or {})
+    return {"options": options or None} | ({"fpn_norm": norm} if norm else {})
+
+
 @dataclass
 class Bench:
     """What the cells of one detector have in common."""
@@ -117,9 +137,7 @@ class Bench:
                 # the same for all arms
                 sgd, kind = self.finetuning.get("optimizer") == "sgd", self.model["detector"]
                 decay = 1e-4 if sgd else training_default(kind, "weight_decay", 0.05)
-                given = self.pretraining.get("options") or {}
-                shared = {name: value for name, value in given.items() if name in shared_options(kind)}
-                options = shared | (self.finetuning.get("options") or {})
+                alike = detector_settings(kind, self.pretraining, self.finetuning)
                 finetune(
                     labels,
                     images=self.images,
@@ -130,7 +148,7 @@ class Bench:
                     seed=cell.seed,
                     learning_rate=rate,
                     resume=folder.is_dir(),
-                    **{"weight_decay": decay, **self.model, **self.finetuning, "options": options or None},
+                    **{"weight_decay": decay, **self.model, **self.finetuning, **alike},
                 )
             result = folder / "result.json"
             evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)

@@ -9,19 +9,20 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from aligndet.commands._cells import ARMS, Bench
+from aligndet.commands._cells import ARMS, Bench, detector_settings
 from aligndet.commands._runs import provenance
-from aligndet.commands.finetune import finetune
+from aligndet.commands.finetune import default_rate, finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan
 from aligndet.data.coco import build_dataset
 from aligndet.data.formats import load_labelled, read_labelled
-from aligndet.detectors.build import DETECTORS, predicts_masks
+from aligndet.detectors.build import DETECTORS, predicts_masks, shared_options
 from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
+_PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
 _SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}
 
@@ -41,7 +42,7 @@ def compare(
     folds: tuple[int, ...] = (0,),
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: tuple[int, ...] = (1000,),
-    learning_rates: tuple[float, ...] = (1e-3,),
+    learning_rates: tuple[float, ...] | None = None,
     detectors: tuple[str, ...] = ("fcos",),
     trunk: str = "resnet50",
     trunk_weights: str = "default",
@@ -72,9 +73,10 @@ def compare(
         folds: Numbers of the draws of labelled images; all labels (1.0) are one fold.
         seeds: Of pre-training and fine-tuning; pairs share seed and fold.
         steps: Budgets of fine-tuning.
-        learning_rates: Of fine-tuning. Of several, each arm takes its own best, for each fraction and budget:
-            on the first seed and fold, a fifth of the labels is held out and chooses; the validation images
-            have no part in it. With few labels this choice is noisy.
+        learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
+            each arm takes its own best, for each fraction and budget: on the first seed and fold, a fifth of
+            the labels is held out and chooses; the validation images have no part in it. With few labels this
+            choice is noisy.
         detectors: By name, as in `aligndet finetune`. Each of several is a comparison of its own, in a folder
             with its name in output.
         trunk: By name, as in `aligndet finetune`.
@@ -102,14 +104,15 @@ def compare(
     names = [_arm_name(arm) for arm in arms]
     cells = plan(names, fractions, folds, steps, seeds)
     mine = part_of(cells, part)
-    if not learning_rates or min(learning_rates) <= 0 or len(set(learning_rates)) < len(learning_rates):
-        raise ValueError(f"learning_rates must be different positive numbers, not {list(learning_rates)}")
+    rates = learning_rates
+    if rates is not None and (not rates or min(rates) <= 0 or len(set(rates)) < len(rates)):
+        raise ValueError(f"learning_rates must be different positive numbers, not {list(rates)}")
     stages = {}
     for detector in detectors:
         before = _settings("pretraining", pretrain, pretraining, detector, set())
-        after = _settings("finetuning", finetune, finetuning, detector, {"learning_rate", "steps"})
+        after = _settings("finetuning", finetune, finetuning, detector, _PLANNED)
         model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
-        _check_arms(names, sources, before, model)
+        _check_arms(names, sources, before, after, model)
         stages[detector] = (model, before, after)
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
@@ -126,7 +129,7 @@ def compare(
             locks=output / ".locks",
             proposing=None if proposals else {"masks": any(map(predicts_masks, detectors))},
             sources=sources,
-            rates=learning_rates,
+            rates=rates or (default_rate(detector, after.get("optimizer", "adamw")),),
             model={**model, "trunk_weights": trunk_weights},
             pretraining=before,
             finetuning=after,
@@ -155,19 +158,29 @@ def _arm_name(arm: str) -> str:
 
 
 def _check_arms(
-    names: Sequence[str], sources: dict[str, Path], pretraining: dict[str, Any], model: dict[str, Any]
+    names: Sequence[str],
+    sources: dict[str, Path],
+    pretraining: dict[str, Any],
+    finetuning: dict[str, Any],
+    model: dict[str, Any],
 ) -> None:
     if "trunk-only" in names and not pretraining.get("train_trunk"):
         raise ValueError(
             "arm 'trunk-only' is the same as 'scratch' while pre-training leaves the trunk frozen;"
             " leave it out or give --pretraining.train_trunk true"
         )
+    others: dict[str, Any] = {**model, "fpn_norm": "none"}
+    others |= detector_settings(model["detector"], pretraining, finetuning)
+    options = others.pop("options") or {}
+    shared = shared_options(model["detector"])
+    others |= {name: options.get(name) for name in shared}
     for path in sources.values():
         architecture = load_weights(path)[1]["architecture"]
-        for name, value in model.items():
-            if architecture[name] != value:
+        found = dict.fromkeys(shared) | architecture | architecture.get("options", {})
+        for name, value in others.items():
+            if found[name] != value:
                 raise ValueError(
-                    f"{path}: has {name} {architecture[name]!r}, the other arms {value!r}: not comparable"
+                    f"{path}: has {name} {found[name]!r}, the other arms {value!r}: not comparable"
                 )
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from lightning import seed_everything
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 
+from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands._runs import provenance, run_folder, steps_of
 from aligndet.data.coco import CocoDetection
 from aligndet.data.formats import read_labelled
@@ -21,7 +22,7 @@ from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
-from aligndet.training import OptimizerName, ScheduleName, load_state
+from aligndet.training import OptimizerName, ScheduleName, load_state, steps_done
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images (paper section 4.1 and table 7)."""
@@ -216,8 +217,7 @@ def finetune(
             optimizer=optimizer,
             learning_rate=learning_rate
             if learning_rate is not None
-            else (training_default(kind, "learning_rate", 1e-3) if adam else 1e-2)
-            * (1.5 if pretrained else 1.0),
+            else default_rate(kind, optimizer) * (1.5 if pretrained else 1.0),
             weight_decay=weight_decay
             if weight_decay is not None
             else (training_default(kind, "weight_decay", 0.05) if adam else 1e-4)
@@ -245,6 +245,8 @@ def finetune(
             best = output / "checkpoints" / "best.ckpt"
             if best.is_file():
                 load_state(module, best)
+            elif checkpoint is not None and steps_done(checkpoint) >= total:  # which has the average in it
+                load_state(module, checkpoint)
             manifest = {
                 "kind": "detector",
                 "format": weights_format(kind),
@@ -262,6 +264,16 @@ def finetune(
     return output
 
 
+def default_rate(detector: str, optimizer: str) -> float:
+    """The learning rate of fine-tuning from random heads.
+
+    Args:
+        detector: A key of `DETECTORS`.
+        optimizer: "adamw" or "sgd".
+    """
+    return training_default(detector, "learning_rate", 1e-3) if optimizer == "adamw" else 1e-2
+
+
 def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Takes the architecture over from weights, unless another one was asked for."""
     for name, value in asked.items():
@@ -277,14 +289,9 @@ def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) ->
 def _callbacks(output: Path, validated: bool, patience: int | None, ema: float | None) -> list[Callback]:
     callbacks: list[Callback] = []
     if ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=ema))
+        callbacks.append(WeightAverage(decay=ema))
     if validated:
-        folder = output / "checkpoints"
-        callbacks.append(
-            ModelCheckpoint(
-                folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False
-            )
-        )
+        callbacks.append(BestCheckpoint(output / "checkpoints"))
         if patience is not None:
             callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience))
     return callbacks

@@ -1,0 +1,91 @@
+"""What a run keeps of its state, and when: a resumed run ends with the weights of an unbroken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from aligndet.files import whole_file
+
+
+class _Checkpoint(ModelCheckpoint):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on in a folder that has been moved, too; Lightning would forget the best score."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(_Checkpoint):
+    """The newest state, to go on from.
+
+    Where a step is validated, it is written after that: Lightning does not repeat a validation that a
+    checkpoint is from before of, so its score would be lost.
+    """
+
+    def __init__(self, folder: Path, every: int, validated_every: int | None) -> None:
+        """Of a run.
+
+        Args:
+            folder: Of its checkpoints.
+            every: Steps between two.
+            validated_every: Steps between validations, of which one follows the last step; None: there is
+                none.
+        """
+        super().__init__(
+            folder,
+            filename="last",
+            every_n_train_steps=every,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+        self._validated_every = validated_every
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *batch: Any) -> None:
+        """Saves now if no validation follows."""
+        step, every = trainer.global_step, self._validated_every
+        if every is None or (step % every and step < trainer.max_steps):
+            super().on_train_batch_end(trainer, module, *batch)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Saves what it has not saved after the step."""
+        super().on_train_batch_end(trainer, module, None, None, 0)
+
+
+class BestCheckpoint(_Checkpoint):
+    """The state of the best validation."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of a run.
+
+        Args:
+            folder: Of its checkpoints.
+        """
+        super().__init__(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False)
+
+
+class WeightAverage(EMAWeightAveraging):
+    """The moving average of the weights, where these are: Lightning copies them before they move to a GPU."""
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Follows the weights."""
+        if self._average_model is not None:
+            self._average_model.to(module.device)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, flushes it to disk, and only then renames it.
+
+    Lightning's own renames as well, but does not flush: after a power cut the name may stand for half a file.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Saves whole or not at all."""
+        with whole_file(Path(path)) as file:
+            torch.save(checkpoint, file)

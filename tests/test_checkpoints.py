@@ -1,0 +1,117 @@
+"""A run that is killed and resumed keeps the best weights of an unbroken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from aligndet.checkpoints import BestCheckpoint
+from aligndet.data.labelled import ValidationDataset
+from aligndet.trainer import fit
+from aligndet.training import TrainingModule, load_state
+
+SCORES = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.6}
+"""By step."""
+
+
+class Item(NamedTuple):
+    value: Tensor
+    skipped: tuple[str, ...] = ()
+
+
+class Items(Dataset[Item]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: Any) -> Item:
+        return Item(torch.ones(1))
+
+
+class Counting(TrainingModule):
+    """Its one weight is the number of steps."""
+
+    def __init__(self, killed_in_step: int | None = None, killed_in_validation: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.killed_in_step, self.killed_in_validation = killed_in_step, killed_in_validation
+        self.validated: list[int] = []
+
+    def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
+        if self.global_step == self.killed_in_step:
+            raise RuntimeError("killed")
+        return -self.weight.sum()
+
+    def validation_step(self, batch: list[Item], batch_idx: int) -> None: ...
+
+    def on_validation_epoch_end(self) -> None:
+        if self.global_step == self.killed_in_validation:
+            raise RuntimeError("killed")
+        self.validated.append(self.global_step)
+        self.log("val/AP", SCORES[self.global_step])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def train(module: Counting, output: Path, accumulate: int) -> None:
+    checkpoint = output / "checkpoints" / "last.ckpt"
+    fit(
+        module,
+        Items(),
+        list,
+        steps=8,
+        checkpoint=checkpoint if checkpoint.is_file() else None,
+        output=output,
+        batch_size=1,
+        accumulate=accumulate,
+        devices=1,
+        nodes=1,
+        strategy="auto",
+        accelerator="cpu",
+        precision="32",
+        channels_last=False,
+        compile=False,
+        clip=None,
+        checkpoint_every=2,
+        log_every=1,
+        loggers=(),
+        workers=0,
+        seed=0,
+        validation=ValidationDataset(Items()),
+        validate_every=2,
+        callbacks=[BestCheckpoint(output / "checkpoints")],
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("killed", "validated"),
+    [
+        ({"killed_in_step": 5}, [6, 8]),
+        ({"killed_in_validation": 4}, [4, 6, 8]),
+        ({"killed_in_validation": 8}, [8]),  # the last
+    ],
+)
+@pytest.mark.parametrize("last", [0.6, 0.1])
+def test_the_best_weights_survive(
+    killed: dict[str, int],
+    validated: list[int],
+    last: float,
+    accumulate: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SCORES, 8, last)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Counting(**killed), tmp_path / "run", accumulate)
+    (tmp_path / "run").rename(tmp_path / "moved")  # as if it were another machine
+    module = Counting()
+    train(module, tmp_path / "moved", accumulate)
+    assert module.validated == validated
+    load_state(module, tmp_path / "moved" / "checkpoints" / "best.ckpt")
+    assert module.weight.item() == (8 if last > 0.5 else 4)
