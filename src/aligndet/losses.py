@@ -49,7 +49,7 @@ def box_contrastive_loss(
         is_query = in_both & (online.proposal_ids != BACKGROUND)
         queries, ids = boxes[is_query], online.proposal_ids[is_query]  # (Q, D), (Q,)
         if len(queries) == 0:
-            return online.embeddings.sum() * 0.0
+            return boxes.sum() * 0.0
 
         query, key = (ids[:, None] == momentum.proposal_ids).nonzero(as_tuple=True)  # the P pairs: few
         positives = (queries[query] * keys[key]).sum(1) / temperature  # (P,)
@@ -74,7 +74,8 @@ def box_contrastive_loss(
 
 def _negatives(queries: Tensor, ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
     """logsumexp(s-) of each query, (Q,)."""
-    # similarities are at most 1: less that bound, exp() stays finite at any temperature
+    # similarities are at most 1: less that bound, exp() stays finite at any temperature; what is 87 times the
+    # temperature below it is 0
     bound = torch.full((), 1.0 / temperature, device=keys.device)
     below = torch.addmm(-bound, queries / temperature, keys.T).exp()  # (Q, K)
     others = below.masked_fill(ids[:, None] == key_ids, 0.0).sum(1)

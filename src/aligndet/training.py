@@ -191,7 +191,17 @@ def compile_networks(module: nn.Module) -> None:
     """
     for name, part in module.named_modules():
         if f".{name}".endswith(_NETWORKS):
-            part.compile()
+            for network in _called(part):
+                network.compile()
+
+
+def _called(part: nn.Module) -> Iterator[nn.Module]:
+    """What is called of a part: the stages, where it is no more than their container (CBNet's trunks)."""
+    if not isinstance(part, nn.ModuleDict):
+        yield part
+        return
+    for child in part.values():
+        yield from _called(child)
 
 
 def steps_done(checkpoint: Path | None) -> int:

@@ -137,6 +137,32 @@ def test_the_best_checkpoint_is_the_result(tuned: Path) -> None:
     assert manifest["class_names"][0] == "brick"
 
 
+def test_the_average_survives_a_second_call(run: Path, sample: Path, tmp_path: Path) -> None:
+    def weights(**settings: Any) -> dict[str, torch.Tensor]:
+        output = aligndet.finetune(
+            sample / "train.json", output=tmp_path / "tuned", init_from=run, ema=0.9, **SMALL, **settings
+        )
+        return load_file(output / "model" / "model.safetensors")
+
+    first, second = weights(), weights(resume=True)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_trunk_weights_are_no_new_ones(sample: Path, tmp_path: Path) -> None:
+    lite = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled"}
+    output = aligndet.finetune(
+        sample / "train.json", output=tmp_path / "tuned", **{**SMALL, **lite, "steps": 1}
+    )
+    start = json.loads((output / "model" / "manifest.json").read_text())["initialised_from"]
+    assert start["trunk_weights"] == "bundled"
+    assert {name for name, origin in start["modules"].items() if origin == "pre-trained"} == {"backbone.body"}
+
+
+def test_a_fine_tuned_run_is_not_exported_again(tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tuned: is a whole detector already"):
+        aligndet.export(tuned, output=tmp_path / "out", num_classes=8)
+
+
 def test_the_last_step_is_validated(tuned: Path) -> None:
     with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file) if row.get("val/AP")] == ["1", "2"]

@@ -224,6 +224,11 @@ def test_compile_takes_the_networks(name: str, monkeypatch: pytest.MonkeyPatch) 
     inside = {id(parameter) for part in taken for parameter in part.parameters()}
     sizes = {id(parameter): parameter.numel() for parameter in adapter.detector.parameters()}
     assert sum(sizes[key] for key in inside) > 0.8 * sum(sizes.values())  # not what predicts and projects
+    called: set[nn.Module] = set()
+    for part in taken:
+        part.register_forward_hook(lambda part, *_: called.add(part))
+    losses_of(adapter)
+    assert called == set(taken)  # what is not called would not be compiled either
 
 
 @pytest.mark.slow

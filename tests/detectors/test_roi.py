@@ -170,6 +170,19 @@ def test_the_region_proposal_network_can_be_shown_objects_alone() -> None:
     assert alone(images, BOXES[:1]).losses["loss_objectness"] > 15
 
 
+@pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn"])
+def test_a_batch_without_proposals_has_losses(detector: str) -> None:
+    for options in ({}, {"rpn_positives": True}):
+        adapter: Any = build_pretrainable(detector, **SMALL, options=options)
+        losses = adapter([torch.rand(3, 128, 128)] * 2, [BOXES[0][:0]] * 2).losses
+        assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_the_stages_of_a_cascade_have_their_own_iou() -> None:
+    with pytest.raises(ValueError, match="cascade_rcnn has no option 'box_fg_iou_thresh'"):
+        build_detector("cascade_rcnn", num_classes=3, **SMALL, options={"box_fg_iou_thresh": 0.9})
+
+
 @pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc"])
 def test_new_box_predictors_start_near_zero(detector: str) -> None:
     plain: Any = build_detector(detector, num_classes=3, **SMALL)

@@ -58,11 +58,16 @@ def export(
     if format == "onnx":
         return _to_onnx(run, output, overwrite)
     if num_classes is None:
-        raise ValueError("--num-classes: give the number of object classes to be fine-tuned")
+        raise ValueError(
+            "--num-classes: give the number of object classes to be fine-tuned (a fine-tuned run is a whole"
+            " detector already: RUN/model)"
+        )
     check_bounds({"num_classes": num_classes, "seed": seed})
     if (output / "model.safetensors").exists() and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
+    if "num_classes" in source["architecture"]:
+        raise ValueError(f"{run}: is a whole detector already; there is nothing to export but --format onnx")
     architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels", "fpn_norm")}
     if "options" in source["architecture"]:
         architecture["options"] = source["architecture"]["options"]

@@ -188,12 +188,12 @@ def finetune(
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
         if options:
             architecture["options"] = options
-        model = build_detector(
-            **architecture,
-            trunk_weights="none" if "trunk" in init and state else trunk_weights,
-            resize_in_training=False,
-        )
+        trunk_from = "none" if "trunk" in init and state else trunk_weights
+        model = build_detector(**architecture, trunk_weights=trunk_from, resize_in_training=False)
         origins = initialise(model, state, init)
+        if trunk_from != "none":
+            trunks = (name for name in origins if f"{name}.".startswith(MODULES["trunk"]))
+            origins |= dict.fromkeys(trunks, "pre-trained")
         pretrained = bool(state) and "head" in init
         adam = optimizer == "adamw"
         evaluator, validation = None, None
@@ -254,7 +254,8 @@ def finetune(
                 "class_names": [category.name for category in coco.categories],
                 "category_ids": [category.id for category in coco.categories],
                 "initialised_from": {
-                    "weights": str(init_from) if state else trunk_weights,
+                    "weights": str(init_from) if state else None,
+                    "trunk_weights": trunk_from if trunk_from != "none" or not state else str(init_from),
                     "modules": origins,
                 },
                 **provenance(),

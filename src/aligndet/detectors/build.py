@@ -145,7 +145,7 @@ def build_detector(
         ancestors = type(model).__mro__[:-1]
         parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
         known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
-        _check(detector, options, known - set(own) | shared)
+        _check(detector, options, known - set(own) - getattr(family, "fixed_options", frozenset()) | shared)
     _predict_in_float32(model)
     return model
 
@@ -203,8 +203,10 @@ def predicts_masks(detector: str) -> bool:
 
 
 def _predict_in_float32(detector: nn.Module) -> None:
-    """Lets no box be decoded from, or in, half precision: in bfloat16 a coordinate of 500 moves in steps of 2
-    pixels.
+    """Lets no box be decoded in half precision: in bfloat16 a coordinate of 500 moves in steps of 2 pixels.
+
+    What the layers predict has been rounded by then, to a half percent: of the side of a box, not of where it
+    is.
     """
     heads = getattr(detector, "prediction_heads", None)
     for module in detector.modules() if heads is None else heads:

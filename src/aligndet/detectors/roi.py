@@ -38,25 +38,30 @@ FOR_PRETRAINING: dict[str, Any] = {
 class PositiveSampler:
     """Takes assigned boxes only, in the place of torchvision's sampler, which fills up with background."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, never_empty: bool = False) -> None:
         """Prepares the sampler.
 
         Args:
             limit: Most boxes of a batch; each image has an equal share.
+            never_empty: Take one background box where no box of the batch is assigned: torchvision's losses
+                of region proposals are means, of nothing not a number.
         """
-        self.limit = limit
+        self.limit, self.never_empty = limit, never_empty
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Picks boxes at random.
 
         Args:
-            labels: (M_i,) of each image; from 1: an object.
+            labels: (M_i,) of each image; from 1: an object; 0: background.
 
         Returns:
-            Masks (M_i,) of the boxes picked, of each image, and the same for background: none.
+            Masks (M_i,) of the boxes picked, of each image, and the same for background.
         """
         picked = [pick(label >= 1, max(1, self.limit // len(labels))) for label in labels]
-        return picked, [torch.zeros_like(mask) for mask in picked]
+        background = [torch.zeros_like(mask) for mask in picked]
+        if self.never_empty and not torch.cat(picked).any():
+            background[0] = pick(labels[0] == 0, 1)
+        return picked, background
 
 
 def pick(wanted: Tensor, limit: int) -> Tensor:
@@ -197,7 +202,7 @@ class RoIPretraining(nn.Module):
         for stage in stages:
             stage.fg_bg_sampler = PositiveSampler(max_boxes)
         if rpn_positives:
-            detector.rpn.fg_bg_sampler = PositiveSampler(max_boxes)
+            detector.rpn.fg_bg_sampler = PositiveSampler(max_boxes, never_empty=True)
         layers = [
             f"{name}." for name, module in detector.named_modules() if isinstance(module, EmbeddingPredictor)
         ]
