@@ -78,9 +78,9 @@ def test_a_box_around_an_object_goes_before_one_that_cuts_it() -> None:
     boxes = np.stack([tight + 60, tight, tight - 50])
     score = partial(objectness, image)
     assert score(boxes)[1] > 1.5 * score(boxes)[[0, 2]].max()
-    kept = filter_boxes(boxes, 400, 400, nms_iou=0.3, score=score)
-    np.testing.assert_array_equal(kept[0], tight)
-    np.testing.assert_array_equal(filter_boxes(boxes, 400, 400, nms_iou=0.3)[0], boxes[0])
+    bounds: dict[str, Any] = {"max_aspect_ratio": 3.0, "min_area": 0.0, "max_area": 1.0, "nms_iou": 0.3}
+    np.testing.assert_array_equal(filter_boxes(boxes, 400, 400, **bounds, score=score)[0], tight)
+    np.testing.assert_array_equal(filter_boxes(boxes, 400, 400, **bounds)[0], boxes[0])
 
 
 def test_masks_equal_a_loop_over_boxes() -> None:

@@ -123,6 +123,9 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     pq.write_table(table.set_column(table.column_names.index("mask_side"), "mask_side", other), shard)
     with pytest.raises(ValueError, match="3 boxes and 3 masks of side 28; there must be a mask of side 56"):
         read_proposals(tmp_path, masks=True)
+    write_shard(shard, [row._replace(masks=[*row.masks[:2], None])])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="there must be a mask of side 56 for each box"):
+        read_proposals(tmp_path, masks=True)
     document = coco(annotations=[{"id": 5, "image_id": 1, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2]]}])
     (tmp_path / "x.json").write_text(json.dumps(document))
     assert len(read_proposals(tmp_path / "x.json").boxes) == 1
@@ -147,6 +150,30 @@ def coco(**changes: Any) -> dict[str, Any]:
         (coco(images=coco()["images"] * 2), "twice"),
         (coco(annotations=[{"id": 1, "image_id": 2, "bbox": [1, 2, 3, 4]}]), "KeyError: 2"),
         (coco(annotations=[{"id": 1, "image_id": 1, "bbox": [1, 2]}]), "no COCO-style"),
+        *(
+            (coco(annotations=[{"image_id": 1, "bbox": bbox}]), r"image a\.jpg: bbox .* four finite numbers")
+            for bbox in (
+                ["1", "2", "3", "4"],
+                [True, 2, 3, 4],
+                [10**400, 2, 3, 4],
+                [float("inf"), 2, 3, 4],
+                None,
+            )
+        ),
+        *(
+            (
+                coco(images=[{"id": 1, "file_name": "a.jpg", "width": width, "height": 30}]),
+                r"a\.jpg has the size",
+            )
+            for width in (float("inf"), 10**400, 2**31, 0, "40", None)
+        ),
+        *(
+            (
+                coco(images=[{"id": 1, "file_name": name, "width": 40, "height": 30}]),
+                "file_name .* is no text",
+            )
+            for name in (None, 7)
+        ),
         (coco(images=[{"id": 1, "file_name": "../a.jpg", "width": 40, "height": 30}]), "leads out"),
         (coco(images=[{"id": 1, "file_name": "C:\\..\\a.jpg", "width": 40, "height": 30}]), "leads out"),
     ],
@@ -169,6 +196,17 @@ def test_broken_parquet_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no proposals"):
         read_proposals(tmp_path / "none")
+
+
+@pytest.mark.parametrize("column", ["file_name", "width", "height", "boxes"])
+def test_what_an_image_lacks_is_named(column: str, tmp_path: Path) -> None:
+    shard = tmp_path / "part-00000.parquet"
+    write_shard(shard, rows())
+    table = pq.read_table(shard)
+    index = table.column_names.index(column)
+    pq.write_table(table.set_column(index, column, pa.nulls(3, table.schema.field(column).type)), shard)
+    with pytest.raises(ValueError, match=rf"part-00000\.parquet: an image has no {column}"):
+        read_proposals(tmp_path)
 
 
 numbers = st.floats(-50, 150, width=32) | st.sampled_from([float("nan"), float("inf"), 0.0])
@@ -196,9 +234,10 @@ def test_filters_equal_a_loop_over_boxes(boxes: Any) -> None:
         fits = max(width, height) <= 3 * min(width, height) and 80 <= width * height <= 8100
         if fits and all(best_proposals(other[None], box[None])[0] <= 0.5 for other in kept):
             kept.append(box)
-    found = filter_boxes(boxes, 100, 100)
+    bounds: dict[str, Any] = {"max_aspect_ratio": 3.0, "min_area": 0.008, "max_area": 0.81, "nms_iou": 0.5}
+    found = filter_boxes(boxes, 100, 100, **bounds)
     np.testing.assert_array_equal(found, np.array(kept, np.float32).reshape(-1, 4))
-    np.testing.assert_array_equal(filter_boxes(boxes, 100, 100, max_proposals=2), found[:2])
+    np.testing.assert_array_equal(filter_boxes(boxes, 100, 100, **bounds, max_proposals=2), found[:2])
 
 
 def test_best_proposals() -> None:

@@ -94,7 +94,8 @@ def pretrain(
             "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
-            "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
+            "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224.dino",
+            ... Images are normalised as for timm's weights of that name (the part behind the dot).
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
             `aligndet pretrain-backbone`, or a file (.pth, .pkl, .safetensors) as MoCo, SwAV, SimSiam, BYOL,
             DenseCL, PixPro, DetCo, DINO, SimMIM, Swin, torchvision, timm, OpenMMLab and detectron2 publish
