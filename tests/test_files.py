@@ -44,7 +44,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pass
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\xff", '{"a": ' + "9" * 5000 + "}"])
 def test_what_is_no_json_object_is_named(content: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(content.encode("latin-1"))

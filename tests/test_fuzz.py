@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from aligndet.boxes import BACKGROUND
+from aligndet.commands.check_data import check_data
 from aligndet.data.coco import read_coco
 from aligndet.data.images import read_image, read_image_size
 from aligndet.data.labelled import LabelledDataset
@@ -204,8 +206,13 @@ def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return apply
 
 
-class Named(Exception):
-    """An error of the right kind whose message names the file."""
+def read_or_name(read: Callable[[Path], Any], path: Path) -> None:
+    """Reads a file, which may be refused by an error of the right kind whose message names it."""
+    try:
+        read(path)
+    except ValueError as error:  # of which ImageError is one
+        if path.name not in str(error) and path.parent.name not in str(error):
+            raise
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -221,10 +228,63 @@ def test_broken_files_are_named(folder: Path, name: str, broken: Callable[[bytes
     path.write_bytes(read_valid)
     read(path)  # what is in order is read
     path.write_bytes(broken(read_valid))
-    with suppress(Named):
-        try:
-            read(path)
-        except ValueError as error:  # of which ImageError is one
-            if path.name in str(error) or path.parent.name in str(error):
-                raise Named from error
-            raise
+    read_or_name(read, path)
+
+
+ODD: list[Any] = [None, True, "0", "", "x", [], [[]], [1, 2, 3], {}, -1, 0, 0.5, 1e300, 10**400, -(10**400)]
+ODD += [float("inf"), float("nan")]
+
+
+def outlined() -> Any:
+    """Labels of two objects, with outlines."""
+    document = json.loads(labels())
+    outline = {"segmentation": [[1, 2, 11, 2, 11, 14]]}
+    document["annotations"] = [{**document["annotations"][0], **outline, "id": number} for number in (1, 2)]
+    return document
+
+
+def places(value: Any) -> list[tuple[Any, ...]]:
+    """The ways to all values within a JSON value."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    return [(), *((key, *rest) for key, entry in entries for rest in places(entry))]
+
+
+def swapped(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
+    """A JSON value with another one in a place, if it still has that place."""
+    if not place:
+        return deepcopy(odd)
+    with suppress(LookupError, TypeError):
+        value[place[0]] = swapped(value[place[0]], place[1:], odd)
+    return value
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_coco(path),
+        lambda path: read_coco(path, masks=True),
+        lambda path: check_data(path),
+        lambda path: read_proposals(path),
+        lambda path: read_proposals(path, masks=True),
+    ],
+    ids=["coco", "coco-masks", "check-data", "proposals", "proposals-masks"],
+)
+@given(
+    swaps=st.lists(
+        st.tuples(st.sampled_from(places(outlined())), st.sampled_from(ODD)), min_size=1, max_size=3
+    )
+)
+@settings(max_examples=2 * settings().max_examples)
+def test_odd_values_are_read_or_refused(
+    folder: Path, read: Callable[[Path], Any], swaps: list[tuple[tuple[Any, ...], Any]]
+) -> None:
+    path = folder / "odd" / "labels.json"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 24)).save(path.with_name("image.png"))
+    document = outlined()
+    for place, odd in swaps:
+        document = swapped(document, place, odd)
+    path.write_text(json.dumps(document))
+    read_or_name(read, path)

@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # ValueError: no JSON, text or number
         raise ValueError(f"{path}: is no JSON ({error})") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path}: holds no JSON object")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,32 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
     assert [[0, 4, 40, 4, 40, 24, 0, 24]] in outlines
     with pytest.raises(ValueError, match="not empty"):
         check_data(data / "train.json", fix=tmp_path / "fixed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"id": "one"}, set()),
+        ({"id": 1}, {"duplicate id"}),
+        ({"bbox": ["1", "2", "3", "4"]}, {"empty box"}),
+        ({"bbox": [10**400, 2, 3, 4]}, {"empty box"}),
+        ({"area": 10**400}, set()),
+        ({"segmentation": [1, 2, 30, 2, 30, 30]}, {"malformed outline"}),
+        (
+            {"segmentation": [1, 2, 30, 2, 30, 30], "bbox": [-9, 2, 30, 30]},
+            {"malformed outline", "box out of bounds"},
+        ),
+        ({"segmentation": [[[-9, 2], [21, 2], [21, 32]]], "bbox": [-9, 2, 30, 30]}, {"box out of bounds"}),
+    ],
+)
+def test_odd_values_are_told_apart(
+    changes: dict[str, Any], kinds: set[str], sample: Path, tmp_path: Path
+) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    assert document["annotations"][0]["id"] == 1
+    document["annotations"][1:2] = [{**document["annotations"][1], "id": "two", **changes}]
+    document["annotations"].append({**document["annotations"][2]})
+    path, fixed = tmp_path / "train.json", tmp_path / "fixed"
+    path.write_text(json.dumps(document))
+    assert set(check_data(path, images=sample / "train", fix=fixed)["problems"]) == {*kinds, "duplicate id"}
+    assert read_coco(fixed / "train.json", strict=True).boxes

@@ -58,10 +58,13 @@ def test_boxes_labels_and_crowds(tmp_path: Path) -> None:
     [
         ([5, 5, 0, 10], "no size"),
         ([5, 5, 10, -1], "no size"),
-        ([float("nan"), 5, 10, 10], "no size"),
+        ([float("nan"), 5, 10, 10], "four finite numbers"),
+        ([10**400, 5, 10, 10], "four finite numbers"),
+        (["1", "2", "3", "4"], "four finite numbers"),
+        ([True, 2, 3, 4], "four finite numbers"),
         ([100, 100, 10, 10], "outside"),
-        ([1, 2, 3], "four numbers"),
-        ("box", "four numbers"),
+        ([1, 2, 3], "four finite numbers"),
+        ("1234", "four finite numbers"),
     ],
 )
 def test_a_bad_box_is_dropped_and_named(bbox: Any, note: str, tmp_path: Path) -> None:
@@ -101,6 +104,7 @@ def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
             {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}] * 2},
             "image id 1 occurs twice",
         ),
+        ({"annotations": annotation(iscrowd="0")}, "'iscrowd' of annotation 1 is neither 0 nor 1: '0'"),
         ({"categories": []}, "no categories"),
         ({"categories": [{"id": 7, "name": "x"}, {"id": 7, "name": "y"}]}, "category id occurs twice"),
         ({"categories": 3}, "no list 'categories'"),
@@ -144,7 +148,9 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
         CocoDetection(coco)[0]
 
 
-@pytest.mark.parametrize("area", [None, "x", -3, 0, float("nan"), [1]])
+@pytest.mark.parametrize(
+    "area", [None, "x", -3, 0, float("nan"), [1], 1e300, pytest.param(10**400, id="huge")]
+)
 def test_an_area_that_makes_no_sense_becomes_the_boxs_own(area: Any, tmp_path: Path) -> None:
     coco = read_coco(write(tmp_path, annotations=annotation(area=area)))
     assert coco.areas[0].tolist() == [120]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,11 +138,75 @@ def test_yolo_parts_outlines_and_flaws(tmp_path: Path) -> None:
         read_labelled(tmp_path, categories=[Category(1, "cat")])
 
 
-@pytest.mark.parametrize("text", ["names: {0: dog, one: cat}", "names: [dog]\nday: 2020-13-45"])
+def test_yolo_keypoints_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "data.yaml", "kpt_shape: [2, 3]\nnames: [dog]\n")
+    box, keypoints = "0 0.5 0.5 0.5 0.2", " 0.1 0.1 2 0 nan 0"
+    put(tmp_path, "labels/a.txt", f"{box}{keypoints}\n{box}{keypoints} 1 1\n{box}\n", "images/a.jpg")
+    read = read_labelled(tmp_path)
+    np.testing.assert_allclose(read.boxes[0], [[10, 12, 30, 18]], atol=1e-5)
+    assert capsys.readouterr().out.count("keypoints of its objects are ignored") == 1
+    assert len(read.warnings) == 2
+    for number, warning in zip((2, 3), read.warnings, strict=True):
+        assert f"a.txt: line {number}: dropped" in warning
+        assert "4 numbers of a box, and 6 of its keypoints" in warning
+
+
+# as large as memory once it is written out, yet a few lines
+LAUGHS = "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 99)}]" for a, b in pairwise("abcdefgh"))
+LAUGHS = f"a: &a [ha, ha]\n{LAUGHS}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: {0: dog, one: cat}",
+        "names: [dog]\nday: 2020-13-45",
+        "names: [dog, null]",
+        "names: " + "[" * 10_000,
+        "names: [dog]\nkpt_shape: 17",
+        "names: [dog]\nkpt_shape: [17, -3]",
+        LAUGHS + "names: *h",
+        LAUGHS + "names: {1: *h}",
+        LAUGHS + "names: [dog]\npath: *h",
+        LAUGHS + "names: [dog]\ntrain: *h",
+        LAUGHS + "names: [dog]\nkpt_shape: *h",
+    ],
+)
 def test_a_broken_data_yaml_is_named(tmp_path: Path, text: str) -> None:
     put(tmp_path, "data.yaml", text)
-    with pytest.raises(ValueError, match=r"data\.yaml: ('names' has to|is no YAML)"):
+    with pytest.raises(ValueError, match=r"data\.yaml: ('\w+' has to|is no YAML)") as caught:
         load_yolo(tmp_path / "data.yaml")
+    assert len(str(caught.value)) < 1000
+
+
+def test_classes_with_equal_names(tmp_path: Path) -> None:
+    put(tmp_path, "data.yaml", "names: [thing, thing, dog]\n")
+    put(tmp_path, "labels/a.txt", "".join(f"{i} 0.5 0.5 0.5 0.2\n" for i in range(3)), "images/a.jpg")
+    names = ("thing", "thing", "dog")
+    same = tuple(Category(id, name) for id, name in zip((3, 5, 9), names, strict=True))
+    assert read_labelled(tmp_path).labels[0].tolist() == [1, 2, 3]
+    assert read_labelled(tmp_path, categories=same).labels[0].tolist() == [1, 2, 3]
+    for others in (same[::-1], (Category(1, "thing"), Category(2, "dog"))):
+        with pytest.raises(ValueError, match=rf"{tmp_path.name}: several categories.* are called 'thing'"):
+            read_labelled(tmp_path, categories=others)
+    put(tmp_path, "data.yaml", "names: [dog, dog2, thing]\n")
+    with pytest.raises(ValueError, match="are called 'thing'"):
+        read_labelled(tmp_path, categories=(*same, Category(10, "dog2")))
+
+
+def test_coco_in_a_folder_is_matched_by_name(tmp_path: Path) -> None:
+    document: dict[str, list[dict[str, Any]]] = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": i, "bbox": [1, 2, 3, 4]} for i in (7, 3)],
+        "categories": [{"id": 7, "name": "thing"}, {"id": 3, "name": "thing"}],
+    }
+    put(tmp_path, "train.json", json.dumps(document), "a.jpg")
+    same = (Category(1, "thing"), Category(2, "thing"))
+    assert read_labelled(tmp_path, categories=same).labels[0].tolist() == [2, 1]  # in the order of ids
+    document["annotations"][0]["category_id"] = 5
+    put(tmp_path, "train.json", json.dumps(document))
+    with pytest.raises(ValueError, match="annotation 7 is of the unknown category 5"):
+        read_labelled(tmp_path, categories=same)
 
 
 def test_a_list_of_images_may_not_lead_out(tmp_path: Path) -> None:

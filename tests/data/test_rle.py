@@ -60,6 +60,7 @@ def test_the_forms_of_a_segmentation() -> None:
         ([[1, 1, 5, 1, 4]], "malformed"),
         ([[1, 1, 5, 1, float("nan"), 3]], "three points"),
         ([["a", 1, 5, 1, 4, 4]], "malformed"),
+        ([[10**400, 1, 5, 1, 4, 4]], "malformed"),
         ([1, 1, 5, 1, 5, 4], "malformed"),
         ("mask", "malformed"),
         (3, "malformed"),

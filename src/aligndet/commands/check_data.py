@@ -26,8 +26,8 @@ def check_data(
     """Checks labelled images, or a bare folder of images, and says what is in them.
 
     The exit status is 0 if there is nothing to mend, 1 if there are problems (broken images, boxes out of
-    bounds or empty, wrong sizes, duplicates, unreadable labels), 2 if the data cannot be read at all.
-    Images without boxes and classes of unequal size are counted, and are no problem.
+    bounds or empty, malformed outlines, wrong sizes, duplicates, unreadable labels), 2 if the data cannot be
+    read at all. Images without boxes and classes of unequal size are counted, and are no problem.
 
     Args:
         path: COCO JSON, PASCAL VOC or YOLO (file or folder), or a folder of images.

@@ -14,6 +14,7 @@ import numpy as np
 from aligndet.data.coco import clip_box
 from aligndet.data.document import Document
 from aligndet.data.images import ImageError, read_image
+from aligndet.data.rle import read_segmentation
 from aligndet.files import safe_name
 
 Finding = tuple[str, str]  # kind of problem, and where it is
@@ -75,8 +76,10 @@ def check_boxes(
     kept: list[dict[str, Any]] = []
     findings: list[Finding] = []
     ids: set[int] = set()
-    unused = itertools.count(1 + max((entry["id"] for entry in labels.content["annotations"]), default=0))
-    for entry in labels.content["annotations"]:
+    annotations = labels.content["annotations"]
+    numbers = (entry["id"] for entry in annotations if isinstance(entry["id"], int))  # others are strings
+    unused = itertools.count(1 + max(numbers, default=0))
+    for entry in annotations:
         where = f"annotation {entry['id']} of {names.get(entry['image_id'], entry['image_id'])}"
         if entry["image_id"] not in names or entry["category_id"] not in categories:
             findings.append(("unknown image or class", where))
@@ -94,18 +97,21 @@ def check_boxes(
         if box is not None:
             left, top, right, bottom = box
             fixed = {**entry, "bbox": [left, top, right - left, bottom - top]}
-            if isinstance(entry.get("segmentation"), list):  # outlines; run lengths cannot reach beyond
-                fixed["segmentation"] = _clip_outlines(entry["segmentation"], *sizes[entry["image_id"]])
+            outlines = entry.get("segmentation")
+            if outlines and not isinstance(outlines, dict):  # run lengths cannot reach beyond
+                try:
+                    fixed["segmentation"] = _clip_outlines(outlines, *sizes[entry["image_id"]])
+                except ValueError as error:
+                    findings.append(("malformed outline", f"{where}: {error}"))
             kept.append(fixed if note else entry)
     return kept, findings
 
 
-def _clip_outlines(outlines: list[list[float]], width: int, height: int) -> list[list[float]]:
-    """Moves what lies beyond the image to its edge."""
-    return [
-        [min(max(value, 0), (width, height)[place % 2]) for place, value in enumerate(outline)]
-        for outline in outlines
-    ]
+def _clip_outlines(outlines: Any, width: int, height: int) -> list[list[float]]:
+    """Moves what lies beyond the image to its edge; raises ValueError if these are no outlines."""
+    read_segmentation(outlines, width, height)
+    points = (np.array(outline, np.float64).reshape(-1, 2) for outline in outlines)
+    return [corners.clip(0, (width, height)).ravel().tolist() for corners in points]
 
 
 def statistics(

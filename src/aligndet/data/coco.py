@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligndet.data.document import Document, load_document
+from aligndet.data.document import Document, image_size, load_document, read_box
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
 from aligndet.files import safe_name
@@ -120,9 +119,7 @@ def build_dataset(
     for image in document["images"]:
         if image["id"] in entries:
             raise ValueError(f"{annotations}: image id {image['id']} occurs twice")
-        width, height = image["width"], image["height"]
-        if not (1 <= width < 2**31 and 1 <= height < 2**31):
-            raise ValueError(f"{annotations}: image {image['file_name']} has the size {width}x{height}")
+        image_size(image, annotations)
         entries[image["id"]] = image
     rows: dict[int, list[tuple[list[float], int, bool, float, bytes]]] = {key: [] for key in entries}
     seen: set[Any] = set()
@@ -245,7 +242,7 @@ def _categories(
 
 def _area(area: Any, box: Sequence[float]) -> float:
     """The annotated area (of the mask, if there is one), or the box's own where that makes no sense."""
-    known = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
+    known = isinstance(area, (int, float)) and 0 < area < 2**62  # no image is larger; false for nan, too
     return float(area) if known else (box[2] - box[0]) * (box[3] - box[1])
 
 
@@ -261,10 +258,10 @@ def clip_box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, st
         The box, or None if nothing is left of it, and the note, or None if all was well.
     """
     try:
-        x, y, w, h = (float(value) for value in bbox)
-    except (TypeError, ValueError):
-        return None, f"dropped the box {bbox!r}, which is not four numbers"
-    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+        x, y, w, h = read_box(bbox)
+    except ValueError as error:
+        return None, f"dropped: {error}"
+    if w <= 0 or h <= 0:
         return None, f"dropped the box {[x, y, w, h]} (xywh), which has no size"
     box = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
     if box[2] <= box[0] or box[3] <= box[1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,44 @@ def load_document(annotations: Path, images: Path | None = None) -> Document:
     return Document(_load(annotations), images if images is not None else _guess_folder(annotations))
 
 
+def image_size(image: Mapping[str, Any], source: object) -> tuple[int, int]:
+    """Width and height of an image in pixels.
+
+    Args:
+        image: An entry of a COCO JSON's images.
+        source: What it stands in, for the message.
+
+    Raises:
+        ValueError: If they are no numbers from 1 to 2^31 - 1.
+    """
+    width, height = image["width"], image["height"]
+    if not all(isinstance(side, (int, float)) and 1 <= side < 2**31 for side in (width, height)):
+        raise ValueError(f"{source}: image {image['file_name']} has the size {width!s:.20}x{height!s:.20}")
+    return int(width), int(height)
+
+
+def read_box(bbox: Any) -> list[float]:
+    """The box of an object.
+
+    Args:
+        bbox: As a COCO JSON has it.
+
+    Returns:
+        x, y, width and height in pixels.
+
+    Raises:
+        ValueError: If it is not four finite numbers.
+    """
+    largest = sys.float_info.max  # JSON has integers that no float can hold
+    if (
+        not isinstance(bbox, (list, tuple))
+        or len(bbox) != 4
+        or not all(type(value) in (int, float) and abs(value) <= largest for value in bbox)
+    ):
+        raise ValueError(f"bbox {bbox!r:.80} is not four finite numbers")
+    return [float(value) for value in bbox]
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         document = read_json(path)
@@ -52,6 +92,11 @@ def _load(path: Path) -> dict[str, Any]:
                     raise ValueError(
                         f"{path}: {key!r} of an entry of {section!r} is no {wanted}: {str(entry)[:200]}"
                     )
+    for entry in document["annotations"]:
+        if entry.get("iscrowd") not in (None, 0, 1):
+            raise ValueError(
+                f"{path}: 'iscrowd' of annotation {entry['id']} is neither 0 nor 1: {entry['iscrowd']!r:.80}"
+            )
     return document
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ def read_labelled(
     """Reads COCO JSON, PASCAL VOC or YOLO, and checks it as `aligndet.data.coco.read_coco` does.
 
     Order of classes: COCO by id, VOC by name, YOLO as in data.yaml. VOC and YOLO have no ids of their own,
-    so that with ``categories`` their classes are matched by name.
+    so that with ``categories`` their classes are matched by name, or by order if all names are the same.
 
     Args:
         path: A COCO JSON or a folder with one; VOC as `load_voc` takes it; data.yaml or its folder.
@@ -95,19 +96,38 @@ def _find_json(folder: Path, split: str) -> Path | None:
 
 def _match_names(labels: Document, path: Path, categories: Sequence[Category]) -> Document:
     """The same labels under the ids of other categories with the same names."""
-    known = {category.name: category.id for category in categories}
-    old = {entry["id"]: entry["name"] for entry in labels.content["categories"]}
-    unknown = sorted(str(name) for name in old.values() if name not in known)
-    if unknown:
+    old = sorted(labels.content["categories"], key=lambda entry: int(entry["id"]))
+    ids = _matching_ids([str(entry["name"]) for entry in old], path, categories)
+    new = dict(zip((entry["id"] for entry in old), ids, strict=True))
+    annotations = labels.content["annotations"]
+    stray = next((entry for entry in annotations if entry["category_id"] not in new), None)
+    if stray is not None:
         raise ValueError(
-            f"{path}: its categories are not those of the detector; the first unknown one: {unknown[0]!r}"
+            f"{path}: annotation {stray['id']} is of the unknown category {stray['category_id']}"
         )
     content = {
         **labels.content,
         "categories": [category._asdict() for category in categories],
-        "annotations": [
-            {**entry, "category_id": known[old[entry["category_id"]]]}
-            for entry in labels.content["annotations"]
-        ],
+        "annotations": [{**entry, "category_id": new[entry["category_id"]]} for entry in annotations],
     }
     return labels._replace(content=content)
+
+
+def _matching_ids(names: list[str], path: Path, categories: Sequence[Category]) -> list[int]:
+    wanted = [category.name for category in categories]
+    if names == wanted:
+        return [category.id for category in categories]
+    known = {category.name: category.id for category in categories}
+    unknown = sorted(set(names) - known.keys())
+    if unknown:
+        raise ValueError(
+            f"{path}: its categories are not those of the detector; the first unknown one: {unknown[0]!r}"
+        )
+    uses = Counter(names) | Counter(wanted)
+    repeated = next((name for name in names if uses[name] > 1), None)
+    if repeated is not None:
+        raise ValueError(
+            f"{path}: several categories, its own or the detector's, are called {repeated!r}, so they cannot"
+            " be matched by name; give them different names, or list all of the detector's in its order"
+        )
+    return [known[name] for name in names]

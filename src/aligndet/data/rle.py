@@ -105,7 +105,7 @@ def read_segmentation(segmentation: Any, width: int, height: int) -> bytes:
         rle = coco_masks.segmToRle(segmentation, width, height)
         if not polygons:
             coco_masks.decode(rle)  # the one function that looks whether the runs fill the image
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         raise ValueError(f"has a malformed segmentation: {' '.join(str(error).split())[:90]}") from error
     return rle["counts"]
 

@@ -29,7 +29,8 @@ def find_yaml(path: Path) -> Path | None:
 def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Document:
     """Reads YOLO labels: lines of a class and a box, or of a class and an outline.
 
-    The classes are those of data.yaml, in its order. An image without a text file has no objects.
+    The classes are those of data.yaml, in its order. An image without a text file has no objects. Where
+    data.yaml has ``kpt_shape``, lines are of a class, a box and keypoints, which are ignored.
 
     Args:
         path: data.yaml, or the folder that holds it.
@@ -45,6 +46,7 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
         raise ValueError(f"{path}: is no data.yaml with the names of classes")
     settings = _settings(settings_file)
     names = _names(settings["names"], settings_file)
+    keypoints = _keypoints(settings.get("kpt_shape"), settings_file)
     found = [images] if images is not None else _folders(settings, settings_file, split)
     files = [file for entry in found for file in _image_files(entry, settings_file)]
     if not files:
@@ -65,7 +67,7 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
         number = len(document["images"]) + 1
         name = file.relative_to(folder).as_posix()
         document["images"].append({"id": number, "file_name": name, "width": width, "height": height})
-        for annotation in _objects(_label_file(file), len(names), (width, height), notes):
+        for annotation in _objects(_label_file(file), len(names), keypoints, (width, height), notes):
             annotation |= {"id": len(document["annotations"]) + 1, "image_id": number, "iscrowd": 0}
             document["annotations"].append(annotation)
     return Document(document, folder, tuple(notes))
@@ -74,7 +76,7 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
 def _settings(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:  # of bytes that are no text, or of dates that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or no date
         raise ValueError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     return content if isinstance(content, dict) else {}
 
@@ -83,19 +85,36 @@ def _names(names: Any, path: Path) -> list[str]:
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise ValueError(f"{path}: 'names' has to list the classes, from 0 on, not {names!r:.200}")
-    return [str(name) for name in names]
+        raise ValueError(f"{path}: 'names' has to list the classes, from 0 on")
+    return _texts(names, "names", path)
+
+
+def _texts(values: list[Any], key: str, path: Path) -> list[str]:
+    if not all(isinstance(value, (str, int, float)) for value in values):
+        # not shown: aliases make gigabytes of a few lines
+        raise ValueError(f"{path}: {key!r} has to hold text and numbers alone")
+    return [str(value) for value in values]
+
+
+def _keypoints(shape: Any, path: Path) -> int:
+    """How many numbers of keypoints follow a box."""
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"{path}: 'kpt_shape' has to be two numbers, as in [17, 3]")
+    print(f"{path.name}: the keypoints of its objects are ignored")
+    return math.prod(shape)
 
 
 def _folders(settings: dict[str, Any], path: Path, split: str) -> list[Path]:
     """What data.yaml says of a split, or the usual folders."""
-    root = path.parent / str(settings.get("path") or "")
+    root = path.parent.joinpath(*_texts([settings.get("path") or ""], "path", path))
     root = root if root.is_dir() else path.parent
     found: list[Path] = []
     for part in SPLITS if split == "all" else (split,):
         keys = SPLITS[part]
         value = next((settings[key] for key in keys if settings.get(key)), None)
-        entries = [str(entry) for entry in (value if isinstance(value, list) else [value] if value else [])]
+        entries = _texts(value if isinstance(value, list) else [value] if value else [], part, path)
         if split == "all":  # a part that was not downloaded is no mistake then
             entries = [entry for entry in entries if _find(entry, root)]
         usual = [root / place for key in keys for place in (f"images/{key}", f"{key}/images")]
@@ -140,9 +159,13 @@ def _label_file(image: Path) -> Path:
     return there if there.is_file() else image.with_suffix(".txt")
 
 
-def _objects(path: Path, classes: int, size: tuple[int, int], notes: list[str]) -> list[dict[str, Any]]:
+def _objects(
+    path: Path, classes: int, keypoints: int, size: tuple[int, int], notes: list[str]
+) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
+    wanted = f"{classes} classes from 0 and 4 numbers of a box, "
+    wanted += f"and {keypoints} of its keypoints" if keypoints else "or 6 and more of an outline"
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip():
@@ -151,18 +174,17 @@ def _objects(path: Path, classes: int, size: tuple[int, int], notes: list[str]) 
             label, *values = (float(value) for value in line.split())
         except ValueError:
             label, values = -1.0, []
-        outline = len(values) >= 6 and len(values) % 2 == 0
+        outline = not keypoints and len(values) >= 6 and len(values) % 2 == 0
+        shape = values if outline else values[:4]
         if (
             label not in range(classes)
-            or not (len(values) == 4 or outline)
-            or not all(map(math.isfinite, values))
+            or not (len(values) == 4 + keypoints or outline)
+            or not all(map(math.isfinite, shape))
         ):
-            notes.append(
-                f"{path}: line {number}: dropped {line.strip()[:80]!r}, which is not one of {classes} classes"
-                " from 0 and 4 numbers of a box, or 6 and more of an outline"
-            )
+            dropped = line.strip()[:80]
+            notes.append(f"{path}: line {number}: dropped {dropped!r}, which is not one of {wanted}")
             continue
-        objects.append({"category_id": int(label) + 1, **_shape(values, size, outline)})
+        objects.append({"category_id": int(label) + 1, **_shape(shape, size, outline)})
     return objects
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from aligndet.data.document import image_size, read_box
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
 from aligndet.files import atomic_write, read_json, safe_name
 from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
@@ -192,6 +193,11 @@ def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
 
 
 def _of_row(path: Path, row: dict[str, Any]) -> ImageProposals:
+    missing = next((key for key in ("file_name", "width", "height", "boxes") if row[key] is None), None)
+    if missing is not None:
+        raise ValueError(
+            f"{path}: an image has no {missing}; delete the file and run `aligndet propose` again"
+        )
     name, width, height = safe_name(row["file_name"], path), row["width"], row["height"]
     if len(row["boxes"]) % 4:
         raise ValueError(f"{path}: the boxes of {name} are not in fours")
@@ -201,7 +207,7 @@ def _of_row(path: Path, row: dict[str, Any]) -> ImageProposals:
     boxes, kept = _clip(boxes, width, height)
     masks = row.get("masks")
     if masks is not None:
-        if row["mask_side"] != MASK_SIDE or len(masks) != len(kept):
+        if row["mask_side"] != MASK_SIDE or len(masks) != len(kept) or None in masks:
             raise ValueError(
                 f"{path}: {name} has {len(kept)} boxes and {len(masks)} masks of side {row['mask_side']};"
                 f" there must be a mask of side {MASK_SIDE} for each box"
@@ -299,8 +305,13 @@ def _read_coco(path: Path, masks: bool) -> list[ImageProposals]:
 def _of_coco(
     path: Path, image: dict[str, Any], annotations: list[dict[str, Any]], masks: bool
 ) -> ImageProposals:
-    name, width, height = safe_name(image["file_name"], path), int(image["width"]), int(image["height"])
-    corners = [[x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
+    if not isinstance(image["file_name"], str):
+        raise ValueError(f"the file_name {image['file_name']!r:.80} is no text")
+    name, (width, height) = safe_name(image["file_name"], path), image_size(image, path)
+    try:
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (read_box(entry["bbox"]) for entry in annotations)]
+    except ValueError as error:
+        raise ValueError(f"image {name}: {error}") from error
     boxes, kept = _clip(np.array(corners, np.float32).reshape(-1, 4), width, height)
     counts = None
     if masks:
