@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -52,10 +53,11 @@ print(len(found), *sorted({one["label"] for one in found}))
 
 
 @pytest.fixture(scope="module")
-def clustered(sample: Path, proposals: Path) -> Path:
-    if not clusters_file(proposals).is_file():
-        aligndet.cluster(sample / "train", proposals=proposals, **TRUNK, min_size=64, max_size=96, clusters=4)
-    return proposals
+def clustered(sample: Path, proposals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    own = tmp_path_factory.mktemp("clustered") / "proposals"  # other tests have none
+    shutil.copytree(proposals, own)
+    aligndet.cluster(sample / "train", proposals=own, **TRUNK, min_size=64, max_size=96, clusters=4)
+    return own
 
 
 @pytest.fixture(scope="module")
