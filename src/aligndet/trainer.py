@@ -25,7 +25,8 @@ from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines
 from aligndet.launch import SameStart, environment
-from aligndet.training import StepSampler, build_loader, compile_networks, steps_done, worker_settings
+from aligndet.training import StepSampler, build_loader, compile_networks, steps_done
+from aligndet.workers import worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from aligndet.workers import worker_settings
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -152,26 +153,6 @@ def build_loader(
         collate_fn=collate,
         **worker_settings(workers),
     )
-
-
-def worker_settings(workers: int) -> dict[str, Any]:
-    """How a DataLoader runs its processes.
-
-    Args:
-        workers: Processes; 0 loads in this one.
-    """
-    return {
-        "num_workers": workers,
-        # workers of a process that has started threads (autograd, OpenCV) must not be forks of it
-        "multiprocessing_context": "forkserver" if workers else None,
-        "prefetch_factor": 2 if workers else None,
-        "worker_init_fn": _one_thread,
-    }
-
-
-def _one_thread(_: int) -> None:
-    """Torch's is one in a worker as well; the workers share the cores."""
-    cv2.setNumThreads(1)
 
 
 _NETWORKS = (

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -164,9 +165,6 @@ def run_command(arguments: list[str], errors: Path) -> None:
 
 def fork(command: list[str], output: Path) -> BaseProcess:
     """Starts a command that has its imports behind it; many runs are short work then."""
-    _FORKS.set_forkserver_preload(
-        [__name__, *(f"aligndet.commands.{name}" for name in ("propose", "compare"))]
-    )
     errors = output.with_suffix(".errors")
     process = _FORKS.Process(target=run_command, args=([*command, f"--output={output}"], errors))
     process.start()
@@ -186,9 +184,21 @@ class Whole(NamedTuple):
     seconds: float  # from its first file to its end
 
 
+@pytest.fixture(scope="module")
+def imports() -> None:
+    """Puts imports behind the process that forks come from; one that there is has others behind it."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    _FORKS.set_forkserver_preload([__name__, "aligndet.commands.propose", "aligndet.commands.compare"])
+    forkserver.ensure_running()
+
+
 @pytest.fixture(scope="module", params=["propose", "pretrain", "pretrain-backbone", "finetune", "compare"])
 def whole(
-    request: pytest.FixtureRequest, sample: Path, proposals: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    imports: None,
+    sample: Path,
+    proposals: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Whole:
     images = str(sample / "train")
     labels = [str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}"]

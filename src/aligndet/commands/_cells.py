@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from aligndet.commands._runs import provenance
+from aligndet.commands._settings import provenance
 from aligndet.commands.cluster import cluster
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import platform
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from aligndet.commands._settings import check_bounds, provenance
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.launch import check_launch
 
@@ -29,39 +25,6 @@ _MAY_CHANGE = {
     "log_every",
     "loggers",
 }
-
-_AT_LEAST = {
-    **dict.fromkeys(("batch_size", "accumulate", "devices", "nodes", "steps", "fpn_channels"), 1),
-    **dict.fromkeys(("checkpoint_every", "log_every", "validate_every", "patience", "max_proposals"), 1),
-    **dict.fromkeys(("shard_size", "resolution", "num_classes", "pretrain_steps", "finetune_steps"), 1),
-    **dict.fromkeys(("clusters", "components", "sample"), 1),
-    **dict.fromkeys(("workers", "seed", "warmup_steps", "weight_decay", "contrast_weight", "box_weight"), 0),
-    "trunk_factor": 0,
-    "max_aspect_ratio": 1,
-}
-_SHARES = ("nms_iou", "min_area", "max_area", "min_inside", "ema", "decay")
-_POSITIVE = ("temperature", "learning_rate", "epochs", "clip")
-
-
-def check_bounds(settings: dict[str, Any]) -> None:
-    """Refuses numbers that no command can work with; what is None or no number is left alone.
-
-    Args:
-        settings: Arguments by name; the same name means the same in every command.
-
-    Raises:
-        ValueError: Naming the setting and the bound.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        option = "--" + name.replace("_", "-")
-        if value < _AT_LEAST.get(name, -math.inf):
-            raise ValueError(f"{option} must be at least {_AT_LEAST[name]}, not {value}")
-        if name in _SHARES and not 0 <= value <= 1:
-            raise ValueError(f"{option} must be from 0 to 1, not {value}")
-        if name in _POSITIVE and not value > 0:
-            raise ValueError(f"{option} must be above 0, not {value}")
 
 
 @contextmanager
@@ -117,17 +80,6 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
             atomic_write(output / "README.txt", explanation)
         yield checkpoint if settings["resume"] and checkpoint.is_file() else None
-
-
-def provenance() -> dict[str, Any]:
-    """What it takes to do the same again: command line and versions."""
-    packages = ("aligndet", "torch", "torchvision", "lightning", "timm")
-    program = Path(sys.argv[0]).name
-    start = ["python", "-m", "aligndet"] if program == "__main__.py" else [program]
-    return {
-        "command": shlex.join([*start, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

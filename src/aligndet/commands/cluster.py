@@ -18,7 +18,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from aligndet.commands._runs import check_bounds, provenance
+from aligndet.commands._settings import check_bounds, provenance
 from aligndet.data.images import ImageError, StoredImage, read_image
 from aligndet.data.labelled import geometric
 from aligndet.data.sources import ImageSource
@@ -28,6 +28,7 @@ from aligndet.files import accepts_strings, skipped_lines
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.storage import ProposalTable, read_proposals
+from aligndet.workers import worker_settings
 
 _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them
 
@@ -177,8 +178,7 @@ def _read(boxes: _Boxes, order: list[int], workers: int) -> DataLoader[Any]:
         boxes,
         batch_size=None,
         sampler=order,
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        **worker_settings(workers),
     )
 
 

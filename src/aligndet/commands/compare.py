@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligndet.commands._cells import ARMS, Bench, detector_settings
-from aligndet.commands._runs import provenance
+from aligndet.commands._settings import provenance
 from aligndet.commands.finetune import default_rate, finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning import seed_everything
 
-from aligndet.commands._runs import check_bounds, provenance
+from aligndet.commands._settings import check_bounds, provenance
 from aligndet.detectors.build import build_detector, weights_format
 from aligndet.detectors.onnx import save_onnx
 from aligndet.detectors.weights import initialise, load_detector, load_weights, save_detector

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
-from aligndet.commands._runs import provenance, run_folder, steps_of
+from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._settings import provenance
 from aligndet.data.coco import CocoDetection
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset

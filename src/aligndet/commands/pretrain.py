@@ -8,7 +8,8 @@ from typing import Any, Literal
 from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
-from aligndet.commands._runs import provenance, run_folder, steps_of
+from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._settings import provenance
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset, collate
 from aligndet.detectors.backbones import PyramidNorm

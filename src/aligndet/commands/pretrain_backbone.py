@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from lightning import seed_everything
 
-from aligndet.commands._runs import provenance, run_folder, steps_of
+from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._settings import provenance
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
 from aligndet.data.labelled import ValidationDataset
 from aligndet.data.sources import ImageSource

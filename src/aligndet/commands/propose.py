@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from aligndet.commands._runs import check_bounds
+from aligndet.commands._settings import check_bounds
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, read_image, read_image_size

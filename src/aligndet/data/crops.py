@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_area
@@ -57,10 +56,12 @@ class TwoCropsDataset(Dataset[TwoCrops]):
         image, position, skipped = first_readable(
             lambda i: read_image(self.folder / self.file_names[i]), index, len(self), strict=self.strict
         )
-        with isolate_rng(include_cuda=False):
+        numbers = np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed cares for GPUs, too: milliseconds
             np.random.seed([seed % 2**32, seed // 2**32])
             first, second = self.augment(v2.functional.to_pil_image(image))
+        np.random.set_state(numbers)
         return TwoCrops(first, second, self.file_names[position], skipped)
 
 

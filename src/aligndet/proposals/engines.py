@@ -13,13 +13,12 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
-import cv2
-import torch
+from aligndet.workers import one_thread, worker_context
 
 Engine = Literal["processes", "ray"]
 Item = TypeVar("Item")
@@ -115,13 +114,11 @@ def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # multiprocessing's own pool would wait for ever for what a killed process had
-    return ProcessPoolExecutor(workers, get_context("spawn"), _start)
+    return ProcessPoolExecutor(workers, worker_context(), _start)
 
 
 def _start() -> None:
-    """One process a core, and every process one thread, or they fight over the cores."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     parent = parent_process()
     assert parent is not None

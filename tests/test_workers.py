@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from torch.utils.data import DataLoader
+
+from aligndet.workers import worker_settings
+
+
+def test_what_workers_need_is_imported_without_the_training_framework() -> None:
+    modules = "commands.propose", "commands.cluster", "data.crops", "data.labelled", "data.views", "workers"
+    code = "import sys\n" + "\n".join(f"import aligndet.{module}" for module in modules)
+    subprocess.run([sys.executable, "-c", f"{code}\nassert 'lightning' not in sys.modules"], check=True)
+
+
+class Loaded:
+    """Whether a process has imported what proposals need before it was asked for anything."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> bool:
+        return "aligndet.proposals.selective_search" in sys.modules
+
+
+def test_workers_start_with_what_they_need() -> None:
+    settings = worker_settings(2)
+    assert list(DataLoader(Loaded(), batch_size=None, **settings)) == [True, True]  # type: ignore[arg-type]
