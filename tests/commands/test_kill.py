@@ -72,83 +72,12 @@ def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
     process.wait()
 
 
-def assert_same_weights(left: Path, right: Path) -> None:
-    ours, theirs = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
-]
-
-
-@pytest.mark.parametrize("detector", ["fcos", *SLOW])
-def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
-    command = [
-        "pretrain",
-        str(sample / "train"),
-        f"--proposals={proposals}",
-        f"--detector={detector}",
-        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
-    ]
-    finish(*command, f"--output={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
-    assert not (killed / "pretrained").exists()
-    finish(*command, f"--output={killed}", "--resume")
-    assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["simsiam", "moco"])
-def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
-    command = [
-        *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
-        *("--crop-size=32", "--batch-size=4", "--queue=24", "--steps=25", "--checkpoint-every=5"),
-        *(
-            f"--workers={int(method == 'moco')}",
-            "--accelerator=cpu",
-            f"--labels={sample / 'train.json'}",
-            "--validate-every=4",
-        ),
-    ]
-    finish(*command, f"--output={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
-    assert not (killed / "trunk").exists()
-    finish(*command, f"--output={killed}", "--resume")
-    assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
-
-
-def test_finetune(sample: Path, tmp_path: Path) -> None:
-    command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
-    command.append("--channels-last=true")  # checkpoints keep the format
-    finish(*command, f"--output={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
-    assert not (killed / "model").exists()
-    finish(*command, f"--output={killed}", "--resume")
-    assert_same_weights(tmp_path / "whole" / "model", killed / "model")
-    tables = sorted((killed / "logs").glob("csv*/metrics.csv"))
-    assert len(tables) == 2  # what was logged before the kill is still there
-    assert all(len(table.read_text().splitlines()) > 1 for table in tables)
-
-
-def test_propose(sample: Path, tmp_path: Path) -> None:
-    command = ["propose", str(sample / "train"), "--shard-size=2", "--workers=1"]
-    finish(*command, f"--output={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    kill_when((killed / "part-00001.parquet").is_file, *command, f"--output={killed}")
-    with pytest.raises(ValueError, match="not complete"):
-        read_proposals(killed)
-    finish(*command, f"--output={killed}")
-    ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(killed)
-    assert ours.file_names == theirs.file_names
-    np.testing.assert_array_equal(ours.boxes, theirs.boxes)
-    np.testing.assert_array_equal(ours.offsets, theirs.offsets)
+@pytest.fixture(scope="module")
+def imports() -> None:
+    """Puts imports behind the process that forks come from; one that there is has others behind it."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    _FORKS.set_forkserver_preload([__name__, "aligndet.commands.propose", "aligndet.commands.compare"])
+    forkserver.ensure_running()
 
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -160,6 +89,7 @@ def run_command(arguments: list[str], errors: Path) -> None:
     with errors.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)  # as in `start`
         sys.exit(main(arguments))
 
 
@@ -175,6 +105,95 @@ def assert_succeeded(process: BaseProcess, output: Path) -> None:
     assert process.exitcode == 0, output.with_suffix(".errors").read_text()
 
 
+def finish_fork(command: list[str], output: Path) -> None:
+    process = fork(command, output)
+    process.join(240)
+    assert_succeeded(process, output)
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    ours, theirs = load_file(left / "model.safetensors"), load_file(right / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
+]
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize("detector", ["fcos", *SLOW])
+def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = [
+        "pretrain",
+        str(sample / "train"),
+        f"--proposals={proposals}",
+        f"--detector={detector}",
+        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
+    ]
+    finish_fork(command, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "pretrained").exists()
+    finish_fork([*command, "--resume"], killed)
+    assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simsiam", "moco"])
+def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
+    command = [
+        *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
+        *("--crop-size=32", "--batch-size=4", "--queue=24", "--steps=25", "--checkpoint-every=5"),
+        *(
+            f"--workers={int(method == 'moco')}",
+            "--accelerator=cpu",
+            f"--labels={sample / 'train.json'}",
+            "--validate-every=4",
+        ),
+    ]
+    finish_fork(command, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "trunk").exists()
+    finish_fork([*command, "--resume"], killed)
+    assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
+
+
+@pytest.mark.usefixtures("imports")
+def test_finetune(sample: Path, tmp_path: Path) -> None:
+    command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
+    command.append("--channels-last=true")  # checkpoints keep the format
+    finish_fork(command, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    assert not (killed / "model").exists()
+    finish_fork([*command, "--resume"], killed)
+    assert_same_weights(tmp_path / "whole" / "model", killed / "model")
+    tables = sorted((killed / "logs").glob("csv*/metrics.csv"))
+    assert len(tables) == 2  # what was logged before the kill is still there
+    assert all(len(table.read_text().splitlines()) > 1 for table in tables)
+
+
+@pytest.mark.usefixtures("imports")
+def test_propose(sample: Path, tmp_path: Path) -> None:
+    command = ["propose", str(sample / "train"), "--shard-size=2", "--workers=1"]
+    finish_fork(command, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_when((killed / "part-00001.parquet").is_file, *command, f"--output={killed}")
+    with pytest.raises(ValueError, match="not complete"):
+        read_proposals(killed)
+    finish_fork(command, killed)
+    ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(killed)
+    assert ours.file_names == theirs.file_names
+    np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+    np.testing.assert_array_equal(ours.offsets, theirs.offsets)
+
+
 class Whole(NamedTuple):
     """A command that was left alone."""
 
@@ -182,14 +201,6 @@ class Whole(NamedTuple):
     command: list[str]
     output: Path
     seconds: float  # from its first file to its end
-
-
-@pytest.fixture(scope="module")
-def imports() -> None:
-    """Puts imports behind the process that forks come from; one that there is has others behind it."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    _FORKS.set_forkserver_preload([__name__, "aligndet.commands.propose", "aligndet.commands.compare"])
-    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module", params=["propose", "pretrain", "pretrain-backbone", "finetune", "compare"])
