@@ -23,6 +23,20 @@ def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
     assert cli.main(["check-data", str(tmp_path / "none")]) == 2
 
 
+def test_classes_of_equal_names_are_counted_apart(sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    before = check_data(sample / "train.json")["classes"]
+    first, second = sorted(document["categories"], key=lambda c: c["id"])[:2]
+    counts = before[first["name"]], before[second["name"]]
+    second["name"] = first["name"]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    report = check_data(tmp_path / "train.json", images=sample / "train")
+    name = first["name"]
+    assert tuple(report["classes"][f"{name} (id {c['id']})"] for c in (first, second)) == counts
+    ids = f"{first['id']}, {second['id']}"
+    assert report["problems"] == {"repeated class name": [f"{name}: of classes {ids}, which stay apart"]}
+
+
 def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(sample, data)

@@ -74,7 +74,10 @@ def check_boxes(
     names = {entry["id"]: entry["file_name"] for entry in labels.content["images"]}
     categories = {entry["id"] for entry in labels.content["categories"]}
     kept: list[dict[str, Any]] = []
-    findings: list[Finding] = []
+    findings: list[Finding] = [
+        ("repeated class name", f"{name}: of classes {', '.join(map(str, same))}, which stay apart")
+        for name, same in _repeated_names(labels).items()
+    ]
     ids: set[int] = set()
     annotations = labels.content["annotations"]
     numbers = (entry["id"] for entry in annotations if isinstance(entry["id"], int))  # others are strings
@@ -107,6 +110,14 @@ def check_boxes(
     return kept, findings
 
 
+def _repeated_names(labels: Document) -> dict[str, list[int]]:
+    """Ids of the classes that share a name."""
+    ids: dict[str, list[int]] = {}
+    for entry in labels.content["categories"]:
+        ids.setdefault(str(entry["name"]), []).append(entry["id"])
+    return {name: sorted(same) for name, same in ids.items() if len(same) > 1}
+
+
 def _clip_outlines(outlines: Any, width: int, height: int) -> list[list[float]]:
     """Moves what lies beyond the image to its edge; raises ValueError if these are no outlines."""
     read_segmentation(outlines, width, height)
@@ -125,8 +136,10 @@ def statistics(
         kept: Usable annotations.
     """
     counts = Counter(entry["category_id"] for entry in kept)
+    names = _repeated_names(labels)
     classes = {
-        str(c["name"]): counts[c["id"]] for c in sorted(labels.content["categories"], key=lambda c: c["id"])
+        f"{c['name']} (id {c['id']})" if str(c["name"]) in names else str(c["name"]): counts[c["id"]]
+        for c in sorted(labels.content["categories"], key=lambda c: c["id"])
     }
     sides = [math.sqrt(entry["bbox"][2] * entry["bbox"][3]) for entry in kept]
     present = [count for count in classes.values() if count]
