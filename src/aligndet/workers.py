@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -14,10 +15,12 @@ def worker_context() -> BaseContext:
     """How such processes start: as copies of one that has imported what they need, and started no threads.
 
     A copy of a process with threads (autograd's, OpenCV's) may hang; one that starts anew takes seconds and
-    hundreds of megabytes to import torch, each for itself.
+    hundreds of megabytes to import torch, each for itself. So it does on macOS, whose libraries of linear
+    algebra are not made to be copied.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
     return context
 
 
