@@ -33,7 +33,6 @@ def worker_settings(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "multiprocessing_context": worker_context() if workers else None,
-        "prefetch_factor": 2 if workers else None,
         "worker_init_fn": one_thread,
     }
 

@@ -72,15 +72,15 @@ def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
     process.wait()
 
 
+_FORKS = multiprocessing.get_context("forkserver")
+
+
 @pytest.fixture(scope="module")
 def imports() -> None:
     """Puts imports behind the process that forks come from; one that there is has others behind it."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     _FORKS.set_forkserver_preload([__name__, "aligndet.commands.propose", "aligndet.commands.compare"])
     forkserver.ensure_running()
-
-
-_FORKS = multiprocessing.get_context("forkserver")
 
 
 def run_command(arguments: list[str], errors: Path) -> None:

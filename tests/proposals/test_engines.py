@@ -78,7 +78,9 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     code = "from tests.proposals.test_engines import *; list(run(sleeping, range(9), workers=2))"
     first = psutil.Popen([sys.executable, "-c", code])
     workers: list[psutil.Process] = []
-    while sum("forkserver" in " ".join(worker.cmdline()) for worker in workers) < 3:  # itself and two
+    while (
+        sum("forkserver" in " ".join(worker.cmdline()) for worker in workers) < 3
+    ):  # the one they are copies of, and two
         time.sleep(0.1)
         workers = first.children(recursive=True)
     time.sleep(5)  # they start

@@ -56,7 +56,7 @@ class TwoCropsDataset(Dataset[TwoCrops]):
         image, position, skipped = first_readable(
             lambda i: read_image(self.folder / self.file_names[i]), index, len(self), strict=self.strict
         )
-        numbers = np.random.get_state()
+        numbers = np.random.get_state()  # Lightning's isolate_rng would bring all of it into every worker
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed cares for GPUs, too: milliseconds
             np.random.seed([seed % 2**32, seed // 2**32])
