@@ -64,9 +64,9 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
     }
     assert names[0] in problems["broken image"][0]
     fixed = read_coco(tmp_path / "fixed" / "train.json", strict=True)
-    assert fixed.file_names == names[1:]
-    assert fixed.boxes[2][0].tolist() == [0, 4, 40, 24]
-    assert len(fixed.boxes[2]) == len(mine)  # one was empty, one is there twice
+    assert fixed.file_names == [names[1], *names[3:]]  # boxes of the other size would be wrong
+    assert fixed.boxes[1][0].tolist() == [0, 4, 40, 24]
+    assert len(fixed.boxes[1]) == len(mine)  # one was empty, one is there twice
     outlines = [
         a["segmentation"] for a in json.loads((tmp_path / "fixed" / "train.json").read_text())["annotations"]
     ]
@@ -89,6 +89,7 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
             {"malformed outline", "box out of bounds"},
         ),
         ({"segmentation": [[[-9, 2], [21, 2], [21, 32]]], "bbox": [-9, 2, 30, 30]}, {"box out of bounds"}),
+        ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, {"malformed outline"}),
     ],
 )
 def test_odd_values_are_told_apart(

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aligndet.data.coco import Category, read_coco
+from aligndet.data.coco import Category, CocoDetection, read_coco
 from aligndet.data.formats import read_labelled
+from aligndet.data.images import ImageError
 from aligndet.data.yolo import load_yolo
 
 
@@ -65,6 +66,14 @@ def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) 
         for i in range(len(coco)):
             np.testing.assert_allclose(read.boxes[i], coco.boxes[i], atol=tolerance)
             assert read.labels[i].tolist() == coco.labels[i].tolist()
+
+
+def test_xml_of_an_image_of_another_size(tmp_path: Path) -> None:
+    text = xml(("cat", (3, 3, 9, 9)), head="<size><width>80</width><height>60</height></size>")
+    put(tmp_path, "Annotations/one.xml", text, "JPEGImages/one.jpg")
+    dataset = CocoDetection(read_labelled(tmp_path))
+    with pytest.raises(ImageError, match=r"one.jpg: is 40x30 pixels \(upright\), but its boxes are of 80x60"):
+        dataset[0]
 
 
 def test_xml_as_tools_write_it(tmp_path: Path) -> None:

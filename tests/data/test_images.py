@@ -36,6 +36,23 @@ def test_16_bit_is_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
     assert torch.equal(image, expected.expand(3, -1, -1))
 
 
+def test_a_float_image_with_gaps_keeps_the_rest(tmp_path: Path) -> None:
+    values = np.tile(np.linspace(0, 50, 16, dtype=np.float32), (16, 1))
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "gaps.tif")
+    image = read_image(tmp_path / "gaps.tif")
+    assert image[:, 0, :3].max() == 0
+    assert image[0, 1].tolist() == np.rint(values[1] * (255 / 50)).tolist()
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture().save(tmp_path / "picture.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("decoded"))
+    assert read_image_size(tmp_path / "picture.png") == picture().size
+
+
 def test_transparent_pixels_are_black(tmp_path: Path) -> None:
     clear = picture().convert("RGBA")
     clear.putalpha(0)
@@ -43,12 +60,18 @@ def test_transparent_pixels_are_black(tmp_path: Path) -> None:
     assert read_image(tmp_path / "clear.png").max() == 0
 
 
+@pytest.mark.parametrize("kind", ["png", "exif behind the pixels.png", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(orientation: int, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "turned.png"
+    path = tmp_path / f"turned.{kind}"
     picture().save(path, exif=exif)
+    if "behind" in kind:
+        chunks = path.read_bytes()
+        start = chunks.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(chunks[start : start + 4], "big")
+        path.write_bytes(chunks[:start] + chunks[end:-12] + chunks[start:end] + chunks[-12:])
     turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
     upright = torch.from_numpy(np.rot90(np.asarray(picture()), turns).copy()).permute(2, 0, 1)
     assert torch.equal(read_image(path), upright)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from aligndet.data.checks import check_boxes, check_images, statistics
+from aligndet.data.checks import check_boxes, check_images, labelled_size, statistics
 from aligndet.data.document import Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
 from aligndet.data.images import ImageError, list_images, read_image_size
@@ -34,8 +34,9 @@ def check_data(
         images: Folder of the images; by default looked for.
         split: "train", "val" or "all", where the format names parts.
         output: JSON file for the report.
-        fix: New folder for a mended copy: COCO JSON (train.json) and images (train/). Boxes are clipped,
-            broken images and empty boxes left out; duplicates stay.
+        fix: New folder for a mended copy: COCO JSON (train.json) and images (train/). Boxes are clipped;
+            empty ones, broken images and those of another size than their labels say are left out; duplicates
+            stay.
 
     Returns:
         The figures, and the problems by kind.
@@ -102,12 +103,13 @@ def _write(
         for entry in labels.content["images"]:
             first.setdefault(entry["id"], entry)
         entries = []
-        for entry in first.values():
-            if entry["id"] in sizes:
+        for key, entry in first.items():
+            if key in sizes and sizes[key] == labelled_size(entry, sizes[key]):
                 target = folder / "train" / entry["file_name"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(labels.folder / entry["file_name"], target)
-                width, height = sizes[entry["id"]]
-                entries.append({**entry, "width": width, "height": height})
-        content = {**labels.content, "images": entries, "annotations": kept}
+                entries.append({**entry, "width": sizes[key][0], "height": sizes[key][1]})
+        copied = {entry["id"] for entry in entries}
+        annotations = [entry for entry in kept if entry["image_id"] in copied]
+        content = {**labels.content, "images": entries, "annotations": annotations}
         atomic_write(folder / "train.json", json.dumps(content))

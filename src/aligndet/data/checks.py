@@ -59,6 +59,17 @@ def check_images(labels: Document, source: Path) -> tuple[dict[int, tuple[int, i
     return sizes, findings, duplicates
 
 
+def labelled_size(entry: dict[str, Any], found: tuple[int, int]) -> tuple[float, float]:
+    """Width and height that the boxes of an image refer to.
+
+    Args:
+        entry: Of the image.
+        found: Size of its file, where the labels say none.
+    """
+    size = (entry["width"], entry["height"])
+    return size if min(size) > 0 else found
+
+
 def check_boxes(
     labels: Document, sizes: dict[int, tuple[int, int]]
 ) -> tuple[list[dict[str, Any]], list[Finding]]:
@@ -71,20 +82,26 @@ def check_boxes(
     Returns:
         The annotations that can be used, clipped to their images and with an id for each, and the problems.
     """
-    names = {entry["id"]: entry["file_name"] for entry in labels.content["images"]}
+    images = {entry["id"]: entry for entry in reversed(labels.content["images"])}  # the first of an id
     categories = {entry["id"] for entry in labels.content["categories"]}
     kept: list[dict[str, Any]] = []
     findings: list[Finding] = [
         ("repeated class name", f"{name}: of classes {', '.join(map(str, same))}, which stay apart")
         for name, same in _repeated_names(labels).items()
     ]
+    findings += [
+        ("duplicate id", f"class id {number} is that of {count} classes")
+        for number, count in Counter(entry["id"] for entry in labels.content["categories"]).items()
+        if count > 1
+    ]
     ids: set[int] = set()
     annotations = labels.content["annotations"]
     numbers = (entry["id"] for entry in annotations if isinstance(entry["id"], int))  # others are strings
     unused = itertools.count(1 + max(numbers, default=0))
     for entry in annotations:
-        where = f"annotation {entry['id']} of {names.get(entry['image_id'], entry['image_id'])}"
-        if entry["image_id"] not in names or entry["category_id"] not in categories:
+        image = images.get(entry["image_id"])
+        where = f"annotation {entry['id']} of {image['file_name'] if image else entry['image_id']}"
+        if image is None or entry["category_id"] not in categories:
             findings.append(("unknown image or class", where))
             continue
         if entry["id"] in ids:
@@ -93,17 +110,17 @@ def check_boxes(
         ids.add(entry["id"])
         if entry["image_id"] not in sizes:
             continue
-        box, note = clip_box(entry["bbox"], *sizes[entry["image_id"]])
+        width, height = map(int, labelled_size(image, sizes[entry["image_id"]]))
+        box, note = clip_box(entry["bbox"], width, height)
         if note:
             kind = "empty box" if box is None else "box out of bounds"
             findings.append((kind, f"{where}: {note}"))
         if box is not None:
             left, top, right, bottom = box
             fixed = {**entry, "bbox": [left, top, right - left, bottom - top]}
-            outlines = entry.get("segmentation")
-            if outlines and not isinstance(outlines, dict):  # run lengths cannot reach beyond
+            if entry.get("segmentation"):
                 try:
-                    fixed["segmentation"] = _clip_outlines(outlines, *sizes[entry["image_id"]])
+                    fixed["segmentation"] = _clip_outlines(entry["segmentation"], width, height)
                 except ValueError as error:
                     findings.append(("malformed outline", f"{where}: {error}"))
             kept.append(fixed if note else entry)
@@ -118,9 +135,11 @@ def _repeated_names(labels: Document) -> dict[str, list[int]]:
     return {name: sorted(same) for name, same in ids.items() if len(same) > 1}
 
 
-def _clip_outlines(outlines: Any, width: int, height: int) -> list[list[float]]:
+def _clip_outlines(outlines: Any, width: int, height: int) -> Any:
     """Moves what lies beyond the image to its edge; raises ValueError if these are no outlines."""
     read_segmentation(outlines, width, height)
+    if isinstance(outlines, dict):  # run lengths cannot reach beyond
+        return outlines
     points = (np.array(outline, np.float64).reshape(-1, 2) for outline in outlines)
     return [corners.clip(0, (width, height)).ravel().tolist() for corners in points]
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
@@ -142,7 +143,7 @@ def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Ten
     """Decodes an image to RGB, upright.
 
     EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their
-    own range's 8 bits, of an animation the first frame is taken.
+    own range's 8 bits (what is not finite is black), of an animation the first frame is taken.
 
     Args:
         path: Of the file, or an image from elsewhere.
@@ -190,15 +191,47 @@ def read_image_size(path: Path | StoredImage) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             with Image.open(source, formats=_FORMATS) as image:
                 _check_size(path, image.size)
-                width, height = image.size
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                turned = _orientation(image) in (5, 6, 7, 8)
+                if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer Pillows have turned image.size
+                    size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+                else:
+                    size = image.size
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such image") from error
     except Exception as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
-    return (height, width) if turned else (width, height)
+    return size[::-1] if turned else size
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's word on how to turn an image.
+
+    Of a PNG, Pillow decodes all pixels to look for metadata behind them; to look whether there is any takes a
+    hundredth of that.
+    """
+    decode = image.format != "PNG" or _has_metadata_behind(image.fp)  # type: ignore[attr-defined]
+    exif = image.getexif() if decode else Image.Image.getexif(image)
+    return int(exif.get(ExifTags.Base.Orientation, 1))
+
+
+def _has_metadata_behind(png: IO[bytes]) -> bool:
+    """Whether any chunk follows the pixels of a PNG; true, too, if it is cut off."""
+    position, pixels = png.tell(), False
+    png.seek(8)
+    try:
+        while len(head := png.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"IEND":
+                return False
+            if pixels and kind != b"IDAT":
+                return True
+            pixels = pixels or kind == b"IDAT"
+            png.seek(length + 4, io.SEEK_CUR)
+        return True
+    finally:
+        png.seek(position)
 
 
 def _openable(path: Path | StoredImage) -> Path | io.BytesIO:
@@ -208,6 +241,7 @@ def _openable(path: Path | StoredImage) -> Path | io.BytesIO:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.array(image, dtype=np.float32)  # changed in place: such images can be large
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)  # measured images have gaps
         # 16-bit grey comes as "I;16" or, from PNG, as "I"; both span 0..65535
         top = 255.0 if values.max(initial=0.0) <= 255 and image.mode == "I" else 65535.0
         if image.mode == "F":

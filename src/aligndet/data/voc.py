@@ -44,7 +44,8 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
     share them. Coordinates are pixels counted from 1, the last one inside, as the format has it: one is
     taken off xmin and ymin, and xmax and ymax are the far edges as they stand. Where any coordinate of the
     folder is below 1, they count from 0 and are all taken as they are. ``difficult`` becomes
-    COCO's crowd flag: not for training, ignored in evaluation.
+    COCO's crowd flag: not for training, ignored in evaluation. The size of an image is the
+    file's own only where the XML has none: boxes refer to that one.
 
     Args:
         path: A year (VOC2007), several of them (VOCdevkit), a folder of XML beside images or in a folder of
@@ -85,10 +86,10 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
             notes.append(f"{xml}: its image {file_name or xml.stem!r} is not in {folder}")
             continue
         try:
-            size = read_image_size(folder / image)
+            size = size if min(size) > 0 else read_image_size(folder / image)
         except ImageError as error:
             notes.append(f"image {error}")
-        if size[0] > 0 and size[1] > 0:
+        else:
             rows.append((xml, image, size, objects))
     if not rows:
         raise ValueError(f"{path}: has no annotated image ({notes[0] if notes else 'no XML file is chosen'})")

@@ -51,7 +51,9 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
     files = [file for entry in found for file in _image_files(entry, settings_file)]
     if not files:
         raise ValueError(f"{settings_file}: has no images ({', '.join(map(str, found))})")
-    folder = Path(os.path.commonpath([file.parent for file in files]))
+    if images is None:  # a data.yaml may name relative and absolute folders
+        files = [file.absolute() for file in files]
+    folder = images if images is not None else Path(os.path.commonpath([file.parent for file in files]))
     document: dict[str, list[dict[str, Any]]] = {
         "images": [],
         "annotations": [],

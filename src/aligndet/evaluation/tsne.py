@@ -77,8 +77,8 @@ def embed_boxes(
     if not rows:
         raise ValueError(f"{coco.folder}: there are no labelled boxes")
     drawn, labels, before, after, seen = (torch.cat(column) for column in zip(*rows, strict=True))
-    kept = seen & torch.isin(labels, torch.from_numpy(chosen))
-    kept = kept & torch.stack([(kept & (labels == c)).cumsum(0) <= boxes for c in chosen.tolist()]).all(0)
+    own = seen[:, None] & (labels[:, None] == torch.from_numpy(chosen))  # (N, classes)
+    kept = (own & (own.cumsum(0) <= boxes)).any(1)
     if int(kept.sum()) < _FEWEST:
         raise ValueError(
             f"{coco.folder}: {int(kept.sum())} boxes have features; at least {_FEWEST} are needed"
@@ -121,12 +121,12 @@ def box_features(adapter: nn.Module, image: Tensor, boxes: Tensor) -> tuple[Tens
 def _images(images: LabelledDataset, classes: npt.NDArray[np.int64], boxes: int) -> Iterator[Any]:
     """Images with boxes of the classes, until there are enough of each."""
     counts = np.zeros(len(classes), np.int64)
-    for index in range(len(images)):
-        item = images[index, 0]
-        own = (item.labels.numpy()[:, None] == classes[None]).sum(0)
-        if own.any() and (counts < boxes).any():
+    coco = images.images.coco
+    for index, (labels, crowds) in enumerate(zip(coco.labels, coco.iscrowd, strict=True)):
+        own = (labels[~crowds, None] == classes).sum(0)
+        if (own[counts < boxes] > 0).any():
             counts += own
-            yield item
+            yield images[index, 0]
 
 
 def _laid_out(features: Tensor, seed: int) -> Floats:
