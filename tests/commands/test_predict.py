@@ -139,6 +139,10 @@ def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert "2 images, 1 skipped" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"a\.png: is empty"):
         evaluate(Path("model"), labels, images=images, strict=True)
+    (images / "b.jpg").unlink()
+    evaluate(Path("model"), labels, images=images, output=tmp_path / "figures.json")
+    assert "1 images, 1 skipped, 1 remarks on the labels" in capsys.readouterr().out
+    assert "b.jpg: not in" in json.loads((tmp_path / "figures.json").read_text())["warnings"][0]
 
 
 @pytest.mark.usefixtures("_finds_masks")

@@ -68,6 +68,25 @@ def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) 
             assert read.labels[i].tolist() == coco.labels[i].tolist()
 
 
+def test_names_are_relative_to_the_folder_that_is_given(tmp_path: Path) -> None:
+    put(tmp_path, "images/train/a.txt", "0 0.5 0.5 0.2 0.2", "images/train/a.jpg")
+    put(tmp_path, "images/b.txt", "", "images/b.jpg")
+    put(tmp_path, "data.yaml", "names: [cat]\n")
+    assert load_yolo(tmp_path, tmp_path / "images").content["images"][1]["file_name"] == "train/a.jpg"
+    (tmp_path / "images" / "b.jpg").rename(tmp_path / "b.jpg")
+    assert load_yolo(tmp_path, tmp_path / "images").content["images"][0]["file_name"] == "train/a.jpg"
+
+
+def test_folders_of_yolo_may_be_relative_and_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "one/a.txt", "0 0.5 0.5 0.2 0.2", "one/a.jpg")
+    put(tmp_path, "two/b.txt", "0 0.5 0.5 0.2 0.2", "two/b.jpg")
+    put(tmp_path, "data.yaml", f"names: [cat]\ntrain: one\nval: {tmp_path / 'two'}\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_labelled(Path("data.yaml")).file_names == ["one/a.jpg", "two/b.jpg"]
+
+
 def test_xml_of_an_image_of_another_size(tmp_path: Path) -> None:
     text = xml(("cat", (3, 3, 9, 9)), head="<size><width>80</width><height>60</height></size>")
     put(tmp_path, "Annotations/one.xml", text, "JPEGImages/one.jpg")

@@ -143,11 +143,14 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pyte
         read_image(tmp_path / "huge.png")
 
 
-def test_list_images_is_recursive_sorted_and_leaves_hidden_ones_out(tmp_path: Path) -> None:
+def test_list_images_is_recursive_sorted_follows_links_and_leaves_hidden_ones_out(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/c.png", ".hidden/d.png", "note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert list_images(tmp_path) == ["a/c.png", "b.JPG"]
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "z").symlink_to(tmp_path / ".hidden")
+    assert list_images(tmp_path) == ["a/c.png", "b.JPG", "z/d.png"]
     with pytest.raises(ValueError, match="no such folder"):
         list_images(tmp_path / "nowhere")
     (tmp_path / "none").mkdir()

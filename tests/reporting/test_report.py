@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from PIL import Image
 from aligndet import cli
 from aligndet.commands.report import report
 from aligndet.comparison import Cell, sentence, summarise
+from aligndet.data.coco import read_coco
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
+from aligndet.reporting.pictures import draw_sides, sides_of
 from aligndet.reporting.pretraining import proposal_pictures
-from aligndet.reporting.runs import read_curves, read_folders
+from aligndet.reporting.runs import read_curves, read_folders, read_run
 
 EVIL = "<script>alert(1)</script>"
 LABELS = {0.1: 10, 1.0: 100}
@@ -219,6 +222,21 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     shown = [str(attrs["alt"]) for tag, attrs in page.tags if tag == "img" and "jpeg" in str(attrs["src"])]
     assert shown[0] == "a&b.png, labels"
     assert len(shown) == 3
+    # labels are of files, not of names: those of the folder above hold, those of another folder do not
+    coco = read_coco(tmp_path / "images.json")
+    above = replace(coco, folder=tmp_path, file_names=["images/a&b.png"])
+    for labelled, sides in ((above, 3), (replace(coco, folder=tmp_path), 2)):
+        settings: dict[str, Any] = {"count": 1, "score": 0.3}
+        drawn = draw_sides(
+            "p", sides_of([], [read_run(r) for r in runs]), tmp_path / "images", labelled, **settings
+        )
+        assert len(drawn.rows[0][1]) == sides
+
+
+def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / day / "out" / "tuned", {"annotations": "t.json"}) for day in "ab"]
+    assert [run.name for run in read_folders(runs)[1]] == [run.as_posix() for run in runs]
+    assert [run.name for run in read_folders(runs[:1])[1]] == ["out/tuned"]
 
 
 @pytest.mark.parametrize(

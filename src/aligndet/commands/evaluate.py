@@ -43,7 +43,7 @@ def evaluate(
         model: Folder of `aligndet finetune`, or an export.
         annotations: COCO JSON, PASCAL VOC or YOLO (file or folder), with the classes of the detector.
         images: Folder of the images; by default looked for beside the JSON.
-        output: JSON file for the figures.
+        output: JSON file for the figures, and for what was left out or clipped.
         masks: Measure masks if the detector finds them; false for labels without masks.
         details: Of boxes at IoU 0.5, by class: precision, recall and F1 at --score and at the best score; how
             many errors there are of each kind and what they cost (TIDE); which classes are taken for which.
@@ -99,9 +99,11 @@ def evaluate(
     print(result.table())
     for line in skipped_lines(broken):
         print(line)
-    print(f"{result.images} images, {len(broken)} skipped")
+    remarks = f", {len(coco.warnings)} remarks on the labels (see above)" if coco.warnings else ""
+    print(f"{result.images} images, {len(broken)} skipped{remarks}")
     if output is not None:
-        atomic_write(output, json.dumps({**result.to_dict(), "skipped": broken}, indent=2) + "\n")
+        notes = {"skipped": broken, "warnings": coco.warnings}
+        atomic_write(output, json.dumps({**result.to_dict(), **notes}, indent=2) + "\n")
         if result.details is not None:
             _draw(result.details, model, output.with_name(f"{output.stem}_files"))
     return result

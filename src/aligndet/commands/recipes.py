@@ -53,18 +53,23 @@ def section_of(source: str, command: str) -> str:
     """
     if source.startswith(_PREFIX):
         name, _, section = source.removeprefix(_PREFIX).partition(":")
-        content = yaml.safe_load(_recipe(name))
+        content = _sections(yaml.safe_load(_recipe(name)))
     else:
         name, section = _split(source)
-        content = _content(Path(name))
+        content = _sections(_content(Path(name)))
         if not section and not isinstance(content.get(command), dict):
             return source  # a file without sections
-    section = section or command
+    section = section.replace("-", "_") or command
     if not isinstance(content.get(section), dict):
         raise ValueError(
             f"--config {source}: no section {section!r}; there are: {', '.join(map(str, content))}"
         )
     return yaml.safe_dump(content[section], default_flow_style=True, width=10**6)
+
+
+def _sections(content: dict[Any, Any]) -> dict[str, Any]:
+    """Sections by the names that functions have, however commands are written."""
+    return {str(name).replace("-", "_"): section for name, section in content.items()}
 
 
 def _files() -> list[Any]:

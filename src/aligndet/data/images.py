@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 import warnings
 from collections.abc import Callable, Collection
@@ -66,7 +67,9 @@ def is_listed(path: PurePath, suffixes: Collection[str] = SUFFIXES) -> bool:
 
 
 def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
-    """Finds files in a folder and its subfolders; hidden ones are left out.
+    """Finds files in a folder and its subfolders, linked ones too; hidden ones are left out.
+
+    A folder that several links lead to is searched once.
 
     Args:
         folder: To search.
@@ -80,11 +83,20 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if is_listed(path.relative_to(folder), suffixes) and path.is_file()
-    )
+    names, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(root, name) for name in files)
+        names += [
+            path.relative_to(folder).as_posix()
+            for path in paths
+            if is_listed(PurePath(path.name), suffixes) and path.is_file()
+        ]
+    names.sort()
     for name in names:
         try:
             name.encode()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from aligndet.data.document import Document
-from aligndet.data.images import SUFFIXES, ImageError, read_image_size
+from aligndet.data.images import ImageError, find_files, read_image_size
 from aligndet.files import safe_name
 
 
@@ -34,7 +33,7 @@ def is_voc(path: Path) -> bool:
     """
     if path.is_file():
         return path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets"
-    return path.is_dir() and next(_xml_files(path), None) is not None
+    return path.is_dir() and bool(find_files(path, {".xml"}))
 
 
 def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Document:
@@ -61,7 +60,7 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
     root = path.parents[2] if chosen_list else path
     if root.name.lower() == "annotations":  # the images are beside it
         root = root.parent
-    found = sorted(_xml_files(root))
+    found = [root / name for name in find_files(root, {".xml"})]
     years = sorted({year for year in (root, *root.iterdir()) if (year / "ImageSets" / "Main").is_dir()})
     folder = images if images is not None else root
     available = _index_images(folder)
@@ -120,22 +119,11 @@ def _document(
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _xml_files(folder: Path) -> Iterator[Path]:
-    return (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() == ".xml"
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
 def _index_images(folder: Path) -> dict[str, list[str]]:
     """Relative paths of all images by stem."""
     index: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            index.setdefault(path.stem, []).append(path.relative_to(folder).as_posix())
+    for name in find_files(folder):
+        index.setdefault(PurePosixPath(name).stem, []).append(name)
     return index
 
 

@@ -87,8 +87,8 @@ def draw_sides(
     pixels = [read_image(images / name) for name in names]
     fitted = [fit(image) for image in pixels]
     columns = {}
-    if labelled is not None and not set(names).isdisjoint(labelled.file_names):
-        columns["labels"] = _draw_labels(names, fitted, labelled)
+    if labelled is not None and (drawn := _draw_labels([images / name for name in names], fitted, labelled)):
+        columns["labels"] = drawn
     for title, run in sides:
         assert run.model is not None  # sides_of chooses finished runs
         detector, manifest = load_detector(run.model)
@@ -104,17 +104,18 @@ def draw_sides(
 
 
 def _draw_labels(
-    names: list[str], fitted: list[tuple[npt.NDArray[np.uint8], float]], labelled: CocoDataset
+    files: list[Path], fitted: list[tuple[npt.NDArray[np.uint8], float]], labelled: CocoDataset
 ) -> list[bytes]:
-    """What people have drawn; images that are not among the labelled stay as they are."""
-    places = {file_name: place for place, file_name in enumerate(labelled.file_names)}
+    """What people have drawn; images that are not among the labelled stay as they are; none if all do."""
+    places = {(labelled.folder / name).resolve(): place for place, name in enumerate(labelled.file_names)}
     classes = [category.name for category in labelled.categories]
+    found = [places.get(file.resolve()) for file in files]
     drawn = []
-    for file_name, (image, scale) in zip(names, fitted, strict=True):
-        if (place := places.get(file_name)) is not None:
+    for place, (image, scale) in zip(found, fitted, strict=True):
+        if place is not None:
             image = draw_labelled(image, labelled.boxes[place] * scale, labelled.labels[place], classes)
         drawn.append(to_jpeg(image))
-    return drawn
+    return drawn if any(place is not None for place in found) else []
 
 
 def fit(image: Tensor) -> tuple[npt.NDArray[np.uint8], float]:

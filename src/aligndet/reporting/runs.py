@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aligndet.comparison import Cell
 from aligndet.files import read_json
@@ -53,6 +54,9 @@ class Comparison:
         return list(dict.fromkeys(row["arm"] for row in self.rows))
 
 
+Named = TypeVar("Named", Comparison, Run)
+
+
 def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
     """Reads whatever each folder holds.
 
@@ -77,7 +81,13 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
         else:
             wanted = "has neither results.json (aligndet compare) nor run.json (a run)"
             raise ValueError(f"{folder}: {wanted if folder.is_dir() else 'there is no such folder'}")
-    return comparisons, runs
+    return _named_apart(comparisons), _named_apart(runs)
+
+
+def _named_apart(found: list[Named]) -> list[Named]:
+    """Gives those that share a name their whole folder for one; the report tells them apart by it."""
+    uses = Counter(one.name for one in found)
+    return [replace(one, name=one.folder.as_posix()) if uses[one.name] > 1 else one for one in found]
 
 
 def read_run(folder: Path) -> Run:
