@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
 from aligndet.box_pretraining import BoxPretraining
@@ -14,6 +15,7 @@ from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.finetuning import Finetuning
 from aligndet.momentum import cosine_decay
 from aligndet.proposals.storage import read_proposals
+from aligndet.training import build_optimizer
 
 
 @pytest.fixture
@@ -81,6 +83,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
         ours.online.detector.head.regression_head.bbox_reg.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 0.*00000\.jpg"):
         ours.training_step([item._replace(file_name="00000.jpg") for item in batch], 0)
+
+
+def test_a_gpu_has_torchs_default_of_adamw() -> None:
+    for device, fused in (("cpu", True), ("meta", None)):
+        weight = nn.Parameter(torch.zeros(2, 2, device=device))
+        assert build_optimizer([([weight], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused
 
 
 def test_the_decay_of_each_update_is_that_of_its_step(

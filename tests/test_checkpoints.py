@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from aligndet.checkpoints import BestCheckpoint
+from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
 from aligndet.training import TrainingModule, load_state
@@ -115,3 +116,18 @@ def test_the_best_weights_survive(
     assert module.validated == validated
     load_state(module, tmp_path / "moved" / "checkpoints" / "best.ckpt")
     assert module.weight.item() == (8 if last > 0.5 else 4)
+
+
+def test_the_average_of_the_weights_leaves_integers_alone() -> None:
+    class Positions(nn.Linear):
+        positions: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("positions", torch.arange(169), persistent=False)
+
+    module, average = Positions(), WeightAverage(decay=0.9999)
+    model = AveragedModel(module, use_buffers=average._use_buffers, **average._kwargs)
+    for _ in range(3):
+        model.update_parameters(module)
+    assert torch.equal(next(model.module.buffers()), module.positions)

@@ -64,6 +64,10 @@ def test_lightning_takes_the_environment(started_by: str, tmp_path: Path) -> Non
     ("settings", "message"),
     [
         (["--nodes=2"], "--nodes 2: start the command on each machine with torchrun"),
+        (
+            ["--strategy=ddp_spawn"],
+            "--strategy ddp_spawn: copies of this process would all see the same images",
+        ),
         (["--strategy=fsdp"], "--strategy fsdp: every device has the whole detector.*use --strategy ddp"),
     ],
 )

@@ -61,7 +61,9 @@ class BoxPretraining(TrainingModule):
 
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
-        online: PretrainOutput = self.online(**_inputs([item.online for item in batch], self.needs))
+        names = [item.file_name for item in batch]
+        with self.naming(names):
+            online: PretrainOutput = self.online(**_inputs([item.online for item in batch], self.needs))
         with torch.no_grad():
             views = [item.momentum for item in batch]
             momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
@@ -71,7 +73,7 @@ class BoxPretraining(TrainingModule):
         losses = {"contrast": self.contrast_weight * contrast}
         losses |= {name: self.box_weight * loss for name, loss in online.losses.items()}
         self.log_dict(_statistics(batch, online.stages[-1], momentum.stages[-1]))
-        return self.total_loss(losses, [item.file_name for item in batch])
+        return self.total_loss(losses, names)
 
     def _contrast(self, online: BoxPredictions, momentum: BoxPredictions) -> Tensor:
         """Of one stage."""

@@ -69,7 +69,18 @@ class BestCheckpoint(_Checkpoint):
 
 
 class WeightAverage(EMAWeightAveraging):
-    """The moving average of the weights, where these are: Lightning copies them before they move to a GPU."""
+    """The moving average of the weights, where these are: Lightning copies them before they move to a GPU.
+
+    Buffers are taken as they are: some are integers (Swin's positions), whose average would be rounded.
+    """
+
+    def __init__(self, decay: float) -> None:
+        """Prepares the average.
+
+        Args:
+            decay: Of the average in every step.
+        """
+        super().__init__(use_buffers=False, decay=decay)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Follows the weights."""

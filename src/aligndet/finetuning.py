@@ -60,8 +60,10 @@ class Finetuning(TrainingModule):
             | ({} if item.masks is None else {"masks": item.masks})
             for item in batch
         ]
-        losses = self.detector(images, targets)
-        return self.total_loss(losses, [item.file_name for item in batch])
+        names = [item.file_name for item in batch]
+        with self.naming(names):
+            losses = self.detector(images, targets)
+        return self.total_loss(losses, names)
 
     def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:
         """Collects predictions."""

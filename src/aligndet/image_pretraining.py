@@ -74,7 +74,7 @@ class ImagePretraining(TrainingModule):
         self.encoder, self.steps, self.patience, self.seed = encoder, steps, patience, seed
         self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
         self._low_steps = 0
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, int]] = []  # feature (D,) and class of each image
 
     def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """The method: from two crops of each image to the loss and to embeddings to watch.
@@ -110,14 +110,17 @@ class ImagePretraining(TrainingModule):
         if batch:
             images, labels = zip(*batch, strict=True)
             features = F.normalize(self.encoder.pooled(torch.stack(images)).float(), dim=1)
-            self._seen.append((features.cpu(), torch.tensor(labels)))
+            # copies: a row would be sent to other processes with the whole table
+            self._seen += [(row.clone(), label) for row, label in zip(features.cpu(), labels, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
         """Logs how often the nearest neighbours are of the same class, and how often the largest class is."""
         seen = from_all_processes(self._seen)
         self._seen.clear()
         if seen:
-            features, labels = (torch.cat(parts).to(self.device) for parts in zip(*seen, strict=True))
+            rows, classes = zip(*seen, strict=True)
+            features = torch.stack(rows).to(self.device)
+            labels = torch.tensor(classes, device=self.device)
             self.log("knn/accuracy", knn_accuracy(features, labels), prog_bar=True)
             self.log("knn/largest_class", labels.bincount().max() / len(labels))
 

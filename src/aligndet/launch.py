@@ -41,6 +41,11 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
             f"--strategy {strategy}: every device has the whole detector (the momentum detector follows the"
             " online one parameter by parameter), and detectors fit one; use --strategy ddp"
         )
+    if any(start in strategy for start in ("spawn", "fork", "notebook")):
+        raise ValueError(
+            f"--strategy {strategy}: copies of this process would all see the same images; use --strategy"
+            " ddp, which starts the command anew for each"
+        )
     started = environment()
     if started is None:
         if nodes > 1:

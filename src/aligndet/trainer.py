@@ -143,7 +143,8 @@ def fit(
         accumulate_grad_batches=accumulate,
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy,
+        # "auto" would be copies of this process in an interactive session, all of them with the same images
+        strategy="ddp" if strategy == "auto" and devices * nodes > 1 else strategy,
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,
@@ -241,6 +242,14 @@ class Throughput(Callback):
         self._ended = self._started = time.perf_counter()
         self._waited = self._worked = 0.0
         self._images = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begins the wait for the first batch."""
+        self._ended = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leaves validation out."""
+        self._ended = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ def build_optimizer(
         return SGD(settings, momentum=0.9)
     # fused is faster on a CPU
     on_cpu = all(p.device.type == "cpu" for setting in settings for p in setting["params"])
-    optimizer = AdamW(settings, fused=on_cpu)
+    optimizer = AdamW(settings, fused=on_cpu or None)  # False would be a loop over the parameters on a GPU
     # a fused step would undo the scaling of 16-bit gradients itself, too late for clipping: Lightning refuses
     # that; without this mark they are unscaled before
     optimizer._step_supports_amp_scaling = False
@@ -224,6 +225,24 @@ class TrainingModule(LightningModule):
         position = batch_idx * self.trainer.world_size + self.global_rank  # of the batch among all processes'
         torch.manual_seed(self.seed * 2**32 + position)
 
+    @contextmanager
+    def naming(self, names: Sequence[str]) -> Iterator[None]:
+        """Says in which step, on which images and what to do, where numbers are not finite.
+
+        Args:
+            names: Of the images of this batch.
+
+        Raises:
+            FloatingPointError: With all that, if one is raised within.
+        """
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {self.global_step}: {error} on the images {', '.join(names)}; lower the learning rate,"
+                " clip gradients or look at these images"
+            ) from error
+
     def total_loss(self, losses: dict[str, Tensor], names: Sequence[str]) -> Tensor:
         """Adds up the losses, logs each, and stops the run at the first that is not finite.
 
@@ -235,12 +254,10 @@ class TrainingModule(LightningModule):
             FloatingPointError: Naming the step, the losses and the images.
         """
         total = torch.stack(tuple(losses.values())).sum()
-        if not torch.isfinite(total):
-            values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"step {self.global_step}: the loss is not finite ({values}) on the images"
-                f" {', '.join(names)}; lower the learning rate, clip gradients or look at these images"
-            )
+        with self.naming(names):
+            if not torch.isfinite(total):
+                values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+                raise FloatingPointError(f"the loss is not finite ({values})")
         for name, value in losses.items():
             self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3, sync_dist=True)
         self.log("loss/total", total.detach(), prog_bar=True, sync_dist=True)

@@ -49,6 +49,7 @@ def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Pat
         ({"arms": ("scratch", "trunk-only")}, "same as 'scratch'"),
         ({"finetuning": {"seed": 3}}, "finetuning: 'seed' cannot be set"),
         ({"finetuning": {"schedule": "4x"}}, "finetuning: 'schedule' cannot be set"),  # the steps are given
+        ({"finetuning": {"devices": 2}}, "finetuning: 'devices' cannot be set"),
         ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),

@@ -73,6 +73,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "tuned" / "manifest.json").write_text(json.dumps({**manifest, "class_names": None}))
     with pytest.raises(ValueError, match="knows no classes yet"):
         export(tmp_path / "tuned", output=tmp_path / "out", format="onnx")
+    with pytest.raises(ValueError, match="is the folder of a detector"):
+        export(tmp_path / "tuned", output=tmp_path / "tuned", format="onnx", overwrite=True)
     with pytest.raises(ValueError, match=r"--num-classes: give the number"):
         export(tmp_path / "tuned", output=tmp_path / "out")
     assert not (tmp_path / "out" / "model.onnx").exists()

@@ -146,6 +146,39 @@ def test_queries_differ_from_the_start(name: str) -> None:
     ]
     assert ends
     assert all(bool(end.weight.any()) != detector.family.moves for end in ends)  # reference points stay
+    if name == "deformable_detr":  # an eighth of the image
+        torch.testing.assert_close(boxes[..., 2:], torch.full((2, 12, 2), -2.0).sigmoid())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_boxes_has_a_gradient_for_every_weight(name: str) -> None:
+    """Other processes wait for it."""
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(
+        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
+    ).train()
+    without = []
+    for count in (2, 0):
+        detector.zero_grad()
+        targets = [
+            {"boxes": boxes(2)[:count], "labels": torch.ones(count, dtype=torch.int64)} for _ in IMAGES
+        ]
+        sum(detector(IMAGES, targets).values()).backward()
+        without.append({n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None})
+    assert without[1] == without[0]
+
+
+def test_boxes_that_are_not_finite_are_told_so() -> None:
+    adapter = build("detr", objectness=True)
+    with torch.no_grad():
+        adapter.detector.network.bbox_predictor.layers[-1].bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the predicted boxes are not finite"):
+        adapter(IMAGES, [boxes(3), boxes(2)])
+
+
+def test_settings_that_do_not_train_are_not_offered() -> None:
+    assert "two_stage" not in shared_options("deformable_detr")
+    assert "num_queries" in shared_options("deformable_detr")
 
 
 @pytest.mark.parametrize("name", ["detr", pytest.param("dab_detr", marks=pytest.mark.slow)])

@@ -22,6 +22,7 @@ from aligndet.files import accepts_strings, atomic_write, locked, read_json
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
+_OURS |= {"devices", "nodes", "strategy"}  # a cell is of one process: others would start the comparison anew
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
 _SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}

@@ -100,6 +100,8 @@ def export(
 
 def _to_onnx(run: Path, output: Path, overwrite: bool) -> Path:
     path = output / "model.onnx"
+    if (output / "model.safetensors").exists():
+        raise ValueError(f"{output}: is the folder of a detector, whose manifest stays; give another output")
     if path.exists() and not overwrite:
         raise ValueError(f"{output}: holds a model already; give --overwrite or another output")
     detector, source = load_detector(run)

@@ -136,9 +136,19 @@ class QueryDetector(nn.Module):
 
         Returns:
             What the model returns.
+
+        Raises:
+            FloatingPointError: If boxes are predicted that no target can be matched to.
         """
         pixels, mask = self._batch(images)
-        return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
+        try:
+            return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
+        except ValueError as error:  # transformers matches before it returns, and does not say what is wrong
+            with torch.no_grad():
+                boxes = self.network(pixel_values=pixels, pixel_mask=mask).pred_boxes
+            if torch.isfinite(boxes).all():
+                raise
+            raise FloatingPointError("the predicted boxes are not finite") from error
 
     def losses(self, outputs: Any, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """transformers' losses, summed by kind: what it returns as their sum is the sum of these.
@@ -160,6 +170,9 @@ class QueryDetector(nn.Module):
             if parts:
                 norm = 1.0 if kind in self.family.own_norm else to_mean
                 sums[kind.removeprefix("loss_")] = weight * norm * torch.stack(parts).sum()
+        unused = getattr(self.network.model, "denoising_class_embed", None)
+        if unused is not None and not boxes:  # other processes, which have boxes, wait for its gradient
+            sums["bbox"] = sums["bbox"] + 0.0 * unused.weight.sum()
         return sums
 
     def configuration_files(self, class_names: Sequence[str] | None) -> dict[str, str]:

@@ -25,6 +25,7 @@ class Family(NamedTuple):
     square: bool = False  # made for square images, without masks of the padding
     from_encoder: bool = False  # queries are the encoder's best places
     moves: bool = True  # boxes are moves of reference points or boxes
+    sides: float = 0.0  # logit of the sides of boxes that are moves of points
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -76,6 +77,7 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     strides=(8, 16, 32),
     class_layers=("class_embed", "model.decoder.class_embed"),
     layer_dim=1,
+    sides=-2.0,
 )
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
 RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
@@ -85,8 +87,9 @@ _OURS = {
     *("backbone_config", "num_channels", "freeze_backbone_batch_norms", "feat_strides"),
     *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
     *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
+    *("two_stage", "two_stage_num_proposals"),  # transformers has no loss for Deformable DETR's first stage
 }
-"""Settings of transformers that follow from the trunk, the images or the task."""
+"""Settings of transformers that follow from the trunk, the images or the task, or do not work."""
 
 
 def from_transformers(name: str) -> Any:
@@ -144,3 +147,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         if family.moves and "bbox_" in name and hasattr(module, "layers"):  # no move at first
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
+            if not getattr(
+                network.config, "with_box_refine", False
+            ):  # else later layers share it, and move boxes
+                nn.init.constant_(module.layers[-1].bias[2:], family.sides)

@@ -142,7 +142,7 @@ def refine(
     Returns:
         (at most M_i, 4) of each image.
     """
-    moved = stage.box_coder.decode(deltas.detach().float(), list(regions))[:, 0]  # (sum of M_i, 4)
+    moved = stage.box_coder.decode(deltas.detach().float(), list(regions)).reshape(-1, 4)  # (sum of M_i, 4)
     parts = list(moved.split([len(boxes) for boxes in regions]))
     if objects is not None:
         added = [(r[:, None] == o[None]).all(2).any(1) for r, o in zip(regions, objects, strict=True)]
