@@ -131,3 +131,13 @@ def test_the_average_of_the_weights_leaves_integers_alone() -> None:
     for _ in range(3):
         model.update_parameters(module)
     assert torch.equal(next(model.module.buffers()), module.positions)
+
+
+def test_a_full_gpu_is_told_what_takes_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Large(Counting):
+        def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(ValueError, match=r"not enough memory for 1 images.*--accumulate.*allocate 2 GiB"):
+        train(Large(), tmp_path, accumulate=2)
+    assert "8 steps of 2 images, 4 passes over 4 images" in capsys.readouterr().out

@@ -108,6 +108,9 @@ def fit(
 
     Returns:
         Whether this process is the one that writes the result.
+
+    Raises:
+        ValueError: If a GPU has too little memory; the message says what takes less.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # meant: the frozen trunk, --workers 0, runs without validation
@@ -193,7 +196,18 @@ def fit(
         module.to(memory_format=torch.channels_last)  # convolutions hand on the format of their weights
     if compile:
         compile_networks(module)
-    trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
+    images = batch_size * accumulate * devices * nodes
+    if trainer.is_global_zero:
+        print(
+            f"{steps} steps of {images} images, {steps * images / samples:.3g} passes over {samples} images"
+        )
+    try:
+        trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has not enough memory for {batch_size} images at a time: try a part of --batch-size and"
+            f" as many times --accumulate, --precision bf16-mixed, or smaller images ({error})"
+        ) from error
     return trainer.is_global_zero
 
 

@@ -50,6 +50,25 @@ def test_files_explain_themselves(sample: Path, tmp_path: Path) -> None:
     assert (output / "fold0" / "train_50pct.txt").read_text() == folds[0]
 
 
+def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
+    output = tmp_path / "splits"
+    split(sample / "train.json", output=output, fractions=(100.0,), folds=1, hold_out=25.0)
+    train, val, fold = (
+        read_coco(output / name, sample / "train")
+        for name in ("train.json", "val.json", "fold0/train_100pct.json")
+    )
+    assert (len(train), len(val)) == (9, 3)
+    assert sorted([*train.file_names, *val.file_names]) == read_coco(sample / "train.json").file_names
+    assert train.categories == val.categories
+    assert fold.file_names == train.file_names
+    assert json.loads((output / "manifest.json").read_text())["val"]["images"] == 3
+    assert "--val-annotations val.json" in (output / "README.txt").read_text()
+    split(sample / "train.json", output=output, overwrite=True)
+    assert not (output / "val.json").exists()
+    with pytest.raises(ValueError, match="hold_out must be above 0 and below 100 per cent, not 100"):
+        split(sample / "train.json", output=tmp_path / "all", hold_out=100.0)
+
+
 def test_sizes_that_do_not_fit(sample: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 100"):
         split(sample / "train.json", output=tmp_path / "a", fractions=(101.0,))

@@ -1,9 +1,8 @@
-"""`aligndet split`: low-data splits of labelled images."""
+"""`aligndet split`: held-out images, and low-data splits of labelled images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,22 @@ from aligndet.data.formats import load_labelled
 from aligndet.data.splits import nested_subsets
 from aligndet.files import accepts_strings, atomic_write, locked
 
-_EXPLANATION = """Low-data splits of `aligndet split`.
-
+_EXPLANATION = """Splits of `aligndet split`.
+{held_out}
 foldK/train_Ppct.json    COCO JSON of P per cent of the images (train_Nimages.json: of N images)
 foldK/train_Ppct.txt     their file names, one a line
 manifest.json            source, seed, number of images and of objects of every split
 
 Within a fold every smaller split lies in the larger ones. The folds are drawn independently.
 Train on one with: aligndet finetune foldK/train_Ppct.json --images {folder} --output ...
+"""
+
+
+_HELD_OUT = """
+val.json     COCO JSON of the images that were held out
+train.json   of all others, which the splits below are drawn from
+Train with: aligndet finetune train.json --val-annotations val.json --output ...
+    --images {folder} --val-images {folder}
 """
 
 
@@ -32,20 +39,23 @@ def split(
     fractions: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0),
     counts: tuple[int, ...] = (),
     folds: int = 5,
+    hold_out: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Draws low-data splits of labelled images, as COCO JSON and as lists of file names.
+    """Holds images out for validation, and draws low-data splits, as COCO JSON and as lists of file names.
 
     The splits of a fold are nested: the images of its 1 % are among those of its 5 %.
 
     Args:
-        annotations: Of the training images: COCO JSON, PASCAL VOC or YOLO (file or folder).
-        output: Folder for foldK/train_Ppct.json and .txt.
+        annotations: Of the labelled images: COCO JSON, PASCAL VOC or YOLO (file or folder).
+        output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json.
         images: Folder of the images; by default looked for.
         fractions: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
         counts: Sizes in images, beside the fractions.
         folds: Number of draws.
+        hold_out: Per cent of the images for val.json; the others make train.json, and the splits are of
+            these. Images of one scene or video should not be divided: give them a JSON of their own instead.
         seed: Of the draws.
         overwrite: Throw away the splits that output holds.
 
@@ -60,8 +70,19 @@ def split(
         raise ValueError(f"a fraction must be above 0 and at most 100 per cent, not {wrong}")
     if folds < 1 or not (fractions or counts):
         raise ValueError(f"there must be a fold and a fraction or count, not {folds} folds")
+    if hold_out is not None and not 0 < hold_out < 100:
+        raise ValueError(f"hold_out must be above 0 and below 100 per cent, not {hold_out}")
     labels = load_labelled(annotations, images, "train")
     entries = sorted(labels.content["images"], key=lambda entry: (entry["file_name"], entry["id"]))
+    whole: dict[str, list[dict[str, Any]]] = {}
+    if hold_out is not None:
+        if len(entries) < 2:
+            raise ValueError(f"{annotations}: two images at least are needed to hold one out")
+        count = min(len(entries) - 1, max(1, round(len(entries) * hold_out / 100)))
+        ((drawn,),) = nested_subsets(len(entries), [count], folds=1, seed=seed)
+        held_out = set(drawn.tolist())
+        whole["val"] = [entries[position] for position in sorted(held_out)]
+        whole["train"] = entries = [e for position, e in enumerate(entries) if position not in held_out]
     sizes = {f"train_{value:g}pct": max(1, round(len(entries) * value / 100)) for value in fractions}
     sizes |= {f"train_{count}images": count for count in counts}
     subsets = nested_subsets(len(entries), list(sizes.values()), folds=folds, seed=seed)
@@ -73,8 +94,13 @@ def split(
         "folds": folds,
         "splits": {},
     }
+    folder = labels.folder.resolve()
     with locked(output):
         _clear(output, overwrite)
+        for name, chosen_entries in whole.items():
+            part = _part(labels, chosen_entries)
+            atomic_write(output / f"{name}.json", json.dumps(part))
+            manifest[name] = {"images": len(chosen_entries), "objects": len(part["annotations"])}
         for fold, chosen in enumerate(subsets):
             for name, positions in zip(sizes, chosen, strict=True):
                 part = _part(labels, [entries[position] for position in positions])
@@ -84,8 +110,11 @@ def split(
                 atomic_write(path.with_suffix(".txt"), "\n".join(listed) + "\n")
                 summary = {"images": len(listed), "objects": len(part["annotations"])}
                 manifest["splits"][path.relative_to(output).as_posix()] = summary
-        atomic_write(output / "README.txt", _EXPLANATION.format(folder=labels.folder.resolve()))
+        held = _HELD_OUT.format(folder=folder) if whole else ""
+        atomic_write(output / "README.txt", _EXPLANATION.format(folder=folder, held_out=held))
         atomic_write(output / "manifest.json", json.dumps(manifest, indent=2))
+    if whole:
+        print(f"{len(whole['val'])} images are held out, in {output / 'val.json'}")
     print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
     return output
 
@@ -102,6 +131,7 @@ def _clear(output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output}: is not empty; give --overwrite or another output")
     if used and not (output / "manifest.json").is_file():
         raise ValueError(f"{output}: holds {used[0]!r} and no splits; it is not overwritten")
-    old: Iterable[Path] = [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt")]
+    old: list[Path] = [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt")]
+    old += [path for path in (output / "train.json", output / "val.json") if path.is_file()]
     for path in old:
         path.unlink()
