@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Trainer
 
 from aligndet import cli
-from aligndet.launch import SameStart, environment
+from aligndet.launch import SameStart, check_launch, environment
 
 SLURM = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -78,6 +79,13 @@ def test_what_cannot_run(
     assert cli.main(command) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interactive_session_has_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    check_launch(1, 1, "auto")
+    with pytest.raises(ValueError, match="devices=2: each needs a process of its own"):
+        check_launch(2, 1, "auto")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ COMMANDS = {
     "quickstart": "the main job on built-in data in minutes: does pre-training help?",
     "sample-data": "write a small data set of photographic objects, labelled",
     "check-data": "validate a data set, labelled or not, and say what is in it",
-    "split": "draw low-data splits of labelled images, nested, in folds",
+    "split": "hold images out for validation; draw low-data splits, nested, in folds",
     "propose": "find boxes in images without labels (selective search)",
     "cluster": "group the boxes by what they look like, for query-based detectors",
     "pretrain-backbone": "pre-train a trunk on images alone, where no ImageNet weights are wanted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -33,8 +34,9 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
         strategy: Of Lightning.
 
     Raises:
-        ValueError: If the strategy splits the parameters, if machines were asked for and nobody has started
-            processes on them, or if there are more or fewer processes than devices.
+        ValueError: If the strategy splits the parameters or copies this process, if an interactive session
+            asks for several devices, if machines were asked for and nobody has started processes on them, or if
+            there are more or fewer processes than devices.
     """
     if not strategy.startswith(("auto", "ddp")):
         raise ValueError(
@@ -47,6 +49,11 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
             " ddp, which starts the command anew for each"
         )
     started = environment()
+    if started is None and devices > 1 and hasattr(sys, "ps1"):
+        raise ValueError(
+            f"devices={devices}: each needs a process of its own, which starts from the command line; run"
+            " aligndet in a shell, or take one device here"
+        )
     if started is None:
         if nodes > 1:
             raise ValueError(

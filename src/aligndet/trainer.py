@@ -146,8 +146,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         devices=devices,
         num_nodes=nodes,
-        # "auto" would be copies of this process in an interactive session, all of them with the same images
-        strategy="ddp" if strategy == "auto" and devices * nodes > 1 else strategy,
+        strategy=strategy,
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,

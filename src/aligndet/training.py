@@ -74,9 +74,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             for position in range(start, start + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = torch.randperm(
-                        self.length, generator=torch.Generator().manual_seed(self.seed + epoch)
-                    )
+                    # seed + epoch would make the second pass of one seed the first of the next
+                    generator = torch.Generator().manual_seed(self.seed * 2**32 + epoch)
+                    order = torch.randperm(self.length, generator=generator)
                 items.append((int(order[position % self.length]), self.seed * 2**32 + position))
             yield items
 

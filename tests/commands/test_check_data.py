@@ -75,6 +75,16 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
         check_data(data / "train.json", fix=tmp_path / "fixed")
 
 
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 10**400, 0, -3])
+def test_labels_without_a_size_that_makes_sense(size: float, sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    document["images"][0]["height"] = size
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    found = check_data(tmp_path / "train.json", images=sample / "train", fix=tmp_path / "fixed")
+    assert set(found["problems"]) == {"wrong size"}
+    assert len(read_coco(tmp_path / "fixed" / "train.json", strict=True)) == len(document["images"])
+
+
 @pytest.mark.parametrize(
     ("changes", "kinds"),
     [

@@ -63,8 +63,13 @@ def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     assert fold.file_names == train.file_names
     assert json.loads((output / "manifest.json").read_text())["val"]["images"] == 3
     assert "--val-annotations val.json" in (output / "README.txt").read_text()
+    with pytest.raises(ValueError, match=r"train\.json: would be overwritten"):
+        split(output / "train.json", images=sample / "train", output=output, overwrite=True)
     split(sample / "train.json", output=output, overwrite=True)
     assert not (output / "val.json").exists()
+    (output / "train.json").write_text("mine")
+    split(sample / "train.json", output=output, overwrite=True)
+    assert (output / "train.json").read_text() == "mine"
     with pytest.raises(ValueError, match="hold_out must be above 0 and below 100 per cent, not 100"):
         split(sample / "train.json", output=tmp_path / "all", hold_out=100.0)
 

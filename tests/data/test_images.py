@@ -149,6 +149,7 @@ def test_list_images_is_recursive_sorted_follows_links_and_leaves_hidden_ones_ou
         (tmp_path / name).write_bytes(b"x")
     assert list_images(tmp_path) == ["a/c.png", "b.JPG"]
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "0").symlink_to(tmp_path / "a")  # has its own name in the labels
     (tmp_path / "z").symlink_to(tmp_path / ".hidden")
     assert list_images(tmp_path) == ["a/c.png", "b.JPG", "z/d.png"]
     with pytest.raises(ValueError, match="no such folder"):

@@ -205,7 +205,7 @@ class Bench:
                 **asdict(cell),
                 "labels": labels[cell.fraction],
                 "learning_rate": self.rate(cell),
-                "figures": {name: value for name, value in figures.items() if name != "details"},
+                "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
             }
             for cell in cells
             if (figures := self.figures(cell)) is not None

@@ -63,7 +63,7 @@ def export(
             " detector already: RUN/model)"
         )
     check_bounds({"num_classes": num_classes, "seed": seed})
-    if (output / "model.safetensors").exists() and not overwrite:
+    if any((output / name).exists() for name in ("model.safetensors", "model.onnx")) and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
     if "num_classes" in source["architecture"]:

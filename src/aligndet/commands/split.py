@@ -9,7 +9,7 @@ from typing import Any
 from aligndet.data.document import Document
 from aligndet.data.formats import load_labelled
 from aligndet.data.splits import nested_subsets
-from aligndet.files import accepts_strings, atomic_write, locked
+from aligndet.files import accepts_strings, atomic_write, locked, read_json
 
 _EXPLANATION = """Splits of `aligndet split`.
 {held_out}
@@ -96,7 +96,7 @@ def split(
     }
     folder = labels.folder.resolve()
     with locked(output):
-        _clear(output, overwrite)
+        _clear(output, overwrite, annotations)
         for name, chosen_entries in whole.items():
             part = _part(labels, chosen_entries)
             atomic_write(output / f"{name}.json", json.dumps(part))
@@ -125,13 +125,18 @@ def _part(labels: Document, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"images": entries, "annotations": objects, "categories": labels.content["categories"]}
 
 
-def _clear(output: Path, overwrite: bool) -> None:
+def _clear(output: Path, overwrite: bool, annotations: Path) -> None:
     used = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     if used and not overwrite:
         raise ValueError(f"{output}: is not empty; give --overwrite or another output")
-    if used and not (output / "manifest.json").is_file():
+    if not used:
+        return
+    manifest = output / "manifest.json"
+    made = read_json(manifest) if manifest.is_file() else {}
+    if "splits" not in made:
         raise ValueError(f"{output}: holds {used[0]!r} and no splits; it is not overwritten")
-    old: list[Path] = [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt")]
-    old += [path for path in (output / "train.json", output / "val.json") if path.is_file()]
-    for path in old:
-        path.unlink()
+    whole = [output / f"{name}.json" for name in ("train", "val") if name in made]
+    if annotations.resolve() in [path.resolve() for path in whole]:
+        raise ValueError(f"{annotations}: would be overwritten; give another output")
+    for path in [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt"), *whole]:
+        path.unlink(missing_ok=True)

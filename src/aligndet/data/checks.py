@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aligndet.data.coco import clip_box
-from aligndet.data.document import Document
+from aligndet.data.document import Document, image_size
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import read_segmentation
 from aligndet.files import safe_name
@@ -59,15 +59,17 @@ def check_images(labels: Document, source: Path) -> tuple[dict[int, tuple[int, i
     return sizes, findings, duplicates
 
 
-def labelled_size(entry: dict[str, Any], found: tuple[int, int]) -> tuple[float, float]:
+def labelled_size(entry: dict[str, Any], found: tuple[int, int]) -> tuple[int, int]:
     """Width and height that the boxes of an image refer to.
 
     Args:
         entry: Of the image.
-        found: Size of its file, where the labels say none.
+        found: Size of its file, where the labels say none that makes sense.
     """
-    size = (entry["width"], entry["height"])
-    return size if min(size) > 0 else found
+    try:
+        return image_size(entry, "")
+    except ValueError:
+        return found
 
 
 def check_boxes(
@@ -110,7 +112,7 @@ def check_boxes(
         ids.add(entry["id"])
         if entry["image_id"] not in sizes:
             continue
-        width, height = map(int, labelled_size(image, sizes[entry["image_id"]]))
+        width, height = labelled_size(image, sizes[entry["image_id"]])
         box, note = clip_box(entry["bbox"], width, height)
         if note:
             kind = "empty box" if box is None else "box out of bounds"

@@ -80,22 +80,25 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
 
     Raises:
         ValueError: If the folder does not exist, or a name in it is no UTF-8.
+        OSError: If a folder cannot be read, other than for want of permission.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
-    names, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(root, name) for name in files)
-        names += [
-            path.relative_to(folder).as_posix()
-            for path in paths
-            if is_listed(PurePath(path.name), suffixes) and path.is_file()
-        ]
+    names, seen, places = [], set(), [folder]
+    for place in places:  # which grows: links come after all that is really there
+        for root, folders, files in os.walk(place, onerror=_refuse):
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            places += [path for name in folders if (path := Path(root, name)).is_symlink()]
+            paths = (Path(root, name) for name in files)
+            names += [
+                path.relative_to(folder).as_posix()
+                for path in paths
+                if is_listed(PurePath(path.name), suffixes) and path.is_file()
+            ]
     names.sort()
     for name in names:
         try:
@@ -103,6 +106,12 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
         except UnicodeEncodeError:
             raise ValueError(f"{folder}: the file name {name!r} is no UTF-8; rename the file") from None
     return names
+
+
+def _refuse(error: OSError) -> None:
+    """Lets no folder be missing but those that are somebody else's (lost+found)."""
+    if not isinstance(error, PermissionError):
+        raise error
 
 
 def list_images(folder: Path) -> list[str]:
