@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from torch import nn
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aligndet.box_pretraining import BoxPretraining
+from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViewDataset, TwoViews
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.finetuning import Finetuning
 from aligndet.momentum import cosine_decay
 from aligndet.proposals.storage import read_proposals
-from aligndet.training import build_optimizer
+from tests.test_losses import naive_loss
 
 
 @pytest.fixture
@@ -85,22 +86,73 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
         ours.training_step([item._replace(file_name="00000.jpg") for item in batch], 0)
 
 
-def test_a_gpu_has_torchs_default_of_adamw() -> None:
-    for device, fused in (("cpu", True), ("meta", None)):
-        weight = nn.Parameter(torch.zeros(2, 2, device=device))
-        assert build_optimizer([([weight], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused
+class Known(nn.Module):
+    """Two stages whose embeddings are made of the image's colour and the proposals, which they stand for."""
+
+    prediction_layers = ()
+    copied_parameters = ("detector.query",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector: Any = nn.Module()
+        self.detector.backbone = nn.Module()
+        self.detector.backbone.body = nn.Conv2d(3, 3, 1)
+        self.detector.head = nn.Linear(7, 5)
+        self.detector.query = nn.Parameter(torch.ones(5))
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
+        self.seen = images
+        colours = [self.detector.backbone.body(image).mean((1, 2)) for image in images]
+        rows = [
+            torch.cat([colour.expand(len(b), 3), b / 100], 1)
+            for colour, b in zip(colours, proposals, strict=True)
+        ]
+        first = self.detector.head(torch.cat(rows)) * self.detector.query
+        ids = torch.arange(len(first))
+        ids[3] = BACKGROUND
+        stages = BoxPredictions(first, ids), BoxPredictions(first.square().roll(1, 0), ids, 0.25)
+        return PretrainOutput(stages, {"box": first.square().mean(), "iou": first.abs().mean()})
 
 
-def test_the_decay_of_each_update_is_that_of_its_step(
-    batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: list[int] = []
+def test_a_step_is_algorithm_1(batch: list[TwoViews]) -> None:
+    ours = BoxPretraining(Known(), steps=10, temperature=0.3, contrast_weight=2.0, box_weight=0.5)
+    with torch.no_grad():
+        for parameter in ours.momentum.detector.head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    total = ours.training_step(batch, 0)
+    views = [[getattr(item, view) for item in batch] for view in ("online", "momentum")]
+    outputs = []
+    for adapter, side in zip((ours.online, ours.momentum), views, strict=True):
+        for seen, view in zip(adapter.seen, side, strict=True):
+            torch.testing.assert_close(seen, view.image / 255)
+        outputs.append(adapter([view.image / 255 for view in side], [view.proposals for view in side]))
+    online, momentum = outputs
+    contrasts = [
+        a.weight
+        * naive_loss(a.embeddings, a.proposal_ids.tolist(), b.embeddings, b.proposal_ids.tolist(), 0.3)
+        for a, b in zip(online.stages, momentum.stages, strict=True)
+    ]
+    torch.testing.assert_close(total, 2.0 * sum(contrasts) + 0.5 * sum(online.losses.values()))
 
-    def decay(step: int, steps: int, start: float) -> float:
-        asked.append(step)
-        return cosine_decay(step, steps, start)
 
-    monkeypatch.setattr("aligndet.box_pretraining.cosine_decay", decay)
+class Replay(Callback):
+    """Moves a copy of the momentum detector by hand."""
+
+    def __init__(self, ours: BoxPretraining) -> None:
+        self.expected = {name: p.clone() for name, p in ours.momentum.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *batch: Any) -> None:
+        decay = cosine_decay(trainer.global_step - 1, module.steps, module.decay)
+        for name, source in module.online.named_parameters():
+            copied = name == "detector.query" or name.startswith("detector.backbone.body")
+            before = source if copied else self.expected[name]
+            self.expected[name] = (decay * before + (1 - decay) * source).detach().clone()
+
+
+def test_the_momentum_detector_follows_every_step(batch: list[TwoViews], tmp_path: Path) -> None:
+    ours = BoxPretraining(Known(), steps=5, decay=0.5, learning_rate=0.1)
+    start = {name: p.clone() for name, p in ours.momentum.named_parameters()}
     trainer = Trainer(
         max_steps=3,
         logger=False,
@@ -108,9 +160,15 @@ def test_the_decay_of_each_update_is_that_of_its_step(
         enable_checkpointing=False,
         enable_progress_bar=False,
         default_root_dir=tmp_path,
+        callbacks=[replay := Replay(ours)],
     )
-    trainer.fit(module(), DataLoader([batch] * 3, batch_size=None, collate_fn=list))  # type: ignore[arg-type]
-    assert asked == [0, 1, 2]
+    trainer.fit(ours, DataLoader([batch] * 3, batch_size=None, collate_fn=list))  # type: ignore[arg-type]
+    followed = dict(ours.momentum.named_parameters())
+    for name, value in followed.items():
+        torch.testing.assert_close(value, replay.expected[name])
+    for name in ("detector.head.weight", "detector.query"):
+        assert (followed[name] - start[name]).abs().max() > 1e-3
+    assert not torch.equal(followed["detector.head.weight"], ours.online.detector.head.weight)
 
 
 def test_frozen_batch_norms_stay_so_in_fine_tuning() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from aligndet.files import whole_file
 
@@ -68,7 +69,7 @@ class BestCheckpoint(_Checkpoint):
         super().__init__(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False)
 
 
-class WeightAverage(EMAWeightAveraging):
+class WeightAverage(WeightAveraging):
     """The moving average of the weights, where these are: Lightning copies them before they move to a GPU.
 
     Buffers are taken as they are: some are integers (Swin's positions), whose average would be rounded.
@@ -80,7 +81,7 @@ class WeightAverage(EMAWeightAveraging):
         Args:
             decay: Of the average in every step.
         """
-        super().__init__(use_buffers=False, decay=decay)
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Follows the weights."""

@@ -35,8 +35,8 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
 
     Raises:
         ValueError: If the strategy splits the parameters or copies this process, if an interactive session
-            asks for several devices, if machines were asked for and nobody has started processes on them, or if
-            there are more or fewer processes than devices.
+            asks for several devices, if machines were asked for and nobody has started processes on them, or
+            if there are more or fewer processes than devices.
     """
     if not strategy.startswith(("auto", "ddp")):
         raise ValueError(

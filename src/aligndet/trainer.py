@@ -26,7 +26,7 @@ from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines
 from aligndet.launch import SameStart, environment
 from aligndet.training import StepSampler, build_loader, compile_networks, steps_done
-from aligndet.workers import worker_settings
+from aligndet.workers import cores, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
 
@@ -179,8 +179,8 @@ def fit(
         world=devices * nodes,
     )
     if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1))
-    loader = build_loader(dataset, sampler, collate, workers)
+        workers = min(8, max(1, cores() - 1))
+    loader = build_loader(dataset, sampler, collate, workers, pin_memory=on_gpus)
     held_out = None
     if validation is not None:
         held_out = DataLoader(
@@ -188,6 +188,7 @@ def fit(
             batch_size,
             sampler=range(trainer.global_rank, len(validation), devices * nodes),
             collate_fn=collate_readable,
+            pin_memory=on_gpus,
             persistent_workers=workers > 0,
             **worker_settings(workers),
         )
@@ -275,6 +276,10 @@ class Throughput(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the step."""
+        if (
+            module.device.type == "cuda"
+        ):  # what is still under way is no wait for data; the next callbacks wait as well
+            torch.cuda.synchronize(module.device)
         self._ended = time.perf_counter()
         self._worked += self._ended - self._started
         self._images += len(batch)

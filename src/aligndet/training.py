@@ -23,6 +23,19 @@ OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
 
 
+def seed_of(seed: int, position: int) -> int:
+    """A seed for one of the many draws of a run.
+
+    torch's generator on a CPU looks at the low 32 bits alone, so that these have to differ between runs, too:
+    neighbouring seeds lie a golden ratio of all numbers apart (a Weyl sequence).
+
+    Args:
+        seed: Of the run.
+        position: Of the draw in the run.
+    """
+    return (seed * 0x9E3779B97F4A7C15 + position) % 2**63
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed) for every step of a run, from any step on.
 
@@ -74,10 +87,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             for position in range(start, start + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    # seed + epoch would make the second pass of one seed the first of the next
-                    generator = torch.Generator().manual_seed(self.seed * 2**32 + epoch)
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
                     order = torch.randperm(self.length, generator=generator)
-                items.append((int(order[position % self.length]), self.seed * 2**32 + position))
+                items.append((int(order[position % self.length]), seed_of(self.seed, position)))
             yield items
 
 
@@ -138,7 +150,12 @@ def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_
 
 
 def build_loader(
-    dataset: Dataset[Any], sampler: StepSampler, collate: Callable[..., Any], workers: int
+    dataset: Dataset[Any],
+    sampler: StepSampler,
+    collate: Callable[..., Any],
+    workers: int,
+    *,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """Loads the batches of a run.
 
@@ -147,11 +164,13 @@ def build_loader(
         sampler: Of the batches.
         collate: From items to a batch.
         workers: Processes; 0 loads in this one.
+        pin_memory: Put batches where a GPU fetches them by itself.
     """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
+        pin_memory=pin_memory,
         **worker_settings(workers),
     )
 
@@ -223,7 +242,7 @@ class TrainingModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a resumed step draw what the unbroken run would have drawn."""
         position = batch_idx * self.trainer.world_size + self.global_rank  # of the batch among all processes'
-        torch.manual_seed(self.seed * 2**32 + position)
+        torch.manual_seed(seed_of(self.seed, position))
 
     @contextmanager
     def naming(self, names: Sequence[str]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -22,6 +23,11 @@ def worker_context() -> BaseContext:
     if sys.platform == "linux":
         context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
     return context
+
+
+def cores() -> int:
+    """How many cores this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_settings(workers: int) -> dict[str, Any]:

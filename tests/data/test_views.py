@@ -50,6 +50,24 @@ def test_both_views_hold_the_same_proposals_in_the_same_order(tmp_path: Path) ->
         assert min((left - right).abs().max(), (left - mirrored).abs().max()) < 0.02
 
 
+def test_the_two_views_are_drawn_apart(tmp_path: Path) -> None:
+    views = TwoViewDataset(tmp_path, table(tmp_path), min_size=(64, 128), max_size=400, max_proposals=12)
+    sides, flips = [], []
+    for seed in range(60):
+        pair = views[0, seed][:2]
+        sides.append([min(view.image.shape[1:]) for view in pair])
+        first, second = (
+            view.proposals / torch.tensor(view.image.shape[1:]).flip(0).repeat(2) for view in pair
+        )
+        flips.append(bool((first - second).abs().max() > 0.02))
+    for view in zip(*sides, strict=True):
+        assert {min(views.short_sides, key=lambda known: abs(known - side)) for side in view} == set(
+            views.short_sides
+        )
+    assert len({tuple(pair) for pair in sides}) > len(views.short_sides)
+    assert set(flips) == {True, False}
+
+
 def test_the_seed_decides(tmp_path: Path) -> None:
     views = TwoViewDataset(tmp_path, table(tmp_path), min_size=(64, 128), max_size=160, max_proposals=12)
     state = torch.get_rng_state()

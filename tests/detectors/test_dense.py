@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
 
 from aligndet.boxes import BACKGROUND
 from aligndet.detectors.build import build_detector, build_pretrainable
@@ -37,6 +41,84 @@ def test_each_anchor_of_a_location_has_output_weights_of_its_own() -> None:
         part = slice(5 * anchor, 5 * anchor + 5)
         expected = head.output.weight[part] @ hidden[row] + head.output.bias[part]
         torch.testing.assert_close(head(features, anchors)[row], expected)
+
+
+class Places(nn.Module):
+    """A pyramid whose features say where they are: number of the image, x, y, and the stride."""
+
+    out_channels = 64
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps: OrderedDict[str, Tensor] = OrderedDict()
+        for stride in (8, 16, 32, 64, 128):
+            height, width = (side // stride for side in images.shape[-2:])
+            level = images.new_zeros(len(images), self.out_channels, height, width)
+            level[:, 0] = torch.arange(len(images))[:, None, None]
+            level[:, 1] = torch.arange(width) * stride
+            level[:, 2] = torch.arange(height)[:, None] * stride
+            level[:, 3] = stride
+            maps[str(stride)] = level
+        return maps
+
+
+class Unprojected(nn.Module):
+    """Features as they are, and the number of the anchor."""
+
+    def __init__(self, num_anchors: int) -> None:
+        super().__init__()
+        self.num_anchors = num_anchors
+
+    def forward(self, features: Tensor, anchors: Tensor) -> Tensor:
+        return torch.cat([features[:, :4], anchors[:, None]], 1)
+
+
+@pytest.mark.parametrize("name", ["fcos", "retinanet"])
+def test_an_embedding_is_of_the_place_that_stands_for_its_proposal(name: str) -> None:
+    adapter: Any = build_pretrainable(name, trunk="resnet18", fpn_channels=64)
+    head, anchors_of = adapter.detector.head, adapter.detector.anchor_generator
+    adapter.detector.backbone = Places()
+    head.classification_head.conv = nn.Identity()
+    head.projection_head = Unprojected(head.projection_head.num_anchors)
+    generator = torch.Generator().manual_seed(0)
+    corners = [torch.rand(12, 2, generator=generator) * 150 for _ in range(2)]
+    proposals = [
+        torch.cat([c, c + 20 + torch.rand(12, 2, generator=generator) * 80], 1).round() for c in corners
+    ]
+    with torch.no_grad():
+        stage = adapter([torch.rand(3, 256, 256) for _ in range(2)], proposals).stages[0]
+    assigned = stage.proposal_ids != BACKGROUND
+    assert len(stage.proposal_ids[assigned].unique()) > 15
+    certain = 0
+    for embedding, number in zip(stage.embeddings[assigned], stage.proposal_ids[assigned], strict=True):
+        image, x, y, stride, anchor = (int(value) for value in embedding.tolist())
+        assert image == number // 12
+        own = int(number) % 12
+        if name == "fcos":  # within the box, and 1.5 strides of its centre
+            left, top, right, bottom = proposals[image][own].tolist()
+            assert left < x < right
+            assert top < y < bottom
+            assert abs(x - (left + right) / 2) < 1.5 * stride
+            assert abs(y - (top + bottom) / 2) < 1.5 * stride
+            certain += 1
+        else:
+            shape = anchors_of.cell_anchors[(8, 16, 32, 64, 128).index(stride)][anchor]
+            overlaps = box_iou(shape[None] + torch.tensor([[x, y, x, y]]), proposals[image])[0]
+            if overlaps.max() >= 0.5:  # below, it is the best anchor of a proposal that has no better one
+                assert overlaps.argmax() == own
+                certain += 1
+    assert certain > 50
+
+
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn"])
+def test_anchors_are_exact_in_half_precision(name: str) -> None:
+    """In bfloat16, beyond 1,024 pixels FCOS's anchors of 8 would be 0 or 16 wide."""
+    detector: Any = build_detector(name, num_classes=1, trunk="resnet18", fpn_channels=64)
+    anchors_of = (detector.rpn if name == "faster_rcnn" else detector).anchor_generator
+    images = ImageList(torch.zeros(1, 3, 64, 1344), [(64, 1344)])
+    maps = [torch.zeros(1, 1, 64 // stride, 1344 // stride) for stride in (4, 8, 16, 32, 64)]
+    exact, half = (anchors_of(images, [m.to(dtype) for m in maps])[0] for dtype in (None, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert torch.equal(exact, half)
 
 
 def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
@@ -203,7 +204,8 @@ def predicts_masks(detector: str) -> bool:
 
 
 def _predict_in_float32(detector: nn.Module) -> None:
-    """Lets no box be decoded in half precision: in bfloat16 a coordinate of 500 moves in steps of 2 pixels.
+    """Lets no box be made or decoded in half precision: in bfloat16 a coordinate of 500 moves in steps of 2
+    pixels, and the anchors of torchvision, which have the type of the maps, would become 0 to 16 pixels wide.
 
     What the layers predict has been rounded by then, to a half percent: of the side of a box, not of where it
     is.
@@ -212,6 +214,14 @@ def _predict_in_float32(detector: nn.Module) -> None:
     for module in detector.modules() if heads is None else heads:
         if heads is not None or isinstance(module, _PREDICTION_HEADS):
             module.register_forward_hook(_to_float32)
+        elif isinstance(module, AnchorGenerator):
+            module.register_forward_pre_hook(_as_of_float32)
+
+
+def _as_of_float32(module: nn.Module, args: Any) -> Any:
+    """Shows an anchor generator the same maps as numbers of 32 bits; it looks at sizes, type and device."""
+    images, (first, *others) = args
+    return images, [first[:1, :1].float(), *others]
 
 
 def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:

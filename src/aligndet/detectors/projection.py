@@ -40,4 +40,8 @@ class ProjectionHead(nn.Module):
         embeddings = self.output(torch.relu(self.hidden(features))).unflatten(
             1, (self.num_anchors, -1)
         )  # (M, A, D)
-        return embeddings[:, 0] if anchors is None else embeddings[torch.arange(len(anchors)), anchors]
+        return (
+            embeddings[:, 0]
+            if anchors is None
+            else embeddings[torch.arange(len(anchors), device=anchors.device), anchors]
+        )

@@ -45,15 +45,21 @@ def predict_images(
         masks (n, H, W) bool, on the CPU.
 
     Raises:
-        ValueError: If batch_size is less than 1.
+        ValueError: If batch_size is less than 1, or the GPU has too little memory for so many.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     detector.eval().to(device)
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
-        with torch.inference_mode():
-            predictions = detector([image.to(device).float() / 255 for image in batch])
+        try:
+            with torch.inference_mode():
+                predictions = detector([image.to(device).float() / 255 for image in batch])
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(
+                f"the GPU has not enough memory for {len(batch)} images at a time; give a smaller"
+                f" --batch-size ({error})"
+            ) from error
         for prediction in predictions:
             if "masks" in prediction:  # as bool they take a quarter of the memory
                 prediction["masks"] = binary_masks(prediction["masks"])

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
-from aligndet.workers import one_thread, worker_context
+from aligndet.workers import cores, one_thread, worker_context
 
 Engine = Literal["processes", "ray"]
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ def run(
 def _on_processes(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int | None
 ) -> Generator[Result, None, None]:
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or cores()
     rest = iter(items)
     waiting: deque[Future[list[Result]]] = deque()
     pool = _pool(count)

@@ -1,0 +1,91 @@
+"""The order of the data, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aligndet.training import ScheduleName, StepSampler, build_optimizer, build_schedule
+
+
+def drawn(
+    *, seed: int = 0, first: int = 0, rank: int = 0, world: int = 1, batch_size: int = 2
+) -> list[list[tuple[int, int]]]:
+    return list(
+        StepSampler(7, batch_size=batch_size, batches=14, seed=seed, first=first, rank=rank, world=world)
+    )
+
+
+def test_every_pass_is_another_order_of_all_images() -> None:
+    items = [item for batch in drawn() for item in batch]
+    passes = [[index for index, _ in items[start : start + 7]] for start in range(0, 28, 7)]
+    assert all(sorted(order) == list(range(7)) for order in passes)
+    assert len(set(map(tuple, passes))) == 4
+    assert list(range(7)) not in passes
+    assert len({seed for _, seed in items}) == 28
+
+
+def test_seeds_share_no_pass_and_no_augmentation() -> None:
+    ours, theirs = ([item for batch in drawn(seed=seed) for item in batch] for seed in (0, 1))
+    assert {seed for _, seed in ours}.isdisjoint(seed for _, seed in theirs)
+    orders = [
+        {tuple(i for i, _ in items[start : start + 7]) for start in range(0, 28, 7)}
+        for items in (ours, theirs)
+    ]
+    assert orders[0].isdisjoint(orders[1])
+
+
+def test_a_resumed_run_and_several_processes_see_what_one_sees() -> None:
+    whole = drawn()
+    assert drawn(first=5) == whole[5:]
+    ranks = [drawn(rank=rank, world=2, batch_size=1) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", {2: 1.0, 3: 1.0, 17: 1.0}),
+        ("cosine", {2: 1.0, 11: 0.5, 20: 0.0}),
+        ("step", {2: 1.0, 13: 1.0, 14: 0.1, 17: 0.1, 18: 0.01}),
+    ],
+)
+def test_schedules_after_a_linear_warm_up(name: ScheduleName, expected: dict[int, float]) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = build_schedule(optimizer, name, 20, 2)
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+    assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_groups_of_parameters(name: str) -> None:
+    trunk, head, frozen = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = build_optimizer(
+        [(trunk.parameters(), 0.1), ([*head.parameters(), *frozen.parameters()], 1.0)],
+        name,  # type: ignore[arg-type]
+        1e-2,
+        0.05,
+    )
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    expected = {
+        id(trunk.weight): (1e-3, 0.05),
+        id(trunk.bias): (1e-3, 0.0),
+        id(head.weight): (1e-2, 0.05),
+        id(head.bias): (1e-2, 0.0),
+    }
+    assert found.keys() == expected.keys()
+    assert all(found[key] == pytest.approx(value) for key, value in expected.items())
+    with pytest.raises(ValueError, match="no parameter is trainable"):
+        build_optimizer([(frozen.parameters(), 1.0)], "adamw", 1e-2, 0.05)
+
+
+def test_a_gpu_has_torchs_default_of_adamw() -> None:
+    for device, fused in (("cpu", True), ("meta", None)):
+        weight = nn.Parameter(torch.zeros(2, 2, device=device))
+        assert build_optimizer([([weight], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused
