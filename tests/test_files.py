@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,35 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         atomic_write(path, 3)  # type: ignore[arg-type]
     assert path.read_text() == "first"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def fill_up(path: Path) -> None:
+    with whole_file(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_is_named_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    atomic_write(path, "first")
+    with pytest.raises(OSError, match=r"No space left.*file\.txt"):
+        fill_up(path)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushed, flush = tmp_path / "file.txt", [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append((path.exists(), os.fstat(descriptor).st_size))
+        flush(descriptor)
+
+    monkeypatch.setattr("aligndet.files.os.fsync", watched)
+    atomic_write(path, "whole")
+    assert flushed == [(False, 5)]
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 from aligndet.commands import _cells as module
 from aligndet.commands._cells import detector_settings
 from aligndet.commands.compare import compare
+from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
+from aligndet.data.coco import read_coco
 from aligndet.proposals.clusters import clusters_file
 from aligndet.reporting.runs import read_folders
 
@@ -102,6 +104,57 @@ def test_a_folder_of_several_comparisons_says_which(sample: Path, proposals: Pat
         (tmp_path / detector / "compare.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds the comparisons of fcos, retinanet; .*/fcos$"):
         _compare(sample, proposals, tmp_path)
+
+
+def test_arms_differ_in_their_start_alone(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No training: what each cell is asked to do, and which learning rate each arm chooses."""
+    best = {"scratch": 1e-4, "aligndet": 1e-3}
+
+    def write(labels: Path, *, output: Path, learning_rate: float, **settings: Any) -> None:
+        (output / "model").mkdir(parents=True)
+        (output / "model" / "manifest.json").write_text(json.dumps({"rate": learning_rate}))
+
+    def measure(model: Path, labels: Path, *, output: Path, **settings: Any) -> None:
+        rate = json.loads((model / "manifest.json").read_text())["rate"]
+        arm = output.parent.name.split("_")[0]
+        output.write_text(json.dumps({"AP": 0.5 if rate == best[arm] else 0.1}))
+
+    tuned = create_autospec(finetune, side_effect=write)
+    measured = create_autospec(evaluate, side_effect=measure)
+    pretrained = create_autospec(pretrain)
+    for name, fake in (("finetune", tuned), ("evaluate", measured), ("pretrain", pretrained)):
+        monkeypatch.setattr(module, name, fake)
+    output = _compare(sample, proposals, tmp_path / "out", fractions=(1.0,), learning_rates=(1e-3, 1e-4))
+    calls: dict[str, dict[str, dict[str, Any]]] = {"search": {}, "cells": {}}
+    for call in tuned.call_args_list:
+        folder = call.kwargs["output"]
+        calls[folder.parent.name][folder.name] = {"labels": call.args[0], **call.kwargs}
+    scratch, ours = (
+        next(settings for name, settings in calls["cells"].items() if name.startswith(arm)) for arm in best
+    )
+    assert len(calls["cells"]) == 2
+    differ = {name for name in scratch if scratch[name] != ours[name]}
+    assert differ == {"output", "init_from", "learning_rate"}
+    assert (scratch["learning_rate"], ours["learning_rate"]) == (1e-4, 1e-3)
+    assert scratch["init_from"] is None
+    assert ours["init_from"] == pretrained.call_args.kwargs["output"]
+    assert scratch["weight_decay"] == 0.05  # a number: by default that of pre-trained heads is another one
+    assert len(calls["search"]) == 4
+    whole = set(read_coco(sample / "train.json").file_names)
+    for call in measured.call_args_list:
+        model, labels = call.args
+        if model.parent.parent.name == "search":  # the validation images have no part in the choice
+            held_out = {entry["file_name"] for entry in json.loads(labels.read_text())["images"]}
+            trained = json.loads(calls["search"][model.parent.name]["labels"].read_text())["images"]
+            assert held_out | {entry["file_name"] for entry in trained} == whole
+            assert held_out.isdisjoint(entry["file_name"] for entry in trained)
+            assert call.kwargs["images"] == sample / "train"
+        else:
+            assert labels == sample / "val.json"
+    found = json.loads((output / "results.json").read_text())["cells"]
+    assert {(c["arm"], c["learning_rate"]) for c in found} == set(best.items())
 
 
 @pytest.mark.slow

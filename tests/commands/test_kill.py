@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import signal
@@ -68,6 +69,7 @@ def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
             break
         time.sleep(0.05)
     assert process.poll() is None, "the run ended before it could be killed"
+    assert ready(), "the run took too long to get where it is killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -118,6 +120,16 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+def assert_went_on(run: Path) -> None:
+    """A run that starts anew ends in the same weights as well."""
+    first, second = sorted((run / "logs").glob("csv*/metrics.csv"))  # what was logged before is still there
+    done = int(second.parent.name.removeprefix("csv_from_"))
+    assert done > 0
+    steps = [[int(row["step"]) for row in csv.DictReader(t.open())] for t in (first, second)]
+    assert steps[0]
+    assert min(steps[1]) >= done
+
+
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
@@ -133,6 +145,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
         f"--proposals={proposals}",
         f"--detector={detector}",
         *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
+        *("--batch-size=1", "--accumulate=2"),
     ]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
@@ -140,6 +153,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
     assert not (killed / "pretrained").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
+    assert_went_on(killed)
 
 
 @pytest.mark.usefixtures("imports")
@@ -162,21 +176,20 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
     assert not (killed / "trunk").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
+    assert_went_on(killed)
 
 
 @pytest.mark.usefixtures("imports")
 def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
-    command.append("--channels-last=true")  # checkpoints keep the format
+    command += ["--channels-last=true", "--ema=0.9"]  # checkpoints keep the format, and the average
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
     kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
     assert not (killed / "model").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "model", killed / "model")
-    tables = sorted((killed / "logs").glob("csv*/metrics.csv"))
-    assert len(tables) == 2  # what was logged before the kill is still there
-    assert all(len(table.read_text().splitlines()) > 1 for table in tables)
+    assert_went_on(killed)
 
 
 @pytest.mark.usefixtures("imports")
@@ -187,7 +200,9 @@ def test_propose(sample: Path, tmp_path: Path) -> None:
     kill_when((killed / "part-00001.parquet").is_file, *command, f"--output={killed}")
     with pytest.raises(ValueError, match="not complete"):
         read_proposals(killed)
+    finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("part-*.parquet")}
     finish_fork(command, killed)
+    assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished
     ours, theirs = read_proposals(tmp_path / "whole"), read_proposals(killed)
     assert ours.file_names == theirs.file_names
     np.testing.assert_array_equal(ours.boxes, theirs.boxes)

@@ -261,3 +261,40 @@ def test_masks_as_detections(images: Path, tmp_path: Path) -> None:
     assert detections.mask.shape == (1, 30, 40)
     assert detections.mask[0, 3:15, 2:7].all()
     assert detections.mask.sum() == 12 * 5
+
+
+class Sighted(nn.Module):
+    """Finds a fish as far to the right as the image is bright."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = []
+        for image in images:
+            x = float((image.mean() * 255).round())
+            box = torch.tensor([[x, 3.0, x + 10, 15.0], [x, 20.0, x + 8, 28.0]])
+            found.append({"boxes": box, "labels": torch.tensor([2, 2]), "scores": torch.tensor([0.9, 0.8])})
+        return found
+
+
+def test_predictions_are_measured_on_their_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "load_detector", lambda folder: (Sighted(), MANIFEST))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    places = (0, 5, 10, 15, 20)
+    (folder / "0.png").write_bytes(b"")  # an image that is skipped shifts nothing
+    for place in places[1:]:
+        Image.new("RGB", (40, 30), (place,) * 3).save(folder / f"{place}.png")
+    rows = [{"id": p + 1, "file_name": f"{p}.png", "width": 40, "height": 30} for p in places]
+    boxes: list[dict[str, Any]] = []
+    for place in places:  # the second one is a crowd: found or not, it counts for nothing
+        for box, crowd in (([place, 3, 10, 12], 0), ([place, 20, 8, 8], 1)):
+            known = {"id": len(boxes) + 1, "image_id": place + 1, "category_id": 7, "bbox": box}
+            boxes.append({**known, "iscrowd": crowd})
+    categories = [{"id": 3, "name": "bird"}, {"id": 7, "name": "fish"}]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({"images": rows, "annotations": boxes, "categories": categories}))
+    result = evaluate(Path("model"), labels, images=folder, batch_size=2)
+    assert result.images == 4
+    assert result.figures["AP"] == pytest.approx(1.0)
+    assert result.figures["AR1"] == pytest.approx(1.0)

@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
+from aligndet.commands.cluster import _load, _Request
 from aligndet.commands.propose import propose
+from aligndet.data.labelled import geometric
 from aligndet.files import locked
 from aligndet.proposals.storage import read_proposals
 
@@ -134,3 +138,38 @@ def test_settings_of_masks_that_make_no_sense(
     with pytest.raises(ValueError, match=message):
         propose(images, output=tmp_path / "out", workers=1, masks=True, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_boxes_of_a_large_image_are_where_they_belong(tmp_path: Path) -> None:
+    """Found at 256 of 1,200 pixels, in JPEGs decoded at a part of their size, and in one on its side."""
+    box = (300, 200, 700, 600)
+    array = np.random.default_rng(0).integers(40, 90, (800, 1200, 3), dtype=np.uint8)
+    array[box[1] : box[3], box[0] : box[2]] += 150
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(array).save(folder / "a.png")
+    Image.fromarray(array).save(folder / "b.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(array).copy()).save(folder / "c.jpg", quality=95, exif=exif)
+    propose(folder, output=tmp_path / "proposals", resolution=256, masks=True, workers=1)
+    found = read_proposals(tmp_path / "proposals", masks=True)
+    assert found.sizes.tolist() == [[1200, 800]] * 3
+    wanted = torch.tensor([box], dtype=torch.float32)
+    for index in range(3):
+        overlaps = box_iou(wanted, torch.from_numpy(found.boxes_of(index)))[0]
+        assert overlaps.max() > 0.9
+        (mask,) = found.masks_of(index, np.array([int(overlaps.argmax())]))
+        assert mask.mean() > 0.8
+
+
+def test_clusters_see_boxes_where_they_are(tmp_path: Path) -> None:
+    Image.new("RGB", (600, 400)).save(tmp_path / "a.png")
+    boxes = np.array([[60, 40, 300, 200]], np.float32)
+    request = _Request(3, tmp_path / "a.png", np.array([1200, 800], np.int32), boxes * 2)
+    loaded = _load(request, geometric((100, 100), 200, flip=0.0))
+    assert not isinstance(loaded, str)
+    position, image, resized = loaded
+    assert position == 3
+    assert image.shape == (3, 100, 150)
+    assert resized.tolist() == [[15, 10, 75, 50]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as transforms
 
@@ -17,6 +18,7 @@ from aligndet.data.images import ImageError, read_image
 from aligndet.data.labelled import LabelledDataset, geometric
 from aligndet.data.rle import encode
 from aligndet.data.views import TwoViewDataset, collate, short_sides
+from aligndet.finetuning import Finetuning
 from aligndet.proposals.masks import MASK_SIDE, on_grid
 from aligndet.proposals.storage import ImageProposals, ProposalTable
 from aligndet.training import StepSampler, build_loader
@@ -130,6 +132,58 @@ def test_labelled_images_are_resized_with_their_boxes(sample: Path) -> None:
         height, width = item.image.shape[1:]
         assert (item.boxes[:, 2:] <= torch.tensor([width, height])).all()
         assert (item.boxes[:, 2:] > item.boxes[:, :2]).all()
+
+
+def test_a_labelled_box_stays_on_its_object(tmp_path: Path) -> None:
+    """Each object has a colour of its own, in the middle of its box whatever the size and the flip."""
+    boxes = [[10, 10, 30, 20], [50, 30, 20, 40], [90, 15, 24, 24]]
+    array = np.zeros((80, 120, 3), np.uint8)
+    for label, (x, y, w, h) in enumerate(boxes, 1):
+        array[y : y + h, x : x + w] = 80 * label
+    Image.fromarray(array).save(tmp_path / "a.png")
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 120, "height": 80}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": b} for n, b in enumerate(boxes, 1)
+        ],
+        "categories": [{"id": n, "name": str(n)} for n in (1, 2, 3)],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    dataset = LabelledDataset(read_coco(tmp_path / "train.json"), min_size=(60, 160), max_size=400)
+    widths, sides = set(), set()
+    for seed in range(12):
+        item = dataset[0, seed]
+        for box, label in zip(item.boxes, item.labels, strict=True):
+            x, y = ((box[:2] + box[2:]) / 2).int().tolist()
+            assert item.image[:, y, x].tolist() == [80 * int(label)] * 3
+        widths.add(item.image.shape[2])
+        sides.add(bool(item.boxes[0, 0] < item.boxes[2, 0]))
+    assert len(widths) > 3
+    assert sides == {True, False}
+
+
+def test_fine_tuning_shows_what_the_labels_say(sample: Path) -> None:
+    shown: list[Any] = []
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone: Any = nn.Module()
+            self.backbone.body = nn.Linear(1, 1)
+
+        def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]]) -> Any:
+            shown.extend(zip(images, targets, strict=True))
+            return {"a": self.backbone.body.weight.sum(), "b": torch.tensor(2.0)}
+
+    dataset = LabelledDataset(read_coco(sample / "train.json", masks=True), min_size=(64, 96), max_size=128)
+    batch = [dataset[index, index] for index in range(3)]
+    ours = Finetuning(detector := Detector(), steps=10)
+    assert ours.training_step(batch, 0) == detector.backbone.body.weight.sum() + 2.0
+    for (image, target), item in zip(shown, batch, strict=True):
+        torch.testing.assert_close(image, item.image / 255)
+        assert target["boxes"] is item.boxes
+        assert target["labels"] is item.labels
+        assert target["masks"] is item.masks
 
 
 def test_labelled_masks_go_where_their_boxes_go(sample: Path) -> None:
