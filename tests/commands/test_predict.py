@@ -271,7 +271,7 @@ class Sighted(nn.Module):
         for image in images:
             x = float((image.mean() * 255).round())
             box = torch.tensor([[x, 3.0, x + 10, 15.0], [x, 20.0, x + 8, 28.0]])
-            found.append({"boxes": box, "labels": torch.tensor([2, 2]), "scores": torch.tensor([0.9, 0.8])})
+            found.append({"boxes": box, "labels": torch.tensor([2, 2]), "scores": torch.tensor([0.8, 0.9])})
         return found
 
 
