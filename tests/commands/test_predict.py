@@ -297,4 +297,4 @@ def test_predictions_are_measured_on_their_own_images(
     result = evaluate(Path("model"), labels, images=folder, batch_size=2)
     assert result.images == 4
     assert result.figures["AP"] == pytest.approx(1.0)
-    assert result.figures["AR1"] == pytest.approx(1.0)
+    assert result.figures["AR10"] == pytest.approx(1.0)
