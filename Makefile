@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/
-# modules are compiled when they are first imported: most of 18,000 never are, and all take longer than a third of the rest
+# modules are compiled when they are first imported: to compile all of them ahead is a third of the installation's work
 INSTALL := $(RUN)pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: help install quickstart test test-slow lint types format docs clean

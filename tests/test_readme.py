@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed import run
+from torchvision.models import detection
 
 from aligndet import cli
 from aligndet.commands.export import export
@@ -106,3 +108,19 @@ def test_an_export_loads_with_torchvision_alone(tmp_path: Path, monkeypatch: pyt
     )
     with pytest.raises(ValueError, match="holds weights already"):
         export(Path("pretrained"), output=Path("exported"), num_classes=12)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_two_stage_exports_load_with_torchvision_alone(name: str, tmp_path: Path) -> None:
+    adapter = build_pretrainable(name, trunk="resnet50")
+    architecture = {"detector": name, "trunk": "resnet50", "fpn_channels": 256, "fpn_norm": "none"}
+    save_weights(tmp_path / "run" / "pretrained", pretrained_state(adapter), {"architecture": architecture})
+    export(tmp_path / "run", output=tmp_path / "exported", num_classes=12)
+    detector = getattr(detection, f"{name.replace('_', '')}_resnet50_fpn")(
+        weights=None, weights_backbone=None, num_classes=12 + 1
+    )
+    weights = load_file(tmp_path / "exported" / "model.safetensors")
+    detector.load_state_dict(weights, strict=True)
+    ours = adapter.detector.state_dict()
+    for layer in ("rpn.head.bbox_pred", "roi_heads.box_head.fc6", "backbone.fpn.inner_blocks.0.0"):
+        assert torch.equal(detector.state_dict()[f"{layer}.weight"], ours[f"{layer}.weight"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aligndet.data.splits import nested_subsets
+from aligndet.data.splits import held_out_positions, nested_subsets
 
 BASELINE = "scratch"
 
@@ -115,11 +115,11 @@ def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str,
     images = document["images"]
     if len(images) < 2:
         raise ValueError("a search of learning rates needs two labelled images at least; give one rate alone")
-    count = max(1, round(share * len(images)))
-    ((held_out,),) = nested_subsets(len(images), [count], folds=1, seed=1)
-    chosen = set(held_out.tolist())
-    train = [image for i, image in enumerate(images) if i not in chosen]
-    return _with_images(document, train), _with_images(document, [images[i] for i in sorted(chosen)])
+    train, held_out = (
+        _with_images(document, [images[i] for i in chosen])
+        for chosen in held_out_positions(len(images), share, seed=1)
+    )
+    return train, held_out
 
 
 def _with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:

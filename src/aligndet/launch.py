@@ -49,12 +49,12 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
             " ddp, which starts the command anew for each"
         )
     started = environment()
-    if started is None and devices > 1 and hasattr(sys, "ps1"):
-        raise ValueError(
-            f"devices={devices}: each needs a process of its own, which starts from the command line; run"
-            " aligndet in a shell, or take one device here"
-        )
     if started is None:
+        if devices > 1 and hasattr(sys, "ps1"):
+            raise ValueError(
+                f"devices={devices}: each needs a process of its own, which starts from the command line; run"
+                " aligndet in a shell, or take one device here"
+            )
         if nodes > 1:
             raise ValueError(
                 f"--nodes {nodes}: start the command on each machine with torchrun, or as Slurm tasks (srun)"

@@ -276,9 +276,7 @@ class Throughput(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the step."""
-        if (
-            module.device.type == "cuda"
-        ):  # what is still under way is no wait for data; the next callbacks wait as well
+        if module.device.type == "cuda":  # what is still under way is no wait for data
             torch.cuda.synchronize(module.device)
         self._ended = time.perf_counter()
         self._worked += self._ended - self._started

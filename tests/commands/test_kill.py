@@ -125,7 +125,8 @@ def assert_went_on(run: Path) -> None:
     first, second = sorted((run / "logs").glob("csv*/metrics.csv"))  # what was logged before is still there
     done = int(second.parent.name.removeprefix("csv_from_"))
     assert done > 0
-    steps = [[int(row["step"]) for row in csv.DictReader(t.open())] for t in (first, second)]
+    tables = (csv.DictReader(table.read_text().splitlines()) for table in (first, second))
+    steps = [[int(row["step"]) for row in table] for table in tables]
     assert steps[0]
     assert min(steps[1]) >= done
 

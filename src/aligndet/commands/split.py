@@ -8,7 +8,7 @@ from typing import Any
 
 from aligndet.data.document import Document
 from aligndet.data.formats import load_labelled
-from aligndet.data.splits import nested_subsets
+from aligndet.data.splits import held_out_positions, nested_subsets
 from aligndet.files import accepts_strings, atomic_write, locked, read_json
 
 _EXPLANATION = """Splits of `aligndet split`.
@@ -78,11 +78,9 @@ def split(
     if hold_out is not None:
         if len(entries) < 2:
             raise ValueError(f"{annotations}: two images at least are needed to hold one out")
-        count = min(len(entries) - 1, max(1, round(len(entries) * hold_out / 100)))
-        ((drawn,),) = nested_subsets(len(entries), [count], folds=1, seed=seed)
-        held_out = set(drawn.tolist())
-        whole["val"] = [entries[position] for position in sorted(held_out)]
-        whole["train"] = entries = [e for position, e in enumerate(entries) if position not in held_out]
+        kept, held_out = held_out_positions(len(entries), hold_out / 100, seed=seed)
+        whole["val"] = [entries[position] for position in held_out]
+        whole["train"] = entries = [entries[position] for position in kept]
     sizes = {f"train_{value:g}pct": max(1, round(len(entries) * value / 100)) for value in fractions}
     sizes |= {f"train_{count}images": count for count in counts}
     subsets = nested_subsets(len(entries), list(sizes.values()), folds=folds, seed=seed)

@@ -9,14 +9,14 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
@@ -84,7 +84,24 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
-    names, seen, places = [], set(), [folder]
+    names = sorted(walk(folder, suffixes))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: the file name {name!r} is no UTF-8; rename the file") from None
+    return names
+
+
+def walk(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
+    """Yields what `find_files` sorts, as it finds it.
+
+    Args:
+        folder: To search.
+        suffixes: In lower case, with the dot.
+    """
+    seen: set[str] = set()
+    places = [folder]
     for place in places:  # which grows: links come after all that is really there
         for root, folders, files in os.walk(place, onerror=_refuse):
             if (real := os.path.realpath(root)) in seen:
@@ -93,19 +110,9 @@ def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             places += [path for name in folders if (path := Path(root, name)).is_symlink()]
-            paths = (Path(root, name) for name in files)
-            names += [
-                path.relative_to(folder).as_posix()
-                for path in paths
-                if is_listed(PurePath(path.name), suffixes) and path.is_file()
-            ]
-    names.sort()
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{folder}: the file name {name!r} is no UTF-8; rename the file") from None
-    return names
+            for path in (Path(root, name) for name in files):
+                if is_listed(PurePath(path.name), suffixes) and path.is_file():
+                    yield path.relative_to(folder).as_posix()
 
 
 def _refuse(error: OSError) -> None:
@@ -226,13 +233,14 @@ def read_image_size(path: Path | StoredImage) -> tuple[int, int]:
     return size[::-1] if turned else size
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: ImageFile.ImageFile) -> int:
     """EXIF's word on how to turn an image.
 
     Of a PNG, Pillow decodes all pixels to look for metadata behind them; to look whether there is any takes a
     hundredth of that.
     """
-    decode = image.format != "PNG" or _has_metadata_behind(image.fp)  # type: ignore[attr-defined]
+    assert image.fp is not None  # until its pixels are read
+    decode = image.format != "PNG" or _has_metadata_behind(image.fp)
     exif = image.getexif() if decode else Image.Image.getexif(image)
     return int(exif.get(ExifTags.Base.Orientation, 1))
 

@@ -1,4 +1,4 @@
-"""Low-data splits: nested subsets of the training images, in folds."""
+"""Low-data splits: nested subsets of the training images, in folds; and images that are held out."""
 
 from __future__ import annotations
 
@@ -33,3 +33,21 @@ def nested_subsets(
         raise ValueError(f"a split must have from 1 to {length} images, not {wrong}")
     orders = [np.random.default_rng((seed, fold)).permutation(length) for fold in range(folds)]
     return [[np.sort(order[:count]) for count in counts] for order in orders]
+
+
+def held_out_positions(
+    length: int, share: float, *, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draws images to be held out.
+
+    Args:
+        length: Number of images, at least two.
+        share: Of them that is held out, rounded; at least one is, and at least one is not.
+        seed: Of the draw.
+
+    Returns:
+        The sorted positions of the images to train on, and of those held out.
+    """
+    count = min(length - 1, max(1, round(share * length)))
+    ((drawn,),) = nested_subsets(length, [count], folds=1, seed=seed)
+    return np.setdiff1d(np.arange(length), drawn), drawn

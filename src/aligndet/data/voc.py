@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from aligndet.data.document import Document
-from aligndet.data.images import ImageError, find_files, read_image_size
+from aligndet.data.images import ImageError, find_files, read_image_size, walk
 from aligndet.files import safe_name
 
 
@@ -33,7 +33,7 @@ def is_voc(path: Path) -> bool:
     """
     if path.is_file():
         return path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets"
-    return path.is_dir() and bool(find_files(path, {".xml"}))
+    return path.is_dir() and next(walk(path, {".xml"}), None) is not None
 
 
 def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Document:

@@ -133,6 +133,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         family: Of the detector.
         network: transformers' model of it.
     """
+    refines = getattr(network.config, "with_box_refine", False)
     trunk = set(network.model.backbone.modules())  # type: ignore[union-attr]
     for name, module in network.named_modules():
         if module in trunk:
@@ -147,7 +148,5 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         if family.moves and "bbox_" in name and hasattr(module, "layers"):  # no move at first
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
-            if not getattr(
-                network.config, "with_box_refine", False
-            ):  # else later layers share it, and move boxes
+            if not refines:  # else later layers share it, and move boxes
                 nn.init.constant_(module.layers[-1].bias[2:], family.sides)

@@ -70,7 +70,7 @@ def embed_boxes(
         adapter.to(device).train()
         adapter.detector.backbone.body.eval()
     rows = []
-    for item in _images(images, chosen, boxes):
+    for item in _images(images, coco, chosen, boxes):
         pixels, drawn = item.image.to(device), item.boxes.to(device)
         (first, assigned), (second, assigned_too) = (box_features(adapter, pixels, drawn) for adapter in pair)
         rows.append((item.boxes, item.labels, first, second, assigned & assigned_too))
@@ -118,10 +118,11 @@ def box_features(adapter: nn.Module, image: Tensor, boxes: Tensor) -> tuple[Tens
     return (sums / counts.clamp(min=1)[:, None]).cpu(), (counts > 0).cpu()
 
 
-def _images(images: LabelledDataset, classes: npt.NDArray[np.int64], boxes: int) -> Iterator[Any]:
+def _images(
+    images: LabelledDataset, coco: CocoDataset, classes: npt.NDArray[np.int64], boxes: int
+) -> Iterator[Any]:
     """Images with boxes of the classes, until there are enough of each."""
     counts = np.zeros(len(classes), np.int64)
-    coco = images.images.coco
     for index, (labels, crowds) in enumerate(zip(coco.labels, coco.iscrowd, strict=True)):
         own = (labels[~crowds, None] == classes).sum(0)
         if (own[counts < boxes] > 0).any():
