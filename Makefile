@@ -2,7 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/
-# modules are compiled when they are first imported: to compile all of them ahead is a third of the installation's work
+# modules are compiled when they are first imported, also where the environment forbids it, as in many containers:
+# to compile all of them ahead is a third of the installation's work, not to keep what was compiled half of every start
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(RUN)pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: help install quickstart test test-slow lint types format docs clean
@@ -15,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch torchvision
 	$(INSTALL) --editable '.[dev]'
+	@$(RUN)aligndet compare --help > /dev/null  # compiles what all commands import
 	@touch $@
 
 quickstart: install ## the main job on built-in data: does pre-training help?

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands.test_kill import SMALL, assert_same_weights, finish
-from tests.test_processes import curve
+from tests.commands.test_kill import SMALL, assert_same_weights
+from tests.test_processes import curve, finish
 
 pytestmark = pytest.mark.slow
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +23,16 @@ from aligndet.data.coco import Category
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
 from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
-from tests.commands.test_kill import FEW_QUERIES, assert_same_weights, finish, kill_when
+from tests.commands.test_kill import (
+    FEW_QUERIES,
+    assert_same_weights,
+    assert_succeeded,
+    finish_fork,
+    fork,
+    imports,
+)
+
+__all__ = ["imports"]  # a fixture
 
 SMALL = [
     *(
@@ -29,6 +44,37 @@ SMALL = [
     ),
     *("--batch-size=2", "--steps=4", "--workers=0", "--warmup-steps=1", "--accelerator=cpu", "--log-every=1"),
 ]
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "aligndet", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that the kill reaches the loader's processes as well
+    )
+
+
+def finish(*arguments: str) -> None:
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors.decode()
+
+
+def two_forks(command: list[str], output: Path) -> None:
+    """As torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both |= {"TORCHELASTIC_RUN_ID": "two", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    command = [*command, "--devices=2", "--strategy=ddp"]
+    processes = {rank: fork(command, output, **both, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")}
+    for rank, process in processes.items():
+        process.join(240)
+        assert_succeeded(process, output, rank)
 
 
 def curve(run: Path) -> list[float]:
@@ -186,7 +232,12 @@ def test_two_processes_gather_keys(sample: Path, two_boxes: Path, tmp_path: Path
     gathering = [*several, "--gather-keys", "--steps=9", "--checkpoint-every=2"]
     killed = tmp_path / "killed"
     finish(*gathering, f"--output={tmp_path / 'whole'}")
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *gathering, f"--output={killed}")
+    process = start(*gathering, f"--output={killed}")
+    while not (killed / "checkpoints" / "last.ckpt").is_file():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     assert not (killed / "pretrained").exists()
     finish(*gathering, f"--output={killed}", "--resume")
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
@@ -207,6 +258,7 @@ def test_two_processes_of_queries_are_one_with_the_whole_batch(
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
 
 
+@pytest.mark.usefixtures("imports")
 @pytest.mark.parametrize(
     "detector",
     ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("htc", "detr", "rt_detr_v2"))],
@@ -223,8 +275,8 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
     ]
     # the contrast and the detector's normalisation are over a process's own boxes: what equals two processes
     # is two batches for one step of the optimizer, not one batch of twice the size
-    finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")
-    finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
+    finish_fork([*command, "--accumulate=2"], tmp_path / "one")
+    two_forks(command, tmp_path / "two")
     one, two = (load_file(tmp_path / run / "pretrained" / "model.safetensors") for run in ("one", "two"))
     for name, value in one.items():
         # what a batch norm remembers is, without GPUs, of the first process's batches

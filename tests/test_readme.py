@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,13 @@ PAGES = [page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md")
 STARTED = r"^    (?:(?:srun|torchrun) .*?)?aligndet (.+?)(?:  +#.*)?$"
 COMMANDS = re.findall(STARTED, "\n".join([README, *PAGES]), re.MULTILINE)
 SCALE = (ROOT / "docs" / "scale.md").read_text("utf-8")
+_parser_of = cache(cli.parser_of)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
     command, *arguments = shlex.split(line)
-    function, parser = cli.parser_of(command)
+    function, parser = _parser_of(command)
     parser.parse_args(cli._as_options(function, arguments))
 
 

@@ -258,6 +258,7 @@ def test_masks_all_the_way(sample: Path, proposals: Path, tmp_path: Path) -> Non
     with (run / "logs" / "csv" / "metrics.csv").open() as file:
         assert any("loss/" in name and "mask" in name for name in next(csv.reader(file)))
     labels: dict[str, Any] = {"val_annotations": sample / "val.json", "init_from": run}
+    settings["options"] = {"box_detections_per_img": 5, "rpn_post_nms_top_n_test": 50}
     tuned = aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", **labels, **settings)
     with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
         assert "loss/loss_mask" in next(csv.reader(file))

@@ -6,7 +6,6 @@ import csv
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from aligndet.cli import main
@@ -34,7 +34,7 @@ SMALL = [
     ),
     *(
         "--batch-size=2",
-        "--steps=9",
+        "--steps=6",
         "--checkpoint-every=2",
         "--workers=1",
         "--warmup-steps=2",
@@ -43,35 +43,6 @@ SMALL = [
     ),
 ]
 FEW_QUERIES = ["--options.num_queries=20", "--options.objectness=true"]
-
-
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "aligndet", *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # so that the kill reaches the loader's processes as well
-    )
-
-
-def finish(*arguments: str) -> None:
-    process = start(*arguments)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors.decode()
-
-
-def kill_when(ready: Callable[[], bool], *arguments: str) -> None:
-    process = start(*arguments)
-    for _ in range(2400):
-        if ready() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert process.poll() is None, "the run ended before it could be killed"
-    assert ready(), "the run took too long to get where it is killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -85,32 +56,48 @@ def imports() -> None:
     forkserver.ensure_running()
 
 
-def run_command(arguments: list[str], errors: Path) -> None:
+def run_command(arguments: list[str], errors: Path, environment: dict[str, str]) -> None:
     """What a fork does: a command, in a group of processes of its own, so that a kill reaches all of them."""
     os.setsid()
+    os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # read when Lightning is imported
     with errors.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)  # as in `start`
+        torch.set_num_threads(1)
         sys.exit(main(arguments))
 
 
-def fork(command: list[str], output: Path) -> BaseProcess:
+def fork(command: list[str], output: Path, **environment: str) -> BaseProcess:
     """Starts a command that has its imports behind it; many runs are short work then."""
-    errors = output.with_suffix(".errors")
-    process = _FORKS.Process(target=run_command, args=([*command, f"--output={output}"], errors))
+    rank = environment.get("RANK", "")  # of processes that share an output
+    errors = output.with_suffix(f".errors{rank}")
+    arguments = [*command, f"--output={output}"]
+    process = _FORKS.Process(target=run_command, args=(arguments, errors, environment))
     process.start()
     return process
 
 
-def assert_succeeded(process: BaseProcess, output: Path) -> None:
-    assert process.exitcode == 0, output.with_suffix(".errors").read_text()
+def assert_succeeded(process: BaseProcess, output: Path, rank: str = "") -> None:
+    assert process.exitcode == 0, output.with_suffix(f".errors{rank}").read_text()
 
 
 def finish_fork(command: list[str], output: Path) -> None:
     process = fork(command, output)
     process.join(240)
     assert_succeeded(process, output)
+
+
+def kill_when(ready: Callable[[], bool], command: list[str], output: Path) -> None:
+    process = fork(command, output)
+    for _ in range(2400):
+        if ready() or not process.is_alive():
+            break
+        time.sleep(0.05)
+    assert process.exitcode is None, "the run ended before it could be killed"
+    assert ready(), "the run took too long to get where it is killed"
+    os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
 
 
 def assert_same_weights(left: Path, right: Path) -> None:
@@ -150,7 +137,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
     ]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
     assert not (killed / "pretrained").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
@@ -173,7 +160,7 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
     ]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
     assert not (killed / "trunk").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
@@ -184,9 +171,10 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
 def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
     command += ["--channels-last=true", "--ema=0.9"]  # checkpoints keep the format, and the average
+    command += ["--workers=0", "--validate-every=3"]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, *command, f"--output={killed}")
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
     assert not (killed / "model").exists()
     finish_fork([*command, "--resume"], killed)
     assert_same_weights(tmp_path / "whole" / "model", killed / "model")
@@ -198,7 +186,7 @@ def test_propose(sample: Path, tmp_path: Path) -> None:
     command = ["propose", str(sample / "train"), "--shard-size=2", "--workers=1"]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_when((killed / "part-00001.parquet").is_file, *command, f"--output={killed}")
+    kill_when((killed / "part-00001.parquet").is_file, command, killed)
     with pytest.raises(ValueError, match="not complete"):
         read_proposals(killed)
     finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("part-*.parquet")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,27 @@ def options_of(name: str, **more: Any) -> dict[str, Any]:
     return {**(QUERY_OPTIONS if weights_format(name) == "transformers" else {}), **more}
 
 
-def build(name: str, **options: Any) -> Any:
+@cache
+def _built(name: str, **options: Any) -> Any:
     adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name, **options))
     adapter.detector.backbone.body.requires_grad_(False).eval()
     return adapter
+
+
+@cache
+def _built_plain(name: str) -> Any:
+    torch.manual_seed(5)  # no number is the adapter's
+    return build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
+
+
+def build(name: str, **options: Any) -> Any:
+    """A copy of an adapter that was built once, which takes longer."""
+    return copy.deepcopy(_built(name, **options))
+
+
+def plain_of(name: str) -> Any:
+    """Likewise of the detector that fine-tuning starts with."""
+    return copy.deepcopy(_built_plain(name))
 
 
 def images(*sizes: tuple[int, int]) -> list[Tensor]:
@@ -123,8 +141,7 @@ def test_images_without_proposals(name: str, counts: tuple[int, int]) -> None:
 
 def test_pretrained_parts_fill_the_plain_detector(name: str) -> None:
     adapter = build(name)
-    torch.manual_seed(5)
-    plain = build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
+    plain = plain_of(name)
     fresh = copy.deepcopy(network_of(plain).state_dict())
     origins = initialise(plain, pretrained_state(adapter))
     source = network_of(adapter.detector).state_dict()
@@ -142,7 +159,7 @@ def test_pretrained_parts_fill_the_plain_detector(name: str) -> None:
 
 @pytest.mark.parametrize("modules", [("neck",), ("trunk", "head"), ()])
 def test_parts_are_taken_one_by_one(name: str, modules: tuple[str, ...]) -> None:
-    plain = build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
+    plain = plain_of(name)
     origins = initialise(plain, pretrained_state(build(name)), modules)
     parts = {
         part: [origin for module, origin in origins.items() if f"{module}.".startswith(MODULES[part])]
@@ -155,27 +172,33 @@ def test_parts_are_taken_one_by_one(name: str, modules: tuple[str, ...]) -> None
     assert all(key.startswith(prefixes) for key in network_of(plain).state_dict())
 
 
+def few_boxes(name: str) -> dict[str, Any]:
+    """Settings with which an untrained detector finds something, but not much."""
+    if weights_format(name) == "transformers":
+        return options_of(name)
+    few: dict[str, Any] = {"score_thresh": 0.0, "detections_per_img": 10}
+    if name in ("fcos", "retinanet"):
+        return few
+    return {f"box_{option}": value for option, value in few.items()} | {"rpn_post_nms_top_n_test": 50}
+
+
 def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
     architecture = {
         "detector": name,
         **ARCHITECTURE,
-        **{"num_classes": 4, "min_size": 128, "max_size": 160, "options": options_of(name)},
+        **{"num_classes": 4, "min_size": 128, "max_size": 160, "options": few_boxes(name)},
     }
     plain = build_detector(**architecture).eval()
     save_detector(tmp_path / "model", plain, {"architecture": architecture})
     loaded, _ = load_detector(tmp_path)
     with torch.inference_mode():
         for ours, theirs in zip(plain(images((128, 160))), loaded(images((128, 160))), strict=True):
+            assert len(ours["boxes"])
             torch.testing.assert_close(ours, theirs)
 
 
 def test_boxes_are_exact_in_half_precision(name: str) -> None:
-    few: dict[str, Any] = {"score_thresh": 0.0, "detections_per_img": 10}
-    if weights_format(name) == "transformers":
-        few = options_of(name)
-    elif name not in ("fcos", "retinanet"):
-        few = {f"box_{option}": value for option, value in few.items()} | {"rpn_post_nms_top_n_test": 50}
-    plain = build_detector(name, num_classes=4, **ARCHITECTURE, min_size=128, options=few).eval()
+    plain = build_detector(name, num_classes=4, **ARCHITECTURE, min_size=128, options=few_boxes(name)).eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         (prediction,) = plain(images((128, 160)))
     boxes = prediction["boxes"]
@@ -243,7 +266,7 @@ def test_compiled_losses_are_the_same() -> None:
 def test_weights_of_another_detector_are_refused(name: str) -> None:
     other = next(n for n in DETECTORS if n != name)
     with pytest.raises(ValueError, match="another"):
-        initialise(build_detector(other, num_classes=4, **ARCHITECTURE), pretrained_state(build(name)))
+        initialise(plain_of(other), pretrained_state(build(name)))
 
 
 # --8<-- [start:own]

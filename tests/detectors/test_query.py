@@ -135,8 +135,9 @@ def test_losses_are_normalised_over_all_processes(name: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", NAMES)
 def test_queries_differ_from_the_start(name: str) -> None:
     torch.manual_seed(0)
+    narrow = {"num_queries": 12, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     detector: Any = build_detector(
-        name, num_classes=2, trunk="resnet18", fpn_channels=64, options={"num_queries": 12}
+        name, num_classes=2, trunk="resnet18", fpn_channels=64, options=narrow
     ).eval()
     with torch.inference_mode():
         boxes = detector.run(IMAGES).pred_boxes  # (2, 12, 4)

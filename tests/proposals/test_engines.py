@@ -69,21 +69,23 @@ def test_a_killed_process_ends_the_work_with_a_word() -> None:
         list(results)
 
 
-def sleeping(number: int) -> int:
-    time.sleep(60)
-    return number
+def sleeping(path: Path) -> None:
+    path.touch()
+    time.sleep(600)
 
 
-def test_processes_end_with_the_one_that_started_them() -> None:
-    code = "from tests.proposals.test_engines import *; list(run(sleeping, range(9), workers=2))"
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    paths = [str(tmp_path / str(number)) for number in range(9)]
+    code = "from tests.proposals.test_engines import *; "
+    code += f"list(run(sleeping, map(Path, {paths}), workers=2))"
     first = psutil.Popen([sys.executable, "-c", code])
-    workers: list[psutil.Process] = []
-    while (
-        sum("forkserver" in " ".join(worker.cmdline()) for worker in workers) < 3
-    ):  # the one they are copies of, and two
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.iterdir())) < 2:  # both have begun
+        assert first.is_running()
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-        workers = first.children(recursive=True)
-    time.sleep(5)  # they start
+    workers = first.children(recursive=True)
+    assert len(workers) >= 3  # the one they are copies of, and two
     first.kill()
     first.wait()
     assert not psutil.wait_procs(workers, timeout=30)[1]
