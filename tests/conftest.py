@@ -16,7 +16,10 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _PROCESSES > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-settings.register_profile("quick", max_examples=15, deadline=None)
+for variable in list(os.environ):  # tests that start in a job are no part of it
+    if variable.startswith(("SLURM_", "TORCHELASTIC_")):
+        del os.environ[variable]
+settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=500, deadline=None)  # make test-slow
 settings.load_profile("quick")
 

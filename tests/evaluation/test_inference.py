@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Event
 
 import pytest
 import torch
@@ -33,16 +34,36 @@ def test_one_prediction_an_image_in_order_and_in_batches() -> None:
     assert detector.batches == [2, 2, 1]
 
 
-def test_images_are_read_a_batch_at_a_time() -> None:
-    read: list[int] = []
+def test_one_batch_is_read_while_another_is_computed() -> None:
+    read, following = [], Event()
 
     def images() -> Iterator[Tensor]:
         for i in range(6):
             read.append(i)
+            if i == 3:
+                following.set()
             yield torch.zeros(3, 8, 8, dtype=torch.uint8)
 
-    next(predict_images(Brightness(), images(), device=CPU, batch_size=2))
-    assert read == [0, 1]
+    class Waits(Brightness):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            assert following.wait(60)
+            return super().forward(images)
+
+    predictions = predict_images(Waits(), images(), device=CPU, batch_size=2)
+    next(predictions)
+    predictions.close()  # type: ignore[attr-defined]
+    assert read == [0, 1, 2, 3]  # and no more
+
+
+def test_an_image_that_fails_ends_the_predictions_before_it() -> None:
+    def images() -> Iterator[Tensor]:
+        yield from [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3
+        raise ValueError("broken")
+
+    predictions = predict_images(Brightness(), images(), device=CPU, batch_size=2)
+    assert len([next(predictions), next(predictions)]) == 2
+    with pytest.raises(ValueError, match="broken"):
+        next(predictions)
 
 
 def test_the_callers_gradients_stay_on_between_images() -> None:

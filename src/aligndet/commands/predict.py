@@ -64,7 +64,7 @@ def predict(
     names: list[str] | None = manifest.get("class_names")
     if not names:
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
-    read: list[tuple[str, Tensor]] = []  # the images of the running batch only
+    read: list[tuple[str, Tensor]] = []  # images whose predictions are not here yet: two batches
     broken: list[str] = []
 
     def readable() -> Iterator[Tensor]:

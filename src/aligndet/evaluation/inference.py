@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import torch
@@ -32,7 +33,7 @@ def resolve_device(device: str) -> torch.device:
 def predict_images(
     detector: nn.Module, images: Iterable[Tensor], *, device: torch.device, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """Predicts image by image, computing batch by batch.
+    """Predicts image by image, computing batch by batch; the next batch is read meanwhile, by a thread.
 
     Args:
         detector: A torchvision detector; put into eval mode and onto the device.
@@ -51,19 +52,26 @@ def predict_images(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     detector.eval().to(device)
     remaining = iter(images)
-    while batch := list(islice(remaining, batch_size)):
-        try:
-            with torch.inference_mode():
-                predictions = detector([image.to(device).float() / 255 for image in batch])
-        except torch.cuda.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU has not enough memory for {len(batch)} images at a time; give a smaller"
-                f" --batch-size ({error})"
-            ) from error
-        for prediction in predictions:
-            if "masks" in prediction:  # as bool they take a quarter of the memory
-                prediction["masks"] = binary_masks(prediction["masks"])
-            yield {name: value.cpu() for name, value in prediction.items()}
+
+    def read() -> list[Tensor]:
+        return list(islice(remaining, batch_size))
+
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read)
+        while batch := following.result():
+            following = reader.submit(read)
+            try:
+                with torch.inference_mode():
+                    predictions = detector([image.to(device).float() / 255 for image in batch])
+            except torch.cuda.OutOfMemoryError as error:
+                raise ValueError(
+                    f"the GPU has not enough memory for {len(batch)} images at a time; give a smaller"
+                    f" --batch-size ({error})"
+                ) from error
+            for prediction in predictions:
+                if "masks" in prediction:  # as bool they take a quarter of the memory
+                    prediction["masks"] = binary_masks(prediction["masks"])
+                yield {name: value.cpu() for name, value in prediction.items()}
 
 
 def binary_masks(masks: Tensor) -> Tensor:
