@@ -79,6 +79,7 @@ def test_devices() -> None:
         resolve_device("toaster")
     with pytest.raises(ValueError, match="device 'cuda:99': torch finds"):
         resolve_device("cuda:99")
+    assert resolve_device("cuda:99", elsewhere=True) == torch.device("cuda:99")
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

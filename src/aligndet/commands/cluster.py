@@ -70,7 +70,7 @@ def cluster(
             are only assigned.
         min_size: Images are resized to this short side.
         max_size: Bound of the long side.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        device: "auto", "cpu", "cuda", "cuda:1", ...; with Ray "auto" is what this machine has.
         engine: "processes" read images for one trunk here; with "ray", tasks on the machines of a Ray cluster
             read images and run the trunk; they all see the images under the same path.
         ray_address: Of the cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
@@ -101,7 +101,7 @@ def cluster(
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
     boxes = _Boxes(source.absolute(), table, min_size, max_size)
     torch.manual_seed(seed)  # a trunk without weights is a random one
-    describe = _BoxFeatures(trunk, trunk_weights, resolve_device(device))
+    describe = _BoxFeatures(trunk, trunk_weights, resolve_device(device, elsewhere=engine == "ray"))
     if engine == "ray":
         stream = _on_ray(describe, boxes, order, workers, ray_address)
     else:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
     """From a name to a device.
 
     Args:
         device: Of torch, or "auto": a GPU if there is one.
+        elsewhere: Other machines compute: whether this one has the device does not matter.
 
     Raises:
         ValueError: If there is no such device.
@@ -25,7 +26,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, ...") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if not elsewhere and found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
     return found
 
