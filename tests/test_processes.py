@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
 from aligndet.data.coco import Category
+from aligndet.data.images import read_image_size
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
 from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
@@ -94,8 +96,11 @@ def validations(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="session")
 def two_boxes(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Proposals: the left and the right of each image, so that all processes have the same number."""
-    images = [{"id": i, "file_name": p.name} for i, p in enumerate(sorted((sample / "train").iterdir()))]
-    images = [{"width": 128, "height": 128, **image} for image in images]
+    images: list[dict[str, Any]] = [
+        {"id": i, "file_name": p.name} for i, p in enumerate(sorted((sample / "train").iterdir()))
+    ]
+    for image in images:
+        image["width"], image["height"] = read_image_size(sample / "train" / str(image["file_name"]))
     places = [(image["id"], left) for image in images for left in (8, 72)]
     boxes = [
         {

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 from torch.utils.data import DataLoader
 
+from aligndet.proposals.engines import run
 from aligndet.workers import worker_settings
 
 
@@ -12,6 +16,18 @@ def test_what_workers_need_is_imported_without_the_training_framework() -> None:
     modules = "commands.propose", "commands.cluster", "data.crops", "data.labelled", "data.views", "workers"
     code = "import sys\n" + "\n".join(f"import aligndet.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", f"{code}\nassert 'lightning' not in sys.modules"], check=True)
+
+
+def test_the_script_that_asks_for_work_is_not_run_by_its_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import aligndet; aligndet.propose('images', output='proposals')")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert list(run(abs, [-1, 2], workers=1)) == [1, 2]
+    assert list(DataLoader(Loaded(), batch_size=None, **worker_settings(1))) == [True] * 2  # type: ignore[arg-type]
 
 
 class Loaded:

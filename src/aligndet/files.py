@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -161,6 +162,19 @@ def safe_name(name: str, source: object) -> str:
     if not str(name) or parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f"{source}: refuses the file name {name!r}, which leads out of the folder of images")
     return str(name)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure, before the work, that its result can be written.
+
+    Args:
+        folder: That will hold it.
+
+    Raises:
+        PermissionError: Naming the folder.
+    """
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "this folder cannot be written to", str(folder))
 
 
 def skipped_lines(messages: Collection[str], most: int = 10) -> Iterator[str]:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-from multiprocessing import get_context
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import torch
+
+
+class _Process(ForkServerProcess):
+    """Does not run the user's script a second time, as processes that are no plain copies do: no work of ours
+    is defined there, and a script may call commands without asking whether it is ``__main__``.
+    """
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> Any:
+        with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+            return ForkServerProcess._Popen(process)  # type: ignore[attr-defined]
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
 
 
 def worker_context() -> BaseContext:
@@ -19,7 +36,7 @@ def worker_context() -> BaseContext:
     hundreds of megabytes to import torch, each for itself. So it does on macOS, whose libraries of linear
     algebra are not made to be copied.
     """
-    context = get_context("forkserver")
+    context = _Context()
     if sys.platform == "linux":
         context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
     return context

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     assert (output / "train.json").read_text() == "mine"
     with pytest.raises(ValueError, match="hold_out must be above 0 and below 100 per cent, not 100"):
         split(sample / "train.json", output=tmp_path / "all", hold_out=100.0)
+
+
+def test_what_the_labels_leave_out_is_named(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels").mkdir()
+    for path in sorted((sample / "train").glob("*.jpg"))[:3]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "00001.jpg").write_bytes(b"")
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    split(tmp_path, output=tmp_path / "splits", fractions=(100.0,), folds=1)
+    assert "skipped: image " in capsys.readouterr().out
+    (note,) = json.loads((tmp_path / "splits" / "manifest.json").read_text())["skipped"]
+    assert "00001.jpg" in note
 
 
 def test_sizes_that_do_not_fit(sample: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aligndet.data.coco import Category, CocoDetection, read_coco
+from aligndet.data.coco import Category, CocoDetection, images_in_both, read_coco
 from aligndet.data.images import ImageError
 from aligndet.data.rle import encode
 
@@ -172,6 +173,20 @@ def test_the_folder_is_looked_for_beside_the_json(tmp_path: Path) -> None:
     path.rename(elsewhere)
     assert read_coco(elsewhere).folder == tmp_path / "train"
     assert read_coco(elsewhere, tmp_path / "train").file_names == ["a.png", "b.png"]
+    document = json.loads(elsewhere.read_text())
+    for image in document["images"]:
+        image["file_name"] = f"train/{image['file_name']}"
+    path.write_text(json.dumps(document))
+    assert read_coco(path).folder == tmp_path  # names that begin with the folder
+
+
+def test_images_in_both_sets_are_counted(tmp_path: Path) -> None:
+    data = read_coco(write(tmp_path))
+    one = data.subset([1])
+    assert images_in_both(data, one) == images_in_both(one, data) == 1
+    moved = replace(one, folder=tmp_path, file_names=[f"train/../train/{one.file_names[0]}"])
+    assert images_in_both(data, moved) == 1
+    assert images_in_both(data, replace(one, folder=tmp_path)) == 0
 
 
 def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,30 @@ def test_folders_of_yolo_may_be_relative_and_absolute(
     assert read_labelled(Path("data.yaml")).file_names == ["one/a.jpg", "two/b.jpg"]
 
 
+def test_lists_of_yolo_are_relative_to_themselves_or_to_data_yaml(tmp_path: Path) -> None:
+    put(tmp_path, "coco/labels/a.txt", "0 0.5 0.5 0.2 0.2", "coco/images/a.jpg")
+    put(tmp_path, "coco/train.txt", "./images/a.jpg\n")
+    put(tmp_path, "coco.yaml", "names: [cat]\npath: coco\ntrain: train.txt\n")
+    data = read_labelled(tmp_path / "coco.yaml", split="train")
+    assert (data.folder / data.file_names[0]).samefile(tmp_path / "coco/images/a.jpg")
+    assert len(data.boxes[0]) == 1
+    put(tmp_path, "coco/train.txt", "coco/images/a.jpg\n")
+    assert len(read_labelled(tmp_path / "coco.yaml", split="train")) == 1
+    put(tmp_path, "coco/train.txt", "elsewhere/a.jpg\n")
+    with pytest.raises(ValueError, match=r"none of its 0 images .*; the first: .*a\.jpg: no such image"):
+        read_labelled(tmp_path / "coco.yaml", split="train")
+
+
+def test_images_of_one_part_of_yolo_are_no_other(tmp_path: Path) -> None:
+    put(tmp_path, "labels/train/a.txt", "0 0.5 0.5 0.2 0.2", "images/train/a.jpg")
+    put(tmp_path, "data.yaml", "names: [cat]\ntrain: images/train\n")
+    assert len(read_labelled(tmp_path, split="train")) == 1
+    with pytest.raises(ValueError, match=r"data\.yaml: names no images for 'val', only for train"):
+        read_labelled(tmp_path, split="val")
+    put(tmp_path, "data.yaml", "names: [cat]\n")  # no part: all images are one
+    assert len(read_labelled(tmp_path, split="val")) == 1
+
+
 def test_xml_of_an_image_of_another_size(tmp_path: Path) -> None:
     text = xml(("cat", (3, 3, 9, 9)), head="<size><width>80</width><height>60</height></size>")
     put(tmp_path, "Annotations/one.xml", text, "JPEGImages/one.jpg")
@@ -129,6 +153,14 @@ def test_the_protocols_of_voc(tmp_path: Path) -> None:
     assert stems("VOC2012", split="val") == ["5"]
     assert stems("VOC2007", "ImageSets", "Main", "val.txt", split="train") == ["2"]
     assert stems(split="all") == ["1", "2", "3", "4", "5"]
+
+
+def test_names_in_voc_lists_may_end_in_numbers(tmp_path: Path) -> None:
+    year(tmp_path, "VOC2007", {"val": ["photo 1", "b"]})
+    put(tmp_path / "VOC2007", "ImageSets/Main/val.txt", "photo 1\nb -1\nlost\n")
+    val = read_labelled(tmp_path, split="val")
+    assert [Path(name).stem for name in val.file_names] == ["b", "photo 1"]
+    assert [note.rpartition("/")[2] for note in val.warnings] == ["lost.xml: is in a list, but not there"]
 
 
 @pytest.mark.parametrize(

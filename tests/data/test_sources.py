@@ -114,6 +114,11 @@ def test_a_local_folder_gives_paths_as_before(sample: Path) -> None:
         ImageSource(sample / "nowhere").names()
 
 
+def test_a_tar_in_the_root_folder() -> None:
+    assert ImageSource("/data.tar")._root == "/"
+    assert ImageSource("data.tar")._root == "."
+
+
 def test_tars_are_folders(
     shards: Path, sample: Path, pictures: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,9 +293,12 @@ def flaky(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> type[Fla
     return Flaky
 
 
-def table(names: list[str]) -> ProposalTable:
-    boxes = np.array([[10, 10, 100, 100]], np.float32)
-    return ProposalTable.of([ImageProposals(name, 128, 128, boxes) for name in names])
+def table(source: ImageSource, names: list[str]) -> ProposalTable:
+    boxes = np.array([[10, 10, 60, 60]], np.float32)
+    sizes = [read_image_size(source / name) for name in names]
+    return ProposalTable.of(
+        [ImageProposals(name, *size, boxes) for name, size in zip(names, sizes, strict=True)]
+    )
 
 
 def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
@@ -307,9 +315,11 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
         flaky.left = 4
         with pytest.raises(ImageError, match=rf"{name}: 4 attempts have failed \(TimeoutError: no answer\)"):
             content(source, name)
+    flaky.failures = flaky.left = 0
+    boxes = table(source, ["1.jpg", "a.tar/00003.jpg"])
     # in training it is skipped: the first of two fails until the second is asked for
     flaky.failures, flaky.left = 0, 4
-    views = TwoViewDataset(source, table(["1.jpg", "a.tar/00003.jpg"]), min_size=(64, 64), max_size=128)
+    views = TwoViewDataset(source, boxes, min_size=(64, 64), max_size=128)
     item = views[0, 0]
     assert item.file_name == "a.tar/00003.jpg"
     assert "flaky://data/1.jpg: 4 attempts" in item.skipped[0]
@@ -339,7 +349,7 @@ def test_a_resumed_run_reads_the_same_images_of_tars(workers: int, shards: Path,
         source = ImageSource(place)
         names = source.names()
         source.prepare(names, place)
-        views = TwoViewDataset(source, table(names), min_size=(64, 96), max_size=128, strict=True)
+        views = TwoViewDataset(source, table(source, names), min_size=(64, 96), max_size=128, strict=True)
         sampler = StepSampler(len(names), batch_size=4, batches=5, seed=3, first=first)
         return list(build_loader(views, sampler, collate, workers))
 

@@ -124,6 +124,15 @@ def test_a_broken_image_is_replaced_and_named(tmp_path: Path) -> None:
         TwoViewDataset(tmp_path, proposals, min_size=(64, 64), max_size=100)[0, 0]
 
 
+def test_an_image_that_was_turned_since_is_named_and_one_that_was_scaled_is_not(tmp_path: Path) -> None:
+    proposals = table(tmp_path)
+    for size, fits in (((60, 90), False), ((45, 30), True), ((89, 59), True)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        item = TwoViewDataset(tmp_path, proposals, min_size=(64, 64), max_size=100)[0, 0]
+        assert (item.file_name == "a.png") == fits
+        assert fits or "has 60x90 pixels, its proposals are of 90x60" in item.skipped[0]
+
+
 def test_labelled_images_are_resized_with_their_boxes(sample: Path) -> None:
     coco = read_coco(sample / "train.json")
     for index in range(len(coco)):

@@ -21,7 +21,9 @@ from aligndet.comparison import Cell, sentence, summarise
 from aligndet.data.coco import read_coco
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
+from aligndet.reporting.details import detail_plots
 from aligndet.reporting.pictures import draw_sides, sides_of
+from aligndet.reporting.plots import colours_of
 from aligndet.reporting.pretraining import proposal_pictures
 from aligndet.reporting.runs import read_curves, read_folders, read_run
 
@@ -231,6 +233,12 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
             "p", sides_of([], [read_run(r) for r in runs]), tmp_path / "images", labelled, **settings
         )
         assert len(drawn.rows[0][1]) == sides
+
+
+def test_detectors_of_other_classes_are_drawn_where_they_have_them() -> None:
+    other = json.loads(json.dumps(DETAILS).replace("5$ and 6$", "cat"))
+    plots = detail_plots("d", "", {"one": [DETAILS], "two": [other]}, colours_of(["one", "two"]))
+    assert {"d_precision_recall", "d_f1"} <= {plot.name for plot in plots}
 
 
 def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def check_data(
     Raises:
         ValueError: If the data cannot be read, or the folder of fix is not empty.
     """
+    if fix is not None and fix.is_dir():
+        _refuse_taken(fix)
     labels = _bare(path) if is_bare_folder(path) else load_labelled(path, images, split)
     sizes, findings, duplicates = check_images(labels, path)
     kept, wrong = check_boxes(labels, sizes)
@@ -93,12 +95,16 @@ def _print(path: Path, report: dict[str, Any]) -> None:
             print(f"  and {len(texts) - 10} more; --output has all")
 
 
+def _refuse_taken(folder: Path) -> None:
+    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; give a new folder")
+
+
 def _write(
     folder: Path, labels: Document, sizes: dict[int, tuple[int, int]], kept: list[dict[str, Any]]
 ) -> None:
     with locked(folder):
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise ValueError(f"{folder}: is not empty; give a new folder")
+        _refuse_taken(folder)
         first: dict[int, dict[str, Any]] = {}
         for entry in labels.content["images"]:
             first.setdefault(entry["id"], entry)

@@ -19,12 +19,12 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds, provenance
-from aligndet.data.images import ImageError, StoredImage, read_image
+from aligndet.data.images import ImageError, StoredImage, check_shape, read_image
 from aligndet.data.labelled import geometric
 from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
-from aligndet.files import accepts_strings, skipped_lines
+from aligndet.files import accepts_strings, check_writable, skipped_lines
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.storage import ProposalTable, read_proposals
@@ -95,6 +95,7 @@ def cluster(
     table = read_proposals(proposals)
     if not len(table.boxes):
         raise ValueError(f"{proposals}: holds no box in any of its {len(table)} images: nothing to group")
+    check_writable(clusters_file(proposals).parent)
     source = ImageSource(images)
     source.prepare(table.file_names, proposals)
     broken: list[str] = []
@@ -166,9 +167,11 @@ class _Boxes(Dataset[Any]):
 
 def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
     try:
-        image = resize(read_image(request.image))
+        image = read_image(request.image)
+        check_shape(image, request.size, request.image)
     except ImageError as error:
         return str(error)
+    image = resize(image)
     size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(request.size)
     return request.position, image, torch.from_numpy(request.boxes) * size.repeat(2)
 

@@ -14,7 +14,7 @@ from aligndet.commands._settings import provenance
 from aligndet.commands.finetune import default_rate, finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan
-from aligndet.data.coco import build_dataset
+from aligndet.data.coco import build_dataset, images_in_both
 from aligndet.data.formats import load_labelled, read_labelled
 from aligndet.detectors.build import DETECTORS, predicts_masks, shared_options
 from aligndet.detectors.weights import load_weights
@@ -117,7 +117,9 @@ def compare(
         stages[detector] = (model, before, after)
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
-    read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
+    held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
+    if seen := images_in_both(coco, held_out):
+        print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
     benches = []
     for detector, (model, before, after) in stages.items():
         bench = Bench(

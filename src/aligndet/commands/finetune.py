@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands._runs import run_folder, steps_of
 from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDetection
+from aligndet.data.coco import CocoDetection, images_in_both
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.data.views import collate
@@ -207,6 +207,8 @@ def finetune(
                 categories=coco.categories,
                 masks=masks,
             )
+            if seen := images_in_both(coco, held_out):
+                print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
         module = Finetuning(

@@ -122,7 +122,10 @@ def _looked_into(
         plots = pretraining_losses(f"{prefix}_pretraining", read_run(run)) if comparisons else []
         pictures = proposal_pictures(prefix, run, count=count)
         if labelled is not None:
-            plots += feature_plots(prefix, run, labelled)
+            try:
+                plots += feature_plots(prefix, run, labelled)
+            except ValueError as error:
+                print(f"no t-SNE of {run}: {error}")
         if images is not None:
             pictures.append(center_pictures(prefix, run, images, count=count))
         parts.append(Part("Pre-training", plots, pictures))

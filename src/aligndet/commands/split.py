@@ -9,7 +9,7 @@ from typing import Any
 from aligndet.data.document import Document
 from aligndet.data.formats import load_labelled
 from aligndet.data.splits import held_out_positions, nested_subsets
-from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
 
 _EXPLANATION = """Splits of `aligndet split`.
 {held_out}
@@ -90,6 +90,7 @@ def split(
         "images": len(entries),
         "seed": seed,
         "folds": folds,
+        "skipped": labels.notes,
         "splits": {},
     }
     folder = labels.folder.resolve()
@@ -111,6 +112,8 @@ def split(
         held = _HELD_OUT.format(folder=folder) if whole else ""
         atomic_write(output / "README.txt", _EXPLANATION.format(folder=folder, held_out=held))
         atomic_write(output / "manifest.json", json.dumps(manifest, indent=2))
+    for line in skipped_lines(labels.notes):
+        print(line)
     if whole:
         print(f"{len(whole['val'])} images are held out, in {output / 'val.json'}")
     print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")

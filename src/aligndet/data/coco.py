@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +158,8 @@ def build_dataset(
         else:
             warnings.append(f"image {image['file_name']}: not in {folder}")
     if not present:
-        raise ValueError(f"{annotations}: none of its {len(entries)} images is in {folder}")
+        reason = f"; the first: {labels.notes[0]}" if labels.notes else ""
+        raise ValueError(f"{annotations}: none of its {len(entries)} images is in {folder}{reason}")
     if warnings and strict:
         raise ValueError(f"{annotations}: {warnings[0]} (and {len(warnings) - 1} more)")
     for note in warnings[:5]:
@@ -177,6 +179,20 @@ def build_dataset(
         tuple(warnings),
         [[row[4] for row in rows[key]] for key in present] if masks else None,
     )
+
+
+def images_in_both(first: CocoDataset, second: CocoDataset) -> int:
+    """How many images two data sets share, by their files.
+
+    Args:
+        first: One of them.
+        second: The other.
+    """
+    files = [
+        {os.path.normpath(f"{folder}/{name}") for name in names}
+        for folder, names in ((coco.folder.resolve(), coco.file_names) for coco in (first, second))
+    ]
+    return len(files[0] & files[1])
 
 
 class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):

@@ -34,7 +34,8 @@ def load_document(annotations: Path, images: Path | None = None) -> Document:
     Raises:
         ValueError: If it is no COCO JSON; the message names the file and the entry.
     """
-    return Document(_load(annotations), images if images is not None else _guess_folder(annotations))
+    content = _load(annotations)
+    return Document(content, images if images is not None else _guess_folder(annotations, content))
 
 
 def image_size(image: Mapping[str, Any], source: object) -> tuple[int, int]:
@@ -100,11 +101,14 @@ def _load(path: Path) -> dict[str, Any]:
     return document
 
 
-def _guess_folder(annotations: Path) -> Path:
+def _guess_folder(annotations: Path, content: dict[str, Any]) -> Path:
+    """The first usual folder with one of the images in it, or else that there is."""
     stem = annotations.stem.removeprefix("instances_")
     candidates = [
         annotations.with_name(stem),
         annotations.with_name("images"),
         annotations.parent.parent / stem,
     ]
-    return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
+    folders = [*(folder for folder in candidates if folder.is_dir()), annotations.parent]
+    some = [image["file_name"] for image in content["images"][:20]]
+    return next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])

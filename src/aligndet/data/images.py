@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
@@ -137,6 +137,25 @@ def list_images(folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
     return names
+
+
+def check_shape(image: Tensor, size: Sequence[int], path: object) -> None:
+    """Makes sure that boxes of an image of one size can be scaled to another.
+
+    Args:
+        image: (3, H, W), as it was decoded.
+        size: Width and height that the boxes refer to.
+        path: Of the image, for the message.
+
+    Raises:
+        ImageError: If width and height differ by more than rounding and one factor.
+    """
+    (height, width), (other_width, other_height) = image.shape[1:], (int(side) for side in size)
+    if abs(width * other_height - height * other_width) > other_width + other_height:
+        raise ImageError(
+            f"{path}: has {width}x{height} pixels, its proposals are of {other_width}x{other_height}: turned"
+            " or replaced since; run `aligndet propose` again"
+        )
 
 
 def first_readable(

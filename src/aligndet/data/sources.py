@@ -51,7 +51,7 @@ class ImageSource:
         self._root, self._tar = self.place, ""
         if _is_tar(self.place) and not (self.is_local and Path(place).is_dir()):
             folder, _, self._tar = self.place.rpartition("/")
-            self._root = folder or "."
+            self._root = str(Path(self.place).parent) if self.is_local else folder
 
     def __str__(self) -> str:
         return self.place

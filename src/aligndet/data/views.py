@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from aligndet.data.images import first_readable, read_image
+from aligndet.data.images import check_shape, first_readable, read_image
 from aligndet.data.photometric import recolour
 from aligndet.data.sources import ImageSource
 from aligndet.proposals.storage import ProposalTable
@@ -91,13 +91,14 @@ class TwoViewDataset(Dataset[TwoViews]):
 
     def __getitem__(self, item: tuple[int, int]) -> TwoViews:
         index, seed = item
-        image, position, skipped = first_readable(
-            lambda i: read_image(self.images / self.table.file_names[i], long_side=self.max_size),
-            index,
-            len(self),
-            strict=self.strict,
-        )
+        image, position, skipped = first_readable(self._read, index, len(self), strict=self.strict)
         return self._views(image, position, skipped, np.random.default_rng(seed))
+
+    def _read(self, index: int) -> Tensor:
+        path = self.images / self.table.file_names[index]
+        image = read_image(path, long_side=self.max_size)
+        check_shape(image, self.table.sizes[index], path)
+        return image
 
     def _views(
         self, image: Tensor, index: int, skipped: tuple[str, ...], rng: np.random.Generator

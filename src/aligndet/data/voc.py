@@ -90,6 +90,8 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
             notes.append(f"image {error}")
         else:
             rows.append((xml, image, size, objects))
+    missing = sorted((chosen or set()) - {xml.with_suffix("") for xml in found})
+    notes += [f"{place}.xml: is in a list, but not there" for place in missing]
     if not rows:
         raise ValueError(f"{path}: has no annotated image ({notes[0] if notes else 'no XML file is chosen'})")
     return Document(_document(rows, sorted(names), 0.0 if lowest < 1 else 1.0), folder, tuple(notes))
@@ -156,10 +158,12 @@ def _chosen(years: list[Path], split: str, chosen_list: Path | None) -> set[Path
             continue
         for line in listed.read_text(encoding="utf-8-sig").splitlines():
             entry = line.strip()
-            if entry.endswith((" -1", " 0", " 1")):  # lists of one class: name and whether it is there
-                entry = entry.rsplit(maxsplit=1)[0]
             if entry:
-                chosen.add(year / "Annotations" / safe_name(entry, listed))
+                place = year / "Annotations" / safe_name(entry, listed)
+                # lists of one class: name and whether it is there
+                if entry.endswith((" -1", " 0", " 1")) and not place.with_name(f"{place.name}.xml").is_file():
+                    place = year / "Annotations" / safe_name(entry.rsplit(maxsplit=1)[0], listed)
+                chosen.add(place)
     if not chosen:
         raise ValueError(f"{years[0].parent}: has no list ImageSets/Main/{name}.txt with an image in it")
     return chosen

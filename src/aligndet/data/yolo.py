@@ -124,6 +124,8 @@ def _folders(settings: dict[str, Any], path: Path, split: str) -> list[Path]:
         if not entries:
             found += [place for place in usual if place.is_dir()][:1]
     whole = root / "images"
+    if not found and (named := [key for keys in SPLITS.values() for key in keys if settings.get(key)]):
+        raise ValueError(f"{path}: names no images for {split!r}, only for {', '.join(named)}")
     if not found:
         found = [whole if whole.is_dir() else root]
     return list(dict.fromkeys(found))
@@ -145,9 +147,11 @@ def _existing(entry: str, root: Path, path: Path) -> Path:
 def _image_files(entry: Path, source: Path) -> list[Path]:
     if entry.is_dir():
         return [entry / name for name in list_images(entry)]
-    root = source.parent if source.parent in entry.parents else entry.parent
     lines = [line.strip() for line in entry.read_text(encoding="utf-8-sig").splitlines()]
-    return [root / safe_name(line.removeprefix("./"), entry) for line in lines if line]
+    names = [safe_name(line.removeprefix("./"), entry) for line in lines if line]
+    # relative to the list; some exporters mean the folder of data.yaml
+    beside = not names or (entry.parent / names[0]).exists() or not (source.parent / names[0]).exists()
+    return [(entry.parent if beside else source.parent) / name for name in names]
 
 
 def _label_file(image: Path) -> Path:

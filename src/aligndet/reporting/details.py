@@ -73,6 +73,8 @@ def _panels(details: Mapping[str, Sequence[dict[str, Any]]], over: str, kind: st
     def lines(name: str | None) -> list[Line]:
         found = []
         for label, items in details.items():
+            if name is not None and not all(name in item["curves"]["classes"] for item in items):
+                continue  # a detector of other classes
             values = _mean([_curve(item, name, kind) for item in items])
             kept = np.isfinite(values)
             places = np.array(first["curves"][over])
