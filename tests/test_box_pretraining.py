@@ -194,7 +194,7 @@ def test_a_factor_of_zero_freezes_the_trunk() -> None:
     ours = Finetuning(detector, steps=10, trunk_factor=0.0, freeze_batch_norm=False)
     trunk = detector.backbone.body
     assert not any(p.requires_grad for p in trunk.parameters())
-    assert not any(m.training for m in trunk.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert not any(m.training for m in trunk.modules())  # Swin drops paths in training
     groups = ours.configure_optimizers()["optimizer"].param_groups
     trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for p in detector.parameters()} - {id(p) for p in trunk.parameters()}

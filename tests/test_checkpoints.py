@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from torch.utils.data import Dataset
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
-from aligndet.training import TrainingModule, load_state
+from aligndet.training import TrainingModule, load_state, steps_done
 
 SCORES = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.6}
 """By step."""
@@ -36,14 +39,20 @@ class Items(Dataset[Item]):
 class Counting(TrainingModule):
     """Its one weight is the number of steps."""
 
-    def __init__(self, killed_in_step: int | None = None, killed_in_validation: int | None = None) -> None:
+    def __init__(
+        self,
+        killed_in_step: int | None = None,
+        killed_in_validation: int | None = None,
+        killed_in_batch: int | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.killed_in_step, self.killed_in_validation = killed_in_step, killed_in_validation
+        self.killed_in_batch = killed_in_batch
         self.validated: list[int] = []
 
     def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
-        if self.global_step == self.killed_in_step:
+        if self.global_step == self.killed_in_step or batch_idx == self.killed_in_batch:
             raise RuntimeError("killed")
         return -self.weight.sum()
 
@@ -59,18 +68,25 @@ class Counting(TrainingModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def train(module: Counting, output: Path, accumulate: int) -> None:
+def train(
+    module: Counting,
+    output: Path,
+    accumulate: int,
+    *,
+    checkpoint_every: int = 2,
+    validated: bool = True,
+    devices: int = 1,
+) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     fit(
         module,
         Items(),
-        list,
         steps=8,
         checkpoint=checkpoint if checkpoint.is_file() else None,
         output=output,
         batch_size=1,
         accumulate=accumulate,
-        devices=1,
+        devices=devices,
         nodes=1,
         strategy="auto",
         accelerator="cpu",
@@ -78,14 +94,14 @@ def train(module: Counting, output: Path, accumulate: int) -> None:
         channels_last=False,
         compile=False,
         clip=None,
-        checkpoint_every=2,
+        checkpoint_every=checkpoint_every,
         log_every=1,
         loggers=(),
         workers=0,
         seed=0,
-        validation=ValidationDataset(Items()),
+        validation=ValidationDataset(Items()) if validated else None,
         validate_every=2,
-        callbacks=[BestCheckpoint(output / "checkpoints")],
+        callbacks=[BestCheckpoint(output / "checkpoints")] if validated else [],
     )
 
 
@@ -116,6 +132,40 @@ def test_the_best_weights_survive(
     assert module.validated == validated
     load_state(module, tmp_path / "moved" / "checkpoints" / "best.ckpt")
     assert module.weight.item() == (8 if last > 0.5 else 4)
+
+
+def test_a_run_that_is_killed_twice_within_a_step_of_several_batches(tmp_path: Path) -> None:
+    for killed in ({"killed_in_step": 5}, {"killed_in_batch": 4 * 4 + 1}):
+        with pytest.raises(RuntimeError, match="killed"):
+            train(Counting(**killed), tmp_path, 4, validated=False)
+    module = Counting()
+    train(module, tmp_path, 4, validated=False)
+    assert module.weight.item() == 8
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_last_step_is_kept(validated: bool, tmp_path: Path) -> None:
+    train(Counting(), tmp_path, 2, checkpoint_every=3, validated=validated)
+    assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 8
+
+
+def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:
+    assert threading.current_thread() is threading.main_thread()  # which signals go to
+
+    class Terminated(Counting):
+        def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
+            if self.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SystemExit) as stop:
+        train(Terminated(), tmp_path, 1)
+    assert stop.value.code == 143
+
+
+def test_more_devices_than_images_for_validation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="4 images for validation are too few for 5 devices"):
+        train(Counting(), tmp_path, 1, devices=5)
 
 
 def test_the_average_of_the_weights_leaves_integers_alone() -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import boxes_elsewhere
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
+from aligndet.training import OptimizerName, ScheduleName, TrainingModule
 
 
 class BoxPretraining(TrainingModule):
@@ -85,15 +84,6 @@ class BoxPretraining(TrainingModule):
         super().optimizer_step(*args, **kwargs)
         decay = cosine_decay(self.global_step, self.steps, self.decay)
         update_momentum(self.online, self.momentum, decay, getattr(self.online, "copied_parameters", ()))
-
-    def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the settings."""
-        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
-        optimizer: Optimizer = build_optimizer(
-            [(self.online.parameters(), 1.0)], name, learning_rate, weight_decay
-        )
-        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _inputs(views: Sequence[View], needs: tuple[str, ...]) -> dict[str, list[Tensor]]:

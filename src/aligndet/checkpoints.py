@@ -46,15 +46,26 @@ class LastCheckpoint(_Checkpoint):
         )
         self._validated_every = validated_every
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Remembers that the step it goes on from is saved: the next batch may be but a part of the next."""
+        super().on_train_start(trainer, module)
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *batch: Any) -> None:
         """Saves now if no validation follows."""
         step, every = trainer.global_step, self._validated_every
         if every is None or (step % every and step < trainer.max_steps):
-            super().on_train_batch_end(trainer, module, *batch)
+            self._save(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Saves what it has not saved after the step."""
+        self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        """If it is time to, and after the last step."""
         super().on_train_batch_end(trainer, module, None, None, 0)
+        if trainer.global_step >= trainer.max_steps > self._last_global_step_saved:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class BestCheckpoint(_Checkpoint):

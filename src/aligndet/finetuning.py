@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from aligndet.data.labelled import Labelled
 from aligndet.evaluation.coco import CocoEvaluator
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
+from aligndet.training import OptimizerName, ScheduleName, TrainingModule
 
 
 class Finetuning(TrainingModule):
@@ -46,8 +46,10 @@ class Finetuning(TrainingModule):
         self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> Finetuning:
-        """Keeps frozen batch norms in eval mode."""
+        """Keeps a frozen trunk and frozen batch norms in eval mode."""
         super().train(mode)
+        if self.trunk_factor == 0:
+            self._trunk().eval()
         for norm in self._frozen_norms:
             norm.eval()
         return self
@@ -81,17 +83,11 @@ class Finetuning(TrainingModule):
             self.log_dict(figures, prog_bar=True, sync_dist=False)
             self.log("val/images", float(result.images), sync_dist=False)
 
-    def configure_optimizers(self) -> Any:
-        """Optimizer with a smaller learning rate for the trunk, and the schedule."""
-        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
+    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+        """A smaller learning rate for the trunk."""
         trunk = {id(p) for p in self._trunk().parameters()}
-        groups = [
-            ([p for p in self.detector.parameters() if id(p) not in trunk], 1.0),
-            (self._trunk().parameters(), self.trunk_factor),
-        ]
-        optimizer = build_optimizer(groups, name, learning_rate, weight_decay)
-        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        rest = [p for p in self.detector.parameters() if id(p) not in trunk]
+        return [(rest, 1.0), (self._trunk().parameters(), self.trunk_factor)]
 
     def _trunk(self) -> nn.Module:
         return self.detector.backbone.body  # type: ignore[union-attr, return-value]

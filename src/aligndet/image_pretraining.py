@@ -16,7 +16,7 @@ from aligndet.data.crops import TwoCrops
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import from_all_processes
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule, build_optimizer, build_schedule
+from aligndet.training import OptimizerName, ScheduleName, TrainingModule
 
 try:
     from lightly.loss import NegativeCosineSimilarity, NTXentLoss
@@ -123,13 +123,6 @@ class ImagePretraining(TrainingModule):
             labels = torch.tensor(classes, device=self.device)
             self.log("knn/accuracy", knn_accuracy(features, labels), prog_bar=True)
             self.log("knn/largest_class", labels.bincount().max() / len(labels))
-
-    def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the settings."""
-        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
-        optimizer = build_optimizer([(self.parameters(), 1.0)], name, learning_rate, weight_decay)
-        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class SimSiam(ImagePretraining):

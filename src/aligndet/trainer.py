@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +28,7 @@ from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import skipped_lines
 from aligndet.launch import SameStart, environment
-from aligndet.training import StepSampler, build_loader, compile_networks, steps_done
+from aligndet.training import StepSampler, compile_networks, steps_done
 from aligndet.workers import cores, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
@@ -52,7 +55,6 @@ RUN_SETTINGS = (
 def fit(
     module: LightningModule,
     dataset: Dataset[Any],
-    collate: Callable[..., Any],
     *,
     steps: int,
     checkpoint: Path | None,
@@ -82,7 +84,6 @@ def fit(
     Args:
         module: To train.
         dataset: Asked for by (index, seed), see `StepSampler`.
-        collate: From its items to a batch.
         steps: Optimizer steps of the whole run.
         checkpoint: To go on from, or None.
         output: Folder of the run; logs go to ``logs``, checkpoints to ``checkpoints``.
@@ -99,7 +100,7 @@ def fit(
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to.
-        workers: Loader processes on each device; None: one less than the cores, at most eight.
+        workers: Loader processes on each device; None: one less than its share of the cores, at most eight.
         seed: Of the order of the data and of the samples.
         sync_batch_norm: Batch norms count over all processes, where these have GPUs (torch asks for them).
         validation: Images to validate on, also after the last step, each process on its part; or None.
@@ -138,6 +139,8 @@ def fit(
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
     started = environment()
+    if validation is not None and len(validation) < devices * nodes:
+        raise ValueError(f"{len(validation)} images for validation are too few for {devices * nodes} devices")
     samples = len(dataset)  # type: ignore[arg-type]
     trainer = _trainer(
         default_root_dir=output,
@@ -179,8 +182,15 @@ def fit(
         world=devices * nodes,
     )
     if workers is None:
-        workers = min(8, max(1, cores() - 1))
-    loader = build_loader(dataset, sampler, collate, workers, pin_memory=on_gpus)
+        sharing = 1 if isinstance(started, SLURMEnvironment) else devices  # a task of Slurm has its own cores
+        workers = min(8, max(1, (cores() - 1) // sharing))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=list,
+        pin_memory=on_gpus,
+        **worker_settings(workers),
+    )
     held_out = None
     if validation is not None:
         held_out = DataLoader(
@@ -203,6 +213,9 @@ def fit(
         )
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # a success to whoever asks for the exit status
+        print("terminated; --resume goes on from the last checkpoint")
+        raise SystemExit(128 + signal.SIGTERM) from None
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"the GPU has not enough memory for {batch_size} images at a time: try a part of --batch-size and"

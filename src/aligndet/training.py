@@ -5,7 +5,7 @@ trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from aligndet.workers import worker_settings
+from torch.utils.data import Sampler
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -149,32 +147,6 @@ def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_
     return LambdaLR(optimizer, factor)
 
 
-def build_loader(
-    dataset: Dataset[Any],
-    sampler: StepSampler,
-    collate: Callable[..., Any],
-    workers: int,
-    *,
-    pin_memory: bool = False,
-) -> DataLoader[Any]:
-    """Loads the batches of a run.
-
-    Args:
-        dataset: Asked for by (index, seed).
-        sampler: Of the batches.
-        collate: From items to a batch.
-        workers: Processes; 0 loads in this one.
-        pin_memory: Put batches where a GPU fetches them by itself.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        **worker_settings(workers),
-    )
-
-
 _NETWORKS = (
     *(".backbone.body", ".backbone.fpn", ".head", ".box_head", ".mask_head"),
     *(".model.backbone", ".model.encoder", ".model.decoder"),
@@ -238,6 +210,19 @@ class TrainingModule(LightningModule):
     """
 
     seed: int = 0
+    settings: tuple[tuple[OptimizerName, float, float], tuple[ScheduleName, int, int]]
+    """Of the optimizer (name, learning rate, weight decay) and of the schedule (name, steps, warm-up)."""
+
+    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+        """What is trained, each group with the factor of its learning rate."""
+        return [(self.parameters(), 1.0)]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule from the settings."""
+        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
+        optimizer = build_optimizer(self.parameter_groups(), name, learning_rate, weight_decay)
+        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a resumed step draw what the unbroken run would have drawn."""

@@ -22,11 +22,11 @@ class _Process(ForkServerProcess):
     @staticmethod
     def _Popen(process: BaseProcess) -> Any:
         with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
-            return ForkServerProcess._Popen(process)  # type: ignore[attr-defined]
+            return ForkServerProcess._Popen(process)
 
 
 class _Context(ForkServerContext):
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 def worker_context() -> BaseContext:

@@ -60,7 +60,8 @@ def run_command(arguments: list[str], errors: Path, environment: dict[str, str])
     """What a fork does: a command, in a group of processes of its own, so that a kill reaches all of them."""
     os.setsid()
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("RANK", 0))  # read when Lightning is imported
+    # read when Lightning is imported
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # type: ignore[attr-defined]
     with errors.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(file.fileno(), 2)

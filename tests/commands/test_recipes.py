@@ -89,8 +89,8 @@ def test_one_step_of_each_stage(name: str, sample: Path, proposals: Path, tmp_pa
     assert manifest["architecture"]["detector"] == RECIPES[name]["pretrain"]["detector"]
     assert "pre-trained" in manifest["initialised_from"]["modules"].values()
     settings = json.loads((tuned / "run.json").read_text())["settings"]
-    assert {k: settings[k] for k in ("decay", "learning_rate") if k in RECIPES[name]["finetune"]} == {
-        k: v for k, v in RECIPES[name]["finetune"].items() if k in ("decay", "learning_rate")
+    assert {k: settings[k] for k in ("lr_schedule", "learning_rate") if k in RECIPES[name]["finetune"]} == {
+        k: v for k, v in RECIPES[name]["finetune"].items() if k in ("lr_schedule", "learning_rate")
     }
     assert all(torch.isfinite(p).all() for p in detector.parameters())
 

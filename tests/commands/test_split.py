@@ -29,7 +29,7 @@ def test_subsets_are_nested_and_stay_when_others_are_added(length: int, data: st
 
 def test_files_explain_themselves(sample: Path, tmp_path: Path) -> None:
     output = tmp_path / "splits"
-    split(sample / "train.json", output=output, fractions=(0.5, 25.0, 50.0), counts=(5,), folds=2)
+    split(sample / "train.json", output=output, percents=(0.5, 25.0, 50.0), counts=(5,), folds=2)
     names = ("train_0.5pct", "train_25pct", "train_50pct", "train_5images")
     parts = [read_coco(output / "fold1" / f"{name}.json", sample / "train") for name in names]
     assert [len(part) for part in parts] == [1, 3, 6, 5]
@@ -46,14 +46,14 @@ def test_files_explain_themselves(sample: Path, tmp_path: Path) -> None:
     assert folds[0] != folds[1]
     with pytest.raises(ValueError, match="not empty"):
         split(sample / "train.json", output=output)
-    split(sample / "train.json", output=output, fractions=(50.0,), folds=1, overwrite=True)
+    split(sample / "train.json", output=output, percents=(50.0,), folds=1, overwrite=True)
     assert [path.name for path in output.glob("fold*/*.txt")] == ["train_50pct.txt"]
     assert (output / "fold0" / "train_50pct.txt").read_text() == folds[0]
 
 
 def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     output = tmp_path / "splits"
-    split(sample / "train.json", output=output, fractions=(100.0,), folds=1, hold_out=25.0)
+    split(sample / "train.json", output=output, percents=(100.0,), folds=1, hold_out=25.0)
     train, val, fold = (
         read_coco(output / name, sample / "train")
         for name in ("train.json", "val.json", "fold0/train_100pct.json")
@@ -83,7 +83,7 @@ def test_what_the_labels_leave_out_is_named(
         shutil.copy(path, tmp_path)
     (tmp_path / "00001.jpg").write_bytes(b"")
     (tmp_path / "data.yaml").write_text("names: [cat]")
-    split(tmp_path, output=tmp_path / "splits", fractions=(100.0,), folds=1)
+    split(tmp_path, output=tmp_path / "splits", percents=(100.0,), folds=1)
     assert "skipped: image " in capsys.readouterr().out
     (note,) = json.loads((tmp_path / "splits" / "manifest.json").read_text())["skipped"]
     assert "00001.jpg" in note
@@ -91,6 +91,6 @@ def test_what_the_labels_leave_out_is_named(
 
 def test_sizes_that_do_not_fit(sample: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 100"):
-        split(sample / "train.json", output=tmp_path / "a", fractions=(101.0,))
+        split(sample / "train.json", output=tmp_path / "a", percents=(101.0,))
     with pytest.raises(ValueError, match="from 1 to 12 images, not 13"):
         split(sample / "train.json", output=tmp_path / "a", counts=(13,))

@@ -51,7 +51,6 @@ def test_boxes_labels_and_crowds(tmp_path: Path) -> None:
     assert image.shape == (3, 30, 40)
     assert target["labels"].tolist() == [2]  # the crowd is not for training
     assert CocoDetection(coco, crowds=True)[0][1]["iscrowd"].tolist() == [0, 1]
-    assert coco.subset([1]).file_names == ["b.png"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def test_the_folder_is_looked_for_beside_the_json(tmp_path: Path) -> None:
 
 def test_images_in_both_sets_are_counted(tmp_path: Path) -> None:
     data = read_coco(write(tmp_path))
-    one = data.subset([1])
+    one = replace(data, file_names=data.file_names[1:])
     assert images_in_both(data, one) == images_in_both(one, data) == 1
     moved = replace(one, folder=tmp_path, file_names=[f"train/../train/{one.file_names[0]}"])
     assert images_in_both(data, moved) == 1
@@ -229,10 +228,7 @@ def test_masks_of_any_form(tmp_path: Path) -> None:
     assert torch.equal(target["masks"], expected)
     assert torch.equal(CocoDetection(coco)[0][1]["masks"], expected[[0, 2]])  # without the crowds
     assert CocoDetection(coco)[1][1]["masks"].shape == (0, 30, 40)
-    subset = coco.subset([1, 0])
-    assert torch.equal(CocoDetection(subset, crowds=True)[1][1]["masks"], expected)
     assert "masks" not in CocoDetection(read_coco(path))[0][1]
-    assert read_coco(path).subset([0]).masks is None
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,15 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
+from torch.utils.data import DataLoader
 
 from aligndet.data import addresses, tars
 from aligndet.data.images import ImageError, StoredImage, list_images, read_image, read_image_size
 from aligndet.data.sources import ImageSource
-from aligndet.data.views import TwoViewDataset, collate
+from aligndet.data.views import TwoViewDataset
 from aligndet.proposals.storage import ImageProposals, ProposalTable
-from aligndet.training import StepSampler, build_loader
+from aligndet.training import StepSampler
+from aligndet.workers import worker_settings
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -351,7 +353,7 @@ def test_a_resumed_run_reads_the_same_images_of_tars(workers: int, shards: Path,
         source.prepare(names, place)
         views = TwoViewDataset(source, table(source, names), min_size=(64, 96), max_size=128, strict=True)
         sampler = StepSampler(len(names), batch_size=4, batches=5, seed=3, first=first)
-        return list(build_loader(views, sampler, collate, workers))
+        return list(DataLoader(views, batch_sampler=sampler, collate_fn=list, **worker_settings(workers)))
 
     plain, whole, resumed = batches(sample / "train", 0), batches(shards, 0), batches(shards, 2, workers)
     for expected, found in (*zip(plain, whole, strict=True), *zip(plain[2:], resumed, strict=True)):

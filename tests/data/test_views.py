@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as transforms
 
@@ -17,11 +18,13 @@ from aligndet.data.coco import read_coco
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.labelled import LabelledDataset, geometric
 from aligndet.data.rle import encode
-from aligndet.data.views import TwoViewDataset, collate, short_sides
+from aligndet.data.views import TwoViewDataset, short_sides
+from aligndet.detectors.build import build_detector
 from aligndet.finetuning import Finetuning
 from aligndet.proposals.masks import MASK_SIDE, on_grid
 from aligndet.proposals.storage import ImageProposals, ProposalTable
-from aligndet.training import StepSampler, build_loader
+from aligndet.training import StepSampler
+from aligndet.workers import worker_settings
 
 
 def table(folder: Path, names: tuple[str, ...] = ("a.png", "b.png"), boxes: int = 30) -> ProposalTable:
@@ -195,6 +198,26 @@ def test_fine_tuning_shows_what_the_labels_say(sample: Path) -> None:
         assert target["masks"] is item.masks
 
 
+def test_fine_tuning_resizes_as_torchvision_does_where_it_predicts(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images = [{"id": 1, "file_name": "a.png", "width": 200, "height": 150}]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    detector: Any = build_detector("fcos", num_classes=1, trunk="resnet18", min_size=60, max_size=100)
+    transform = detector.eval().transform
+    resized, _ = transform.resize(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    means = {}
+    for antialias in (False, True):
+        dataset = LabelledDataset(
+            read_coco(tmp_path / "a.json", tmp_path), min_size=(60, 60), max_size=100, antialias=antialias
+        )
+        image = dataset[0, 0].image / 255
+        either = min((image - one).abs().mean() for one in (resized, resized.flip(-1)))
+        means[antialias] = float(either)
+    assert means[False] < 1 / 255 < 10 / 255 < means[True]
+
+
 def test_labelled_masks_go_where_their_boxes_go(sample: Path) -> None:
     with_masks = LabelledDataset(
         read_coco(sample / "train.json", masks=True), min_size=(64, 192), max_size=256
@@ -276,7 +299,8 @@ def test_masks_change_nothing_else_and_are_there_only_if_asked_for(tmp_path: Pat
 def test_loader_processes_bring_masks(tmp_path: Path) -> None:
     proposals = with_masks(tmp_path, boxes=3)
     views = TwoViewDataset(tmp_path, proposals, min_size=(64, 64), max_size=100)
-    loader = build_loader(views, StepSampler(2, batch_size=2, batches=1), collate, workers=1)
+    sampler = StepSampler(2, batch_size=2, batches=1)
+    loader = DataLoader(views, batch_sampler=sampler, collate_fn=list, **worker_settings(1))
     for item in next(iter(loader)):
         assert item.online.masks is not None
         assert item.online.masks.float().mean() > 0.2

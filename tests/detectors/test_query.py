@@ -151,6 +151,28 @@ def test_queries_differ_from_the_start(name: str) -> None:
         torch.testing.assert_close(boxes[..., 2:], torch.full((2, 12, 2), -2.0).sigmoid())
 
 
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", pytest.param("rt_detr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [True, False])
+def test_anchors_are_exact_in_half_precision(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(
+        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
+    )
+    model, types = detector.train(training).network.model, []
+    generate = model.generate_anchors
+
+    def anchors(*args: Any, **settings: Any) -> Any:
+        types.append(settings["dtype"])
+        return generate(*args, **settings)
+
+    monkeypatch.setattr(model, "generate_anchors", anchors)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        detector.run(IMAGES)
+    assert types == [torch.float32]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_without_boxes_has_a_gradient_for_every_weight(name: str) -> None:
     """Other processes wait for it."""

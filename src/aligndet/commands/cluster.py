@@ -106,7 +106,7 @@ def cluster(
     if engine == "ray":
         stream = _on_ray(describe, boxes, order, workers, ray_address)
     else:
-        stream = map(describe, _read(boxes, order, workers))
+        stream = map(describe, DataLoader(boxes, batch_size=None, sampler=order, **worker_settings(workers)))
     features = _sound(tqdm(stream, total=len(table), desc="cluster", unit="image"), strict, broken)
     drawn = _take(features, sample)
     if not drawn:
@@ -174,15 +174,6 @@ def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
     image = resize(image)
     size = torch.tensor([image.shape[2], image.shape[1]]) / torch.from_numpy(request.size)
     return request.position, image, torch.from_numpy(request.boxes) * size.repeat(2)
-
-
-def _read(boxes: _Boxes, order: list[int], workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        boxes,
-        batch_size=None,
-        sampler=order,
-        **worker_settings(workers),
-    )
 
 
 def _on_ray(

@@ -15,7 +15,6 @@ from aligndet.commands._settings import provenance
 from aligndet.data.coco import CocoDetection, images_in_both
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
-from aligndet.data.views import collate
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, predicts_masks, training_default, weights_format
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
@@ -68,7 +67,7 @@ def finetune(
     optimizer: OptimizerName = "adamw",
     learning_rate: float | None = None,
     weight_decay: float | None = None,
-    decay: ScheduleName = "cosine",
+    lr_schedule: ScheduleName = "cosine",
     trunk_factor: float = 0.1,
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
@@ -131,9 +130,10 @@ def finetune(
             1.5 from pre-trained heads.
         weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
             pre-trained heads.
-        decay: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
+        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+            "constant".
         trunk_factor: Of the learning rate for the trunk; 0 freezes it: no gradient of it is made.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
             pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
@@ -225,7 +225,7 @@ def finetune(
             if weight_decay is not None
             else (training_default(kind, "weight_decay", 0.05) if adam else 1e-4)
             * (0.5 if pretrained else 1.0),
-            schedule=decay,
+            schedule=lr_schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
@@ -234,8 +234,13 @@ def finetune(
             run["clip"] = training_default(kind, "clip", 10.0)
         written = fit(
             module,
-            LabelledDataset(coco, min_size=min_size, max_size=max_size, strict=strict),
-            collate,
+            LabelledDataset(
+                coco,
+                min_size=min_size,
+                max_size=max_size,
+                antialias=weights_format(kind) == "transformers",
+                strict=strict,
+            ),
             steps=total,
             checkpoint=checkpoint,
             sync_batch_norm=batch_norm == "sync",

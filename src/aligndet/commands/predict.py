@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +17,7 @@ from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
 from aligndet.detectors.weights import load_detector
-from aligndet.evaluation.drawing import draw_detections
+from aligndet.evaluation.drawing import draw_detections, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write, locked, skipped_lines
 
@@ -75,6 +73,9 @@ def predict(
     total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    for module in detector.modules():  # what is left out below need not be made
+        if hasattr(module, "score_thresh"):
+            module.score_thresh = max(float(module.score_thresh), score)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
     with locked(output):
         if (output / "predictions.json").exists() and not overwrite:
@@ -117,9 +118,7 @@ def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Sour
                 broken.append(str(error))
 
     def write(name: str, drawn: Pixels) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
-        atomic_write(output / "pictures" / _picture_name(name), buffer.getvalue())
+        atomic_write(output / "pictures" / _picture_name(name), to_jpeg(drawn))
 
     return len(files), read(), nullcontext(write)
 

@@ -11,7 +11,7 @@ from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import run_folder, steps_of
 from aligndet.commands._settings import provenance
 from aligndet.data.sources import ImageSource
-from aligndet.data.views import TwoViewDataset, collate
+from aligndet.data.views import TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable, shared_options, training_default
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
@@ -54,7 +54,7 @@ def pretrain(
     optimizer: OptimizerName = "adamw",
     learning_rate: float | None = None,
     weight_decay: float | None = None,
-    schedule: ScheduleName = "cosine",
+    lr_schedule: ScheduleName = "cosine",
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
     temperature: float = 0.5,
@@ -116,10 +116,11 @@ def pretrain(
         batch_size: Images a batch on each device.
         accumulate: Batches a step of the optimizer.
         optimizer: "adamw" or "sgd".
-        learning_rate: After the warm-up; by default 5e-4, of query-based detectors 1e-4.
-        weight_decay: Of matrices and kernels; by default 0.05, of query-based detectors 1e-4.
-        schedule: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
-        warmup_steps: Steps of linear warm-up.
+        learning_rate: After the warm-up; by default 5e-4, of query-based detectors 1e-4, with SGD 1e-2.
+        weight_decay: Of matrices and kernels; by default 0.05, of query-based detectors and with SGD 1e-4.
+        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+            "constant".
+        warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
         temperature: Of the contrastive loss.
         gather_keys: Contrast with the boxes of all processes; by default each with its own alone.
@@ -181,6 +182,7 @@ def pretrain(
             )
         source.prepare(table.file_names, proposals)
         images_a_step = batch_size * accumulate * devices * nodes
+        adam = optimizer == "adamw"
         total = steps_of(steps, epochs * len(dataset) / images_a_step)
         module = BoxPretraining(
             adapter,
@@ -192,20 +194,20 @@ def pretrain(
             box_weight=box_weight,
             train_trunk=train_trunk,
             optimizer=optimizer,
-            learning_rate=training_default(detector, "learning_rate", 5e-4)
+            learning_rate=(training_default(detector, "learning_rate", 5e-4) if adam else 1e-2)
             if learning_rate is None
             else learning_rate,
-            weight_decay=training_default(detector, "weight_decay", 0.05)
+            weight_decay=(training_default(detector, "weight_decay", 0.05) if adam else 1e-4)
             if weight_decay is None
             else weight_decay,
-            schedule=schedule,
+            schedule=lr_schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
         if clip == "default":
             run["clip"] = training_default(detector, "clip", 10.0)
-        if fit(module, dataset, collate, steps=total, checkpoint=checkpoint, **run):
+        if fit(module, dataset, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",
                 "architecture": architecture | _shared(detector, options),

@@ -12,7 +12,6 @@ from aligndet.commands._settings import provenance
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
 from aligndet.data.labelled import ValidationDataset
 from aligndet.data.sources import ImageSource
-from aligndet.data.views import collate
 from aligndet.detectors.backbones import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
 from aligndet.files import accepts_strings
@@ -49,7 +48,7 @@ def pretrain_backbone(
     optimizer: OptimizerName = "sgd",
     learning_rate: float | None = None,
     weight_decay: float = 1e-4,
-    schedule: ScheduleName = "cosine",
+    lr_schedule: ScheduleName = "cosine",
     warmup_steps: int = 50,
     clip: float | None = None,
     temperature: float = 0.2,
@@ -105,8 +104,9 @@ def pretrain_backbone(
         learning_rate: After the warm-up; by default, for 256 images a step and in proportion for others, 0.05
             (SimSiam) or 0.03 (MoCo), with AdamW 5e-4.
         weight_decay: Of matrices and kernels.
-        schedule: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run) or "constant".
-        warmup_steps: Steps of linear warm-up.
+        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+            "constant".
+        warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Bound of the gradient norm; null for none.
         temperature: Of MoCo's loss.
         decay: Of MoCo's momentum encoder at the start; it grows to 1.
@@ -168,7 +168,7 @@ def pretrain_backbone(
             optimizer=optimizer,
             learning_rate=learning_rate or rate * images_a_step / 256,
             weight_decay=weight_decay,
-            schedule=schedule,
+            schedule=lr_schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
             **(own | {"processes": processes} if method == "moco" else {}),
@@ -176,7 +176,6 @@ def pretrain_backbone(
         written = fit(
             module,
             TwoCropsDataset(source, file_names, augment, strict=strict),
-            collate,
             steps=total,
             checkpoint=checkpoint,
             validation=validation,

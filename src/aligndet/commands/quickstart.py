@@ -4,7 +4,6 @@ makes.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
-from aligndet.data.coco import CocoDataset, read_coco
+from aligndet.data.coco import read_coco
 from aligndet.data.images import read_image
 from aligndet.detectors.build import predicts_masks
 from aligndet.detectors.weights import load_detector
-from aligndet.evaluation.drawing import draw_detections
+from aligndet.evaluation.drawing import draw_detections, draw_labelled, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write
 
@@ -185,7 +184,8 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     names = [category.name for category in coco.categories]
     images = [read_image(coco.folder / name) for name in coco.file_names[:count]]
     pixels = [image.permute(1, 2, 0).numpy() for image in images]
-    rows = [[draw_detections(p, _labels(coco, i), names) for i, p in enumerate(pixels)]]
+    labels = zip(pixels, coco.boxes, coco.labels, strict=False)
+    rows = [[draw_labelled(*labelled, names) for labelled in labels]]
     for side in ("without", "with"):
         detector, _ = load_detector(output / side / "model")
         found = predict_images(detector, images, device=resolve_device("cpu"))
@@ -195,17 +195,10 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     for y, row in enumerate(rows):
         for x, drawn in enumerate(row):
             sheet.paste(Image.fromarray(np.ascontiguousarray(drawn)), (x * width, y * height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=90)
-    atomic_write(output / "predictions.jpg", buffer.getvalue())
+    atomic_write(output / "predictions.jpg", to_jpeg(np.asarray(sheet)))
 
 
 def _best(prediction: dict[str, torch.Tensor], count: int = 8) -> dict[str, torch.Tensor]:
     """The best boxes that do not overlap, whatever their class: what an eye can take in."""
     kept = nms(prediction["boxes"], prediction["scores"], 0.3)[:count]
     return {name: value[kept] for name, value in prediction.items()}
-
-
-def _labels(coco: CocoDataset, index: int) -> dict[str, torch.Tensor]:
-    boxes, labels = torch.from_numpy(coco.boxes[index]), torch.from_numpy(coco.labels[index])
-    return {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}

@@ -36,7 +36,7 @@ def split(
     *,
     output: Path,
     images: Path | None = None,
-    fractions: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0),
+    percents: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0),
     counts: tuple[int, ...] = (),
     folds: int = 5,
     hold_out: float | None = None,
@@ -51,8 +51,8 @@ def split(
         annotations: Of the labelled images: COCO JSON, PASCAL VOC or YOLO (file or folder).
         output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json.
         images: Folder of the images; by default looked for.
-        fractions: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
-        counts: Sizes in images, beside the fractions.
+        percents: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
+        counts: Sizes in images, beside the percents.
         folds: Number of draws.
         hold_out: Per cent of the images for val.json; the others make train.json, and the splits are of
             these. Images of one scene or video should not be divided: give them a JSON of their own instead.
@@ -65,11 +65,11 @@ def split(
     Raises:
         ValueError: If a size does not fit the images, or output holds something else.
     """
-    wrong = next((value for value in fractions if not 0 < value <= 100), None)
+    wrong = next((value for value in percents if not 0 < value <= 100), None)
     if wrong is not None:
-        raise ValueError(f"a fraction must be above 0 and at most 100 per cent, not {wrong}")
-    if folds < 1 or not (fractions or counts):
-        raise ValueError(f"there must be a fold and a fraction or count, not {folds} folds")
+        raise ValueError(f"a percentage must be above 0 and at most 100 per cent, not {wrong}")
+    if folds < 1 or not (percents or counts):
+        raise ValueError(f"there must be a fold and a percentage or count, not {folds} folds")
     if hold_out is not None and not 0 < hold_out < 100:
         raise ValueError(f"hold_out must be above 0 and below 100 per cent, not {hold_out}")
     labels = load_labelled(annotations, images, "train")
@@ -81,7 +81,7 @@ def split(
         kept, held_out = held_out_positions(len(entries), hold_out / 100, seed=seed)
         whole["val"] = [entries[position] for position in held_out]
         whole["train"] = entries = [entries[position] for position in kept]
-    sizes = {f"train_{value:g}pct": max(1, round(len(entries) * value / 100)) for value in fractions}
+    sizes = {f"train_{value:g}pct": max(1, round(len(entries) * value / 100)) for value in percents}
     sizes |= {f"train_{count}images": count for count in counts}
     subsets = nested_subsets(len(entries), list(sizes.values()), folds=folds, seed=seed)
     manifest: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,17 +46,6 @@ class CocoDataset:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.file_names)
-
-    def subset(self, indices: Sequence[int]) -> CocoDataset:
-        """Some of the images.
-
-        Args:
-            indices: Of the images to keep.
-        """
-        lists = ["file_names", "image_ids", "boxes", "labels", "iscrowd", "areas"]
-        lists += ["masks"] if self.masks is not None else []
-        chosen: dict[str, Any] = {name: [getattr(self, name)[i] for i in indices] for name in lists}
-        return replace(self, sizes=self.sizes[list(indices)], **chosen)
 
 
 def read_coco(

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
@@ -139,7 +139,7 @@ def list_images(folder: Path) -> list[str]:
     return names
 
 
-def check_shape(image: Tensor, size: Sequence[int], path: object) -> None:
+def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
     """Makes sure that boxes of an image of one size can be scaled to another.
 
     Args:

@@ -27,23 +27,33 @@ class Labelled(NamedTuple):
     masks: Tensor | None = None  # (N, H, W) uint8, 0 or 1, if the data set has them
 
 
-def geometric(min_size: tuple[int, int], max_size: int, flip: float = 0.5) -> v2.Transform:
+def geometric(
+    min_size: tuple[int, int], max_size: int, flip: float = 0.5, *, antialias: bool = True
+) -> v2.Transform:
     """Resizes to a random short side (long side bounded) and flips.
 
     Args:
         min_size: Smallest and largest short side.
         max_size: Bound of the long side.
         flip: Probability of the horizontal flip.
+        antialias: Smooth what is made smaller.
     """
     sizes = short_sides(min_size, max_size)
-    return v2.Compose([v2.RandomShortestSize(sizes, max_size), v2.RandomHorizontalFlip(flip)])
+    resize = v2.RandomShortestSize(sizes, max_size, antialias=antialias)
+    return v2.Compose([resize, v2.RandomHorizontalFlip(flip)])
 
 
 class LabelledDataset(Dataset[Labelled]):
     """Asked for by (position, seed), see `aligndet.training.StepSampler`."""
 
     def __init__(
-        self, coco: CocoDataset, *, min_size: tuple[int, int], max_size: int, strict: bool = False
+        self,
+        coco: CocoDataset,
+        *,
+        min_size: tuple[int, int],
+        max_size: int,
+        antialias: bool = True,
+        strict: bool = False,
     ) -> None:
         """Prepares the data set.
 
@@ -51,11 +61,16 @@ class LabelledDataset(Dataset[Labelled]):
             coco: Images and boxes.
             min_size: Range of the short side.
             max_size: Bound of the long side.
+            antialias: Smooth what is made smaller: as the detector does it where it predicts.
             strict: A broken image is an error, not a warning.
         """
         self.images, self.file_names, self.strict = CocoDetection(coco), coco.file_names, strict
         self.augment = v2.Compose(
-            [geometric(min_size, max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]
+            [
+                geometric(min_size, max_size, antialias=antialias),
+                v2.ClampBoundingBoxes(),
+                v2.SanitizeBoundingBoxes(min_size=1.0),
+            ]
         )
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,12 +146,3 @@ def _planes(image: Tensor) -> npt.NDArray[np.uint8]:
     planes = np.empty(tuple(image.shape), np.uint8)
     cv2.split(image.permute(1, 2, 0).contiguous().numpy(), list(planes))
     return planes
-
-
-def collate(items: Sequence[TwoViews]) -> list[TwoViews]:
-    """Keeps a batch a list: images of one batch differ in size.
-
-    Args:
-        items: Of the batch.
-    """
-    return list(items)

@@ -212,7 +212,8 @@ class CascadePretraining(RoIPretraining):
     """Cascade R-CNN: a contrast for each of IoU 0.5, 0.6 and 0.7, weighted 1, 0.5 and 0.25."""
 
     network: type[CascadeRCNN] = CascadeRCNN
-    fixed_options = frozenset({"box_fg_iou_thresh", "box_bg_iou_thresh"})  # each stage has its own IoU
+    # each stage has its own IoU, and HTC its own masks
+    fixed_options = frozenset({"box_fg_iou_thresh", "box_bg_iou_thresh", "mask_predictors"})
 
     def __init__(
         self,

@@ -101,8 +101,9 @@ class QueryDetector(nn.Module):
 
     @property
     def prediction_heads(self) -> list[nn.Module]:
-        """All that ends in class scores or boxes."""
+        """All that ends in class scores or boxes, or in maps whose type the anchors of RT-DETR get."""
         found = [m for name, m in self.network.named_modules() if _is_head(name.rpartition(".")[2])]
+        found.append(getattr(self.network.model, "decoder_input_proj", nn.ModuleList()))
         return [head for entry in found for head in (entry if isinstance(entry, nn.ModuleList) else [entry])]
 
     def forward(

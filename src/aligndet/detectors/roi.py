@@ -170,6 +170,8 @@ def mask_features(stages: Sequence[RoIHeads], flows: Sequence[nn.Module], pooled
 class RoIPretraining(nn.Module):
     """A two-stage detector in the protocol of `PretrainableDetector`: one assignment, or several in a row."""
 
+    network: type[FasterRCNN]
+
     def __init__(
         self,
         detector: Any,
@@ -214,6 +216,16 @@ class RoIPretraining(nn.Module):
     def settings() -> frozenset[str]:
         """Names of the settings that pre-training and fine-tuning share."""
         return frozenset({"box_convolutions"})
+
+    @classmethod
+    def plain(
+        cls, backbone: Backbone, num_classes: int, *, box_convolutions: int = 0, **transform: Any
+    ) -> FasterRCNN:
+        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
+        head = box_head(backbone, box_convolutions)
+        detector = cls.network(backbone, num_classes, box_head=head, **transform)
+        start_small(detector.roi_heads.box_predictor)
+        return detector
 
     @staticmethod
     def backbone(trunk: str, trunk_weights: str, fpn_channels: int, fpn_norm: PyramidNorm) -> Backbone:
@@ -307,6 +319,8 @@ class RoIPretraining(nn.Module):
 class FasterRcnnPretraining(RoIPretraining):
     """Faster R-CNN: a region stands for the proposal that it overlaps most, from IoU 0.5 on."""
 
+    network = FasterRCNN
+
     def __init__(
         self,
         backbone: Backbone,
@@ -324,17 +338,6 @@ class FasterRcnnPretraining(RoIPretraining):
         detector = FasterRCNN(backbone, **parts, **FOR_PRETRAINING, **transform)
         super().__init__(detector, [detector.roi_heads], max_boxes=max_boxes, rpn_positives=rpn_positives)
 
-    @staticmethod
-    def plain(
-        backbone: Backbone, num_classes: int, *, box_convolutions: int = 0, **transform: Any
-    ) -> FasterRCNN:
-        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        detector = FasterRCNN(
-            backbone, num_classes, box_head=box_head(backbone, box_convolutions), **transform
-        )
-        start_small(detector.roi_heads.box_predictor)
-        return detector
-
 
 class MaskRcnnPretraining(RoIPretraining):
     """Mask R-CNN: as Faster R-CNN, and one mask for all classes learns from pseudo-masks.
@@ -342,7 +345,7 @@ class MaskRcnnPretraining(RoIPretraining):
     The paper leaves the mask head at random numbers; so does ``pretrain_mask=False``.
     """
 
-    masks = True
+    network, masks = MaskRCNN, True
 
     def __init__(
         self,
@@ -372,12 +375,3 @@ class MaskRcnnPretraining(RoIPretraining):
             rpn_positives=rpn_positives,
             needs=("masks",) if pretrain_mask else (),
         )
-
-    @staticmethod
-    def plain(
-        backbone: Backbone, num_classes: int, *, box_convolutions: int = 0, **transform: Any
-    ) -> MaskRCNN:
-        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        detector = MaskRCNN(backbone, num_classes, box_head=box_head(backbone, box_convolutions), **transform)
-        start_small(detector.roi_heads.box_predictor)
-        return detector

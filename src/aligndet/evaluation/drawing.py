@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
+from PIL import Image
 from torch import Tensor
 
 from aligndet.evaluation.detections import to_detections
@@ -92,6 +94,17 @@ def draw_centers(image: npt.NDArray[np.uint8], points: npt.NDArray[np.floating])
     )
     picture = image[:, :, ::-1].copy()  # supervision draws in BGR
     return annotator.annotate(picture, sv.Detections(np.concatenate([points, points], 1)))[:, :, ::-1]
+
+
+def to_jpeg(picture: npt.NDArray[np.uint8]) -> bytes:
+    """Encodes a picture.
+
+    Args:
+        picture: (H, W, 3) RGB.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _annotated(

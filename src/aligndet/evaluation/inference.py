@@ -40,7 +40,7 @@ def predict_images(
         detector: A torchvision detector; put into eval mode and onto the device.
         images: (3, H, W) uint8 each.
         device: To compute on.
-        batch_size: Images at a time.
+        batch_size: Images at a time; one by one where masks are found.
 
     Yields:
         Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), and if the detector finds them,
@@ -52,6 +52,8 @@ def predict_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     detector.eval().to(device)
+    if any(name.endswith("mask_predictor") for name, _ in detector.named_modules()):
+        batch_size = 1  # torchvision's masks are numbers of 32 bits for every pixel and box
     remaining = iter(images)
 
     def read() -> list[Tensor]:

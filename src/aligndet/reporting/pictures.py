@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -16,7 +14,7 @@ from aligndet.comparison import BASELINE
 from aligndet.data.coco import CocoDataset
 from aligndet.data.images import list_images, read_image
 from aligndet.detectors.weights import load_detector
-from aligndet.evaluation.drawing import draw_detections, draw_labelled
+from aligndet.evaluation.drawing import draw_detections, draw_labelled, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.reporting.runs import Comparison, Run
 
@@ -131,14 +129,3 @@ def fit(image: Tensor) -> tuple[npt.NDArray[np.uint8], float]:
     scale = _SIDE / max(height, width)
     size = [max(1, round(height * scale)), max(1, round(width * scale))]
     return v2.functional.resize(image, size).permute(1, 2, 0).numpy(), scale
-
-
-def to_jpeg(array: npt.NDArray[np.uint8]) -> bytes:
-    """Encodes a picture.
-
-    Args:
-        array: (H, W, 3) RGB.
-    """
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()

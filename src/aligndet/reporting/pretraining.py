@@ -11,12 +11,12 @@ from aligndet.data.coco import CocoDataset
 from aligndet.data.images import list_images, read_image
 from aligndet.data.sources import ImageSource
 from aligndet.evaluation.centers import predicted_centers
-from aligndet.evaluation.drawing import draw_boxes, draw_centers
+from aligndet.evaluation.drawing import draw_boxes, draw_centers, to_jpeg
 from aligndet.evaluation.inference import resolve_device
 from aligndet.evaluation.pretraining import load_pretrainable, load_untuned, read_settings
 from aligndet.evaluation.tsne import embed_boxes
 from aligndet.proposals.storage import read_proposals
-from aligndet.reporting.pictures import Pictures, fit, to_jpeg
+from aligndet.reporting.pictures import Pictures, fit
 from aligndet.reporting.plots import Plot, draw_points
 from aligndet.reporting.runs import Comparison, Run
 
