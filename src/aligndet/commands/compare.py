@@ -70,9 +70,10 @@ def compare(
         arms: "scratch" (neck and heads random, the trunk with its weights), "aligndet", "boxes-only" (no
             contrast), "contrast-only" (no box losses), "trunk-only" (the trunk of the pre-training; the
             same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export).
-        fractions: Of the labelled images, nested within a fold.
+        fractions: Shares of the labelled images, above 0 and up to 1 (0.05 is 5 %), nested within a fold.
         folds: Numbers of the draws of labelled images; all labels (1.0) are one fold.
-        seeds: Of pre-training and fine-tuning; pairs share seed and fold.
+        seeds: Of pre-training and fine-tuning; pairs share seed and fold, and a paired test of fewer than six
+            pairs cannot reach 5 %.
         steps: Budgets of fine-tuning.
         learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
             each arm takes its own best, for each fraction and budget: on the first seed and fold, a fifth of

@@ -50,7 +50,7 @@ def evaluate(
             The file for the figures holds the confusion matrix, the curves over the score and precision
             against recall, too; their pictures lie beside it, under its name with _files.
         score: Boxes below are left out of the details.
-        batch_size: Images at a time.
+        batch_size: Images at a time; one by one where masks are found, which are large.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         strict: A broken image or box is an error; by default it is left out, counted and named.
 

@@ -97,8 +97,8 @@ def finetune(
         annotations: Of the training images: COCO JSON, PASCAL VOC, or YOLO (data.yaml); a folder will do.
         images: Their folder; by default looked for beside the annotations.
         output: Folder of the run.
-        val_annotations: Of validation images, the same folder if it names its parts; without, the last
-            weights are the result.
+        val_annotations: Labels of the validation images; of VOC and YOLO the same folder, whose part for
+            validation is read. Without them the last weights are the result, with them the best.
         val_images: Their folder.
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
@@ -121,10 +121,10 @@ def finetune(
             predictions are made at the largest.
         max_size: Bound of the long side.
         schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
-            images, scaled with the batch size; "50e", "100e", "150e" passes over the images.
+            images, scaled with the batch size; "50e", "100e", "150e" epochs.
         steps: Length of the run in steps; takes the place of schedule.
         batch_size: Images a batch on each device.
-        accumulate: Batches a step of the optimizer.
+        accumulate: Batches whose gradients are accumulated for one step of the optimizer.
         optimizer: "adamw" or "sgd".
         learning_rate: By default 1e-3 (AdamW; query-based detectors: 1e-4) or 0.01 (SGD, 16 images), times
             1.5 from pre-trained heads.
@@ -132,9 +132,9 @@ def finetune(
             pre-trained heads.
         lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
             "constant".
-        trunk_factor: Of the learning rate for the trunk; 0 freezes it: no gradient of it is made.
+        trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
-        clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
+        clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
             pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
             Query-based detectors have frozen ones.

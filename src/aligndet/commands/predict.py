@@ -44,7 +44,7 @@ def predict(
             segmentation if the detector finds masks; frames of a video are images, named VIDEO/NUMBER) and
             pictures/. From Python, aligndet.read_detections reads them as supervision's detections.
         score: Boxes below are left out.
-        batch_size: Images at a time.
+        batch_size: Images at a time; one by one where masks are found, which are large.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         draw: Write pictures, or a video, with the boxes.
         strict: A broken image, or a video that ends early, is an error; by default it is skipped, counted

@@ -86,8 +86,8 @@ def pretrain(
     (paper section 3.2).
 
     Args:
-        images: Folder of images, or an address (s3://bucket/images, https://host/images, ...); names that
-            begin with that of a tar are read from it.
+        images: Folder or address (s3://bucket/images, https://host/images, ...) that the file names of the
+            proposals are relative to; only images that have proposals are used. A tar counts as a folder.
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes; with
             clusters (`aligndet cluster`) for query-based detectors.
         output: Folder of the run.
@@ -97,34 +97,36 @@ def pretrain(
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224.dino",
             ... Images are normalised as for timm's weights of that name (the part behind the dot).
-        trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of
-            `aligndet pretrain-backbone`, or a file (.pth, .pkl, .safetensors) as MoCo, SwAV, SimSiam, BYOL,
-            DenseCL, PixPro, DetCo, DINO, SimMIM, Swin, torchvision, timm, OpenMMLab and detectron2 publish
-            them; what matched is printed.
+        trunk_weights: "default" (ImageNet, downloaded), "bundled" (tf_efficientnet_lite0 alone, out of
+            aligndet[quickstart]), "none", a run of `aligndet pretrain-backbone`, or a file (.pth, .pkl,
+            .safetensors) as MoCo, SwAV, SimSiam, BYOL, DenseCL, PixPro, DetCo, DINO, SimMIM, Swin,
+            torchvision, timm, OpenMMLab and detectron2 publish them; what matched is printed.
         fpn_channels: Width of the feature pyramid, or of a query-based detector's encoder and decoder.
         fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
         options: Further settings of the detector, such as --options.embedding_dim 256; the answer to a wrong
             one lists them all. Of query-based detectors: settings of transformers' configuration, such as
             --options.num_queries 100, and --options.objectness true to do without clusters.
-        min_size: Smallest and largest short side of a view; each view draws its own in steps of 32.
+        min_size: Smallest and largest short side of a view, as in 640,800; each view draws its own in steps
+            of 32.
         max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
         max_proposals: Most proposals of an image in a step.
         proposal_choice: Where an image has more: "random" draws anew in each step (the default), "top" takes
             the first in rank order (the default of query-based detectors; better for few epochs).
         steps: Length of the run in optimizer steps; takes the place of epochs.
-        epochs: Length of the run in passes over the images.
+        epochs: Length of the run in epochs: passes over the images.
         batch_size: Images a batch on each device.
-        accumulate: Batches a step of the optimizer.
+        accumulate: Batches whose gradients are accumulated for one step of the optimizer.
         optimizer: "adamw" or "sgd".
         learning_rate: After the warm-up; by default 5e-4, of query-based detectors 1e-4, with SGD 1e-2.
         weight_decay: Of matrices and kernels; by default 0.05, of query-based detectors and with SGD 1e-4.
         lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
             "constant".
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
-        clip: Bound of the gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        temperature: Of the contrastive loss.
+        clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
+        temperature: Of the contrastive loss (equation 4); in runs of a few hundred steps 0.1 did better.
         gather_keys: Contrast with the boxes of all processes; by default each with its own alone.
-        decay: Of the momentum detector at the start; it grows to 1.
+        decay: Coefficient of the momentum detector's moving average (EMA) at the start; it grows to 1 by a
+            cosine. In runs of a few hundred steps 0.9 did better.
         contrast_weight: Factor of the contrastive loss; 0 leaves the box losses alone.
         box_weight: Factor of the detector's own box losses; 0 leaves the contrast alone.
         train_trunk: Train the trunk as well (the paper's table 11 advises against it).

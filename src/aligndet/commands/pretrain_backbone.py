@@ -75,11 +75,7 @@ def pretrain_backbone(
     """Pre-trains a trunk on images without labels, for those who have no ImageNet weights or want none.
 
     Two crops of each image have to be recognised as the same one (SimSiam, MoCo v2). The result is what
-    `aligndet pretrain` and `aligndet finetune` take as --trunk-weights, with the same --trunk:
-
-      aligndet pretrain-backbone images/ --output backbone --trunk resnet18
-      aligndet pretrain images/ --proposals proposals --output pretrained --trunk resnet18 \
-        --trunk-weights backbone
+    `aligndet pretrain` and `aligndet finetune` take as --trunk-weights, with the same --trunk.
 
     A trunk collapses when it says the same of every image. Its embeddings' standard deviation is logged, and
     a warning is printed when it stays low; with --labels, the accuracy of nearest neighbours is logged too.
@@ -116,7 +112,7 @@ def pretrain_backbone(
         devices: Devices a machine; 2 on a machine without GPU means two processes.
         nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: "auto" or "ddp": every device has the whole detector.
+        strategy: "auto" or "ddp": every device has the whole trunk.
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Hold channels as neighbours in memory; the same up to rounding.
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
