@@ -56,7 +56,7 @@ def cluster(
     """Groups proposals by what they look like, for query-based detectors, whose losses need classes.
 
     A trunk's features of each proposal (RoI align on its last map), reduced to principal components, are
-    grouped by k-means (paper section 3.2, DETR). `aligndet pretrain` reads the result, a Parquet file beside
+    grouped by k-means, as for the official DETR. `aligndet pretrain` reads the result, a Parquet file beside
     the proposals, where a detector needs it.
 
     Args:

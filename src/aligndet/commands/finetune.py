@@ -25,9 +25,9 @@ from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName, load_state, steps_done
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
-"""Steps of 16 images (paper section 4.1 and table 7)."""
+"""Steps of 16 images (paper section 4.2 and table 7)."""
 EPOCHS = {"50e": 50, "100e": 100, "150e": 150}
-"""Passes over the images, as schedules of DETR are named (paper section 4.1 and table 6)."""
+"""Passes over the images, as schedules of DETR are named (paper tables 2 and 6)."""
 
 _DEFAULTS = {"detector": "fcos", "trunk": "resnet50", "fpn_channels": 256, "fpn_norm": "none"}
 """Of a detector whose neck and heads start from random numbers."""
@@ -113,8 +113,7 @@ def finetune(
             not used where init_from brings the trunk.
         fpn_channels: Width of the feature pyramid, or of a query-based detector's encoder and decoder, by
             default 256.
-        fpn_norm: "none" (the default), or "batch": batch norms in the pyramid, as the paper has for
-            self-supervised trunks.
+        fpn_norm: "none" (the default), or "batch": batch norms in the pyramid, as in the paper.
         options: Further settings of torchvision's detector, such as --options.box_batch_size_per_image 128,
             or of transformers' configuration, such as --options.num_queries 100.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
@@ -136,7 +135,7 @@ def finetune(
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
-            pyramid too (the paper's choice for self-supervised trunks; without GPUs the same as "trained").
+            pyramid too (the paper's choice; without GPUs the same as "trained").
             Query-based detectors have frozen ones.
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.

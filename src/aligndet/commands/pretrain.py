@@ -102,7 +102,7 @@ def pretrain(
             .safetensors) as MoCo, SwAV, SimSiam, BYOL, DenseCL, PixPro, DetCo, DINO, SimMIM, Swin,
             torchvision, timm, OpenMMLab and detectron2 publish them; what matched is printed.
         fpn_channels: Width of the feature pyramid, or of a query-based detector's encoder and decoder.
-        fpn_norm: "none", or "batch": batch norms in the pyramid, as the paper has for self-supervised trunks.
+        fpn_norm: "none", or "batch": batch norms in the pyramid, as in the paper.
         options: Further settings of the detector, such as --options.embedding_dim 256; the answer to a wrong
             one lists them all. Of query-based detectors: settings of transformers' configuration, such as
             --options.num_queries 100, and --options.objectness true to do without clusters.

@@ -103,8 +103,8 @@ def propose(
         mode: "fast", or "quality" (about five times as slow).
         resolution: Longest side at which to run; null for full size.
         rank: Order of the boxes, which decides what overlap and max_proposals drop: "straddling" puts boxes
-            first that cut no segment of the image in two; "search" keeps selective search's own, as the paper
-            does, which is largely chance.
+            first that cut no segment of the image in two; "search" keeps selective search's own order, which
+            is largely chance.
         max_aspect_ratio: Longer to shorter side of a box at most.
         min_area: Share of the image that a box covers at least.
         max_area: Share of the image that a box covers at most.

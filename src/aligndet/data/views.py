@@ -38,7 +38,7 @@ class TwoViews(NamedTuple):
 
 
 def short_sides(min_size: tuple[int, int], max_size: int) -> list[int]:
-    """The short sides to choose from: the range in steps of 32 (640, 672, ... 800 in the paper).
+    """The short sides to choose from: the range in steps of 32 (640, 672, ... 800 by default).
 
     Args:
         min_size: Smallest and largest short side.

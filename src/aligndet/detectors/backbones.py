@@ -91,7 +91,7 @@ def build_backbone(
         trunk_weights: Likewise.
         fpn_channels: Width of the pyramid.
         fpn_norm: "none", or "batch": a batch norm after every convolution of the pyramid, which gives the
-            features of any trunk the same magnitude (paper section 4.1, self-supervised trunks).
+            features of any trunk the same magnitude (paper section 4.1).
         strides: Of the pyramid's levels that come from the trunk, from 4, 8, 16, 32.
         extra_levels: Two more levels, P6 and P7, by strided convolutions (dense detectors); else one by
             pooling.

@@ -68,7 +68,7 @@ class QueryPretraining(nn.Module):
             image_std: Likewise.
             embedding_dim: Of the contrast.
             num_clusters: Pseudo-classes that the class layer tells apart.
-            objectness: The paper's plain variant: the class layer tells objects from background alone, and
+            objectness: The plain variant: the class layer tells objects from background alone, and
                 only the contrast tells objects from each other. No clusters are needed then.
             settings: Of transformers' configuration, such as ``num_queries``; they are the fine-tuned
                 detector's, too.

@@ -342,7 +342,7 @@ class FasterRcnnPretraining(RoIPretraining):
 class MaskRcnnPretraining(RoIPretraining):
     """Mask R-CNN: as Faster R-CNN, and one mask for all classes learns from pseudo-masks.
 
-    The paper leaves the mask head at random numbers; so does ``pretrain_mask=False``.
+    The official code leaves the mask head at random numbers; so does ``pretrain_mask=False``.
     """
 
     network, masks = MaskRCNN, True

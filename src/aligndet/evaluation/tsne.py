@@ -1,4 +1,4 @@
-"""The contrast features of labelled boxes in two dimensions (the paper's figure 4)."""
+"""The contrast features of labelled boxes in two dimensions (after the paper's figure 4)."""
 
 from __future__ import annotations
 

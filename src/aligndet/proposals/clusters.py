@@ -1,5 +1,5 @@
 """Pseudo-classes of proposals: clusters of their features, for detectors whose own losses need classes
-(paper section 3.2, DETR).
+(those of the official DETR).
 """
 
 from __future__ import annotations

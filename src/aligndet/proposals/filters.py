@@ -25,8 +25,8 @@ def filter_boxes(
 ) -> npt.NDArray[np.float32]:
     """Keeps boxes of a sensible shape and size that do not repeat a better one.
 
-    The upper bound of the area is not in the paper: selective search nearly always returns the whole image,
-    which is no object.
+    Ratio, smallest area and overlap are the official code's. The upper bound of the area is ours: selective
+    search nearly always returns the whole image, which is no object.
 
     Args:
         boxes: (N, 4) xyxy pixels, best first unless there is a score.
