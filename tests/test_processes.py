@@ -29,6 +29,7 @@ from tests.commands.test_kill import (
     FEW_QUERIES,
     assert_same_weights,
     assert_succeeded,
+    end,
     finish_fork,
     fork,
     imports,
@@ -74,9 +75,13 @@ def two_forks(command: list[str], output: Path) -> None:
     both |= {"TORCHELASTIC_RUN_ID": "two", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     command = [*command, "--devices=2", "--strategy=ddp"]
     processes = {rank: fork(command, output, **both, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")}
-    for rank, process in processes.items():
-        process.join(240)
-        assert_succeeded(process, output, rank)
+    try:
+        for rank, process in processes.items():
+            process.join(240)
+            assert_succeeded(process, output, rank)
+    finally:  # one waits for the other
+        for process in processes.values():
+            end(process)
 
 
 def curve(run: Path) -> list[float]:
@@ -238,11 +243,13 @@ def test_two_processes_gather_keys(sample: Path, two_boxes: Path, tmp_path: Path
     killed = tmp_path / "killed"
     finish(*gathering, f"--output={tmp_path / 'whole'}")
     process = start(*gathering, f"--output={killed}")
-    while not (killed / "checkpoints" / "last.ckpt").is_file():
+    deadline = time.monotonic() + 240
+    while not (killed / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert (killed / "checkpoints" / "last.ckpt").is_file()
     assert not (killed / "pretrained").exists()
     finish(*gathering, f"--output={killed}", "--resume")
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")

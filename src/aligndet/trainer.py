@@ -208,13 +208,12 @@ def fit(
         compile_networks(module)
     images = batch_size * accumulate * devices * nodes
     if trainer.is_global_zero:
-        print(
-            f"{steps} steps of {images} images, {steps * images / samples:.3g} passes over {samples} images"
-        )
+        print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # a success to whoever asks for the exit status
-        print("terminated; --resume goes on from the last checkpoint")
+        if trainer.is_global_zero:
+            print(f"terminated; the last checkpoint is in {output / 'checkpoints'}")
         raise SystemExit(128 + signal.SIGTERM) from None
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(

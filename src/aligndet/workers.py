@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, parent_process
+from threading import Thread
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import cv2
 import torch
@@ -21,8 +22,12 @@ class _Process(ForkServerProcess):
 
     @staticmethod
     def _Popen(process: BaseProcess) -> Any:
-        with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
             return ForkServerProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = main
 
 
 class _Context(ForkServerContext):
@@ -56,15 +61,26 @@ def worker_settings(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "multiprocessing_context": worker_context() if workers else None,
-        "worker_init_fn": one_thread,
+        "worker_init_fn": begin,
     }
 
 
-def one_thread(_: int = 0) -> None:
-    """One process a core, and every process one thread, or they fight over the cores.
+def begin(_: int = 0) -> None:
+    """What such a process does first.
+
+    One process a core, and every process one thread, or they fight over the cores. And it ends with the
+    process that has started it, which nothing else sees to if that one is killed.
 
     Args:
         _: The number of the process.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)

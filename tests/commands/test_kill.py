@@ -86,7 +86,15 @@ def assert_succeeded(process: BaseProcess, output: Path, rank: str = "") -> None
 def finish_fork(command: list[str], output: Path) -> None:
     process = fork(command, output)
     process.join(240)
+    end(process)
     assert_succeeded(process, output)
+
+
+def end(process: BaseProcess) -> None:
+    """One that is still there would be waited for at the end of all tests."""
+    if process.is_alive():
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
 
 
 def kill_when(ready: Callable[[], bool], command: list[str], output: Path) -> None:
@@ -96,9 +104,8 @@ def kill_when(ready: Callable[[], bool], command: list[str], output: Path) -> No
             break
         time.sleep(0.05)
     assert process.exitcode is None, "the run ended before it could be killed"
+    end(process)
     assert ready(), "the run took too long to get where it is killed"
-    os.killpg(process.pid or 0, signal.SIGKILL)
-    process.join()
 
 
 def assert_same_weights(left: Path, right: Path) -> None:

@@ -20,7 +20,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.predict import predict
 from aligndet.data.rle import EncodedMasks, decode, read_segmentation
 from aligndet.data.videos import read_frames
-from aligndet.detectors.build import DETECTORS
+from aligndet.detectors.build import DETECTORS, build_detector
 from aligndet.files import locked
 
 MANIFEST: dict[str, Any] = {
@@ -107,6 +107,36 @@ def test_a_single_image_without_pictures(images: Path, tmp_path: Path) -> None:
     assert [image["file_name"] for image in document["images"]] == ["b.jpg"]
     assert len(document["annotations"]) == 2
     assert not (output / "pictures").exists()
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
+def test_boxes_below_the_score_are_all_that_is_left_out(
+    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not made in the first place; the region proposal network's score is another one."""
+    few = {"faster_rcnn": {"rpn_post_nms_top_n_test": 50}}.get(name, {})
+    detector: Any = build_detector(
+        name, num_classes=2, trunk="resnet18", fpn_channels=64, min_size=64, options=few
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "a.png")
+    if name == "faster_rcnn":
+        detector.rpn.head.cls_logits.bias.data.fill_(-3.0)  # objectness 0.05
+        detector.roi_heads.box_predictor.cls_score.bias.data[:] = torch.tensor([0.0, 1.0, -0.5])
+    else:
+        detector.head.classification_head.cls_logits.bias.data.fill_(-0.9)  # 0.29
+        detector.head.classification_head.cls_logits.weight.data.mul_(20)
+    monkeypatch.setattr(predict_module, "load_detector", lambda folder: (detector, MANIFEST))
+    scores = {}
+    for least in (0.0, 0.3):  # in this order: the second raises the detector's own
+        output = predict(
+            Path("model"), images / "a.png", output=tmp_path / f"{least}", score=least, draw=False
+        )
+        found = json.loads((output / "predictions.json").read_text())["annotations"]
+        scores[least] = [one["score"] for one in found if one["score"] >= 0.3]
+        assert len(found) > len(scores[least]) or least
+    assert scores[0.3]
+    assert scores[0.3] == pytest.approx(scores[0.0])
 
 
 def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

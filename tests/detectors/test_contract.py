@@ -48,15 +48,18 @@ def options_of(name: str, **more: Any) -> dict[str, Any]:
 
 @cache
 def _built(name: str, **options: Any) -> Any:
-    adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name, **options))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name, **options))
     adapter.detector.backbone.body.requires_grad_(False).eval()
     return adapter
 
 
 @cache
 def _built_plain(name: str) -> Any:
-    torch.manual_seed(5)  # no number is the adapter's
-    return build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # no number is the adapter's
+        return build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
 
 
 def build(name: str, **options: Any) -> Any:

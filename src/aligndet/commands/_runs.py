@@ -64,6 +64,9 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
             before = read_json(record).get("settings", {})
+            gone = [k for k in before if k not in plain and k not in _MAY_CHANGE and before[k] is not None]
+            if gone:
+                raise ValueError(f"{output}: was started with {gone[0]}, which this version does not have")
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 k = changed[0]

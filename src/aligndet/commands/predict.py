@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from tqdm import tqdm
 
 from aligndet.data.images import ImageError, list_images, read_image
@@ -73,9 +74,11 @@ def predict(
     total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
-    for module in detector.modules():  # what is left out below need not be made
-        if hasattr(module, "score_thresh"):
-            module.score_thresh = max(float(module.score_thresh), score)
+    modules: Iterator[Any] = detector.modules()
+    for module in modules:  # what is left out below need not be made
+        # that of the RPN is of another score
+        if hasattr(module, "score_thresh") and not isinstance(module, RegionProposalNetwork):
+            module.score_thresh = max(module.score_thresh, score)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
     with locked(output):
         if (output / "predictions.json").exists() and not overwrite:

@@ -100,7 +100,7 @@ def propose(
         output: Folder for Parquet files, or a ``.json`` file for COCO style (one category).
         names: Only these images: a text file with a name a line, or Parquet with a column file_name, relative
             to images; a tar stands for its images. Web servers need it, as they list nothing.
-        mode: "fast", or "quality" (about five times as slow).
+        mode: "fast", or "quality" (three to four times as slow).
         resolution: Longest side at which to run; null for full size.
         rank: Order of the boxes, which decides what overlap and max_proposals drop: "straddling" puts boxes
             first that cut no segment of the image in two; "search" keeps selective search's own order, which

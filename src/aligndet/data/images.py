@@ -154,7 +154,7 @@ def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
     if abs(width * other_height - height * other_width) > other_width + other_height:
         raise ImageError(
             f"{path}: has {width}x{height} pixels, its proposals are of {other_width}x{other_height}: turned"
-            " or replaced since; run `aligndet propose` again"
+            " or replaced since, or listed with another size; make them again"
         )
 
 

@@ -124,7 +124,8 @@ def _folders(settings: dict[str, Any], path: Path, split: str) -> list[Path]:
         if not entries:
             found += [place for place in usual if place.is_dir()][:1]
     whole = root / "images"
-    if not found and (named := [key for keys in SPLITS.values() for key in keys if settings.get(key)]):
+    named = [key for keys in SPLITS.values() for key in keys if settings.get(key)]
+    if not found and named and split != "all":
         raise ValueError(f"{path}: names no images for {split!r}, only for {', '.join(named)}")
     if not found:
         found = [whole if whole.is_dir() else root]

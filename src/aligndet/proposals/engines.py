@@ -13,12 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing import parent_process
-from multiprocessing.connection import wait
-from threading import Thread
 from typing import Any, Literal, TypeVar
 
-from aligndet.workers import cores, one_thread, worker_context
+from aligndet.workers import begin, cores, worker_context
 
 Engine = Literal["processes", "ray"]
 Item = TypeVar("Item")
@@ -118,17 +115,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start() -> None:
-    one_thread()
+    begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    parent = parent_process()
-    assert parent is not None
-    Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_after(sentinel: int) -> None:
-    """Ends this process with its parent, which nothing else does if that one is killed."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def _on_ray(

@@ -20,7 +20,7 @@ def selective_search(
 
     Args:
         image: (H, W, 3) RGB.
-        mode: "fast", or "quality": more segmentations, about five times as slow.
+        mode: "fast", or "quality": more segmentations, three to four times as slow.
         resolution: Longest side to run at; a larger image is scaled down first. None: as it is.
 
     Returns:
