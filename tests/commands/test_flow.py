@@ -294,12 +294,21 @@ def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_p
         aligndet.pretrain(sample / "train", **again)
     with pytest.raises(ValueError, match=r"learning_rate=None, now 0\.1"):
         aligndet.pretrain(sample / "train", **again, learning_rate=0.1, resume=True)
+    older = tmp_path / "older"
+    older.mkdir()
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["lr_decay"] = "step"
+    (older / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was started with lr_decay, which this version does not have"):
+        aligndet.pretrain(sample / "train", **{**again, "output": older}, resume=True)
     with locked(run), pytest.raises(ValueError, match="in use"):
         aligndet.pretrain(sample / "train", **again, resume=True)
-    (tmp_path / "thesis.txt").write_text("years of work")
+    thesis = tmp_path / "work" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
     with pytest.raises(ValueError, match="not overwritten"):
-        aligndet.pretrain(sample / "train", **{**again, "output": tmp_path}, overwrite=True)
-    assert (tmp_path / "thesis.txt").is_file()
+        aligndet.pretrain(sample / "train", **{**again, "output": thesis.parent}, overwrite=True)
+    assert thesis.is_file()
 
 
 def test_details_of_an_evaluation(

@@ -184,20 +184,12 @@ def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
         file = pq.ParquetFile(path)
         if masks and "masks" in file.schema_arrow.names:
             schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
-        table = file.read(schema.names).select(schema.names).cast(schema)
+        rows = file.read(schema.names).select(schema.names).cast(schema).to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again"
         ) from error
-    # of a float each, Python would make an object
-    lists = table["boxes"].combine_chunks()
-    values, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
-    boxes = [
-        values[first:last] if there else None
-        for first, last, there in zip(ends[:-1], ends[1:], lists.is_valid().to_pylist(), strict=True)
-    ]
-    rows = table.drop_columns("boxes").to_pylist()
-    return [_of_row(path, {**row, "boxes": one}) for row, one in zip(rows, boxes, strict=True)]
+    return [_of_row(path, row) for row in rows]
 
 
 def _of_row(path: Path, row: dict[str, Any]) -> ImageProposals:
