@@ -16,7 +16,7 @@ from aligndet.detectors.build import (
     shared_options,
     weights_format,
 )
-from aligndet.detectors.query_families import from_transformers
+from aligndet.detectors.query_families import from_transformers, with_first_prediction
 from aligndet.detectors.weights import save_detector
 from aligndet.momentum import momentum_copy, update_momentum
 
@@ -141,7 +141,7 @@ def test_queries_differ_from_the_start(name: str) -> None:
     ).eval()
     with torch.inference_mode():
         boxes = detector.run(IMAGES).pred_boxes  # (2, 12, 4)
-    assert boxes.std(1).amax(1).min() > 2e-4  # of transformers' own numbers for DETR: 3e-8
+    assert boxes.std(1).amax(1).min() > 2e-5  # of transformers' own numbers for DETR: 3e-8
     ends = [
         m.layers[-1] for n, m in detector.network.named_modules() if "bbox_" in n and hasattr(m, "layers")
     ]
@@ -149,6 +149,79 @@ def test_queries_differ_from_the_start(name: str) -> None:
     assert all(bool(end.weight.any()) != detector.family.moves for end in ends)  # reference points stay
     if name == "deformable_detr":  # an eighth of the image
         torch.testing.assert_close(boxes[..., 2:], torch.full((2, 12, 2), -2.0).sigmoid())
+
+
+def test_refined_boxes_start_at_an_eighth_of_the_image() -> None:
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    options = {**few, "with_box_refine": True}
+    detector: Any = build_detector(
+        "deformable_detr", num_classes=2, trunk="resnet18", fpn_channels=32, options=options
+    ).eval()
+    with torch.inference_mode():
+        sides = detector.run(IMAGES).pred_boxes[..., 2:]
+    torch.testing.assert_close(sides, torch.full_like(sides, -2.0).sigmoid())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_layers_start_as_their_authors_have_them(name: str) -> None:
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(name, num_classes=4, trunk="resnet18", fpn_channels=64, options=few)
+    network = detector.network
+    trunk = set(detector.backbone.body.modules())
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) and m not in trunk]
+    assert all((norm.weight == 1).all() for norm in norms)
+    assert bool(norms) == detector.family.from_encoder
+    classes = [
+        m
+        for n, m in network.named_modules()
+        if n.startswith(detector.family.class_layers) and isinstance(m, torch.nn.Linear)
+    ]
+    assert classes
+    for layer in classes:
+        if detector.family.moves:  # every class has a score of 0.01
+            torch.testing.assert_close(layer.bias.sigmoid(), torch.full_like(layer.bias, 0.01))
+        assert layer.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.2)  # torch's own
+    for attention, layer in network.named_modules():
+        if hasattr(layer, "q_proj") and hasattr(layer, "k_proj"):  # Xavier of one matrix for all three
+            assert layer.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.1), attention
+
+
+def test_every_layer_of_d_fine_learns_from_its_own_predictions() -> None:
+    """Edges of all layers are pulled to the boxes that go with them, and every class layer learns."""
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(
+        "d_fine", num_classes=4, trunk="resnet18", fpn_channels=32, options={**few, "num_denoising": 8}
+    ).train()
+    target = {"boxes": boxes(2), "labels": torch.tensor([1, 2])}
+    losses = detector([i.clone() for i in IMAGES], [target, target])
+    network = detector.network
+    sum(losses.values()).backward()
+    for layer in (
+        *network.class_embed,
+        *(lqe.reg_conf.layers[-1] for lqe in network.model.decoder.lqe_layers),
+    ):
+        assert layer.weight.grad.abs().sum() > 0
+    recorded: dict[str, Any] = {}
+
+    def loss(*call: Any, **others: Any) -> tuple[torch.Tensor, dict[str, Any], None]:
+        recorded.update(classes=call[5], boxes=call[6], **others)
+        return call[0].sum(), {}, None
+
+    network.loss_function = with_first_prediction(loss)
+    labels = [{"boxes": torch.rand(2, 4) * 0.2 + 0.3, "class_labels": torch.tensor([0, 1])}] * 2
+    outputs = detector.run(IMAGES, labels)
+    assert recorded["classes"].shape[1] == recorded["predicted_corners"].shape[1] == 3
+    torch.testing.assert_close(recorded["boxes"], outputs.intermediate_reference_points[:, 1:])
+    assert set(outputs.loss_dict) == {"loss_vfl_pre", "loss_bbox_pre", "loss_giou_pre"}
+
+
+def test_square_batches_have_the_size_drawn_for_their_first_image() -> None:
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(
+        "rt_detr_v2", num_classes=2, trunk="resnet18", fpn_channels=32, resize_in_training=False, options=few
+    ).train()
+    pixels, _ = detector._batch([torch.rand(3, 96, 130), torch.rand(3, 160, 128)])
+    assert pixels.shape == (2, 3, 96, 96)
 
 
 @pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", pytest.param("rt_detr", marks=pytest.mark.slow)])

@@ -19,7 +19,13 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
 
 from aligndet.detectors.backbones import build_timm_trunk
-from aligndet.detectors.query_families import Family, from_transformers, start_as_authors
+from aligndet.detectors.query_families import (
+    Family,
+    from_transformers,
+    is_head,
+    start_as_authors,
+    with_first_prediction,
+)
 from aligndet.processes import mean_over_processes
 
 
@@ -102,7 +108,7 @@ class QueryDetector(nn.Module):
     @property
     def prediction_heads(self) -> list[nn.Module]:
         """All that ends in class scores or boxes, or in maps whose type the anchors of RT-DETR get."""
-        found = [m for name, m in self.network.named_modules() if _is_head(name.rpartition(".")[2])]
+        found = [m for name, m in self.network.named_modules() if is_head(name.rpartition(".")[2])]
         found.append(getattr(self.network.model, "decoder_input_proj", nn.ModuleList()))
         return [head for entry in found for head in (entry if isinstance(entry, nn.ModuleList) else [entry])]
 
@@ -207,7 +213,8 @@ class QueryDetector(nn.Module):
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Resizes, normalises and pads: (B, 3, H, W), and a mask (B, H, W) that is 1 on the images."""
         if self.family.square:
-            side = self.min_size if self._resizes else max(min(image.shape[-2:]) for image in images)
+            # one size for the batch: that drawn for its first image, so that sizes are as frequent as drawn
+            side = self.min_size if self._resizes else min(images[0].shape[-2:])
             side = self._square_side(side)
             images = [transforms.resize(image, [side, side], antialias=True) for image in images]
         elif self._resizes:
@@ -271,10 +278,6 @@ def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, 
     return {"boxes": box_convert(boxes, "xyxy", "cxcywh") / size, "class_labels": labels}
 
 
-def _is_head(name: str) -> bool:
-    return name.startswith(("bbox_", "class_", "enc_score_head", "enc_bbox_head"))
-
-
 def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> nn.Module:
     """transformers' model on a trunk of timm's."""
     settings = dict(settings)
@@ -300,4 +303,6 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
         chosen = {"width": trunk.width, **settings}
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
     start_as_authors(family, network)
+    if family.predicts_first:
+        network.loss_function = with_first_prediction(network.loss_function)
     return network

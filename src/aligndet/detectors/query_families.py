@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from math import log
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Family(NamedTuple):
@@ -26,6 +28,7 @@ class Family(NamedTuple):
     from_encoder: bool = False  # queries are the encoder's best places
     moves: bool = True  # boxes are moves of reference points or boxes
     sides: float = 0.0  # logit of the sides of boxes that are moves of points
+    predicts_first: bool = False  # before its first layer's refinement, see `with_first_prediction`
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -81,13 +84,14 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
 )
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
 RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
-D_FINE = RT_DETR._replace(model="DFine", layer_dim=0)
+D_FINE = RT_DETR._replace(model="DFine", layer_dim=0, predicts_first=True)
 
 _OURS = {
     *("backbone_config", "num_channels", "freeze_backbone_batch_norms", "feat_strides"),
     *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
     *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
     *("two_stage", "two_stage_num_proposals"),  # transformers has no loss for Deformable DETR's first stage
+    "cls_loss_coefficient",  # transformers does not read it
 }
 """Settings of transformers that follow from the trunk, the images or the task, or do not work."""
 
@@ -127,7 +131,8 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
     """Starts what lies above the trunk as the detectors' authors do.
 
     transformers' own numbers, normal with a deviation of 0.01 or 0.02, wait for a checkpoint: from them, all
-    queries of DETR predict the same box, to 3e-8 of the image's side.
+    queries of DETR predict the same box, to 3e-8 of the image's side, and the maps of RT-DETR's encoder are a
+    hundredth of what its queries hold.
 
     Args:
         family: Of the detector.
@@ -135,18 +140,74 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
     """
     refines = getattr(network.config, "with_box_refine", False)
     trunk = set(network.model.backbone.modules())  # type: ignore[union-attr]
-    for name, module in network.named_modules():
-        if module in trunk:
-            continue
+    modules = [(name, module) for name, module in network.named_modules() if module not in trunk]
+    kinds = ("q_proj", "k_proj", "v_proj")
+    fused = {  # one matrix of three times the height with the authors, which Xavier gives smaller numbers
+        getattr(module, kind) for _, module in modules if hasattr(module, "q_proj") for kind in kinds
+    }
+    for name, module in modules:
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are meant
-            nn.init.xavier_uniform_(module.weight)
-            classes = family.moves and name.startswith(family.class_layers)
-            if classes and module.bias is not None and not module.bias.any():
+            if is_head(name) or name == "model.input_projection":
+                module.reset_parameters()
+            else:
+                nn.init.xavier_uniform_(module.weight, 0.5**0.5 if module in fused else 1.0)
+            if family.moves and name.startswith(family.class_layers) and module.bias is not None:
                 nn.init.constant_(module.bias, -log(99))  # objects are rare: focal loss
         if family.moves and "bbox_" in name and hasattr(module, "layers"):  # no move at first
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
-            if not refines:  # else later layers share it, and move boxes
+            if not refines or name.endswith("bbox_embed.0"):  # later layers move what it gives
                 nn.init.constant_(module.layers[-1].bias[2:], family.sides)
+
+
+def is_head(name: str) -> bool:
+    """Whether a module gives class scores or boxes.
+
+    Args:
+        name: Of the module in transformers' model.
+    """
+    begins = ("bbox_", "class_", "enc_score_head", "enc_bbox_head", "pre_bbox_head")
+    return any(part.startswith(begins) for part in name.split("."))
+
+
+def with_first_prediction(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """D-FINE's loss with every layer's prediction beside its own edges.
+
+    D-FINE predicts once before its first refinement, so it has one prediction more than edges' distributions.
+    transformers' loss pairs them from the first of each on: the edges of one layer with the prediction of the
+    layer before, so that the last layer but one learns neither classes nor boxes.
+
+    Args:
+        loss: transformers' ``DFineForObjectDetectionLoss``.
+
+    Returns:
+        One that is called alike. The first prediction learns classes and boxes (``loss_vfl_pre``, ...).
+    """
+
+    def aligned(
+        logits: Tensor,
+        labels: list[dict[str, Tensor]],
+        device: Any,
+        pred_boxes: Tensor,
+        config: Any,
+        outputs_class: Tensor,
+        outputs_coord: Tensor,
+        **others: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        more = outputs_class.shape[1] - others["predicted_corners"].shape[1]  # none in eval mode
+        layers = outputs_class[:, more:], outputs_coord[:, more:]
+        total, losses, auxiliary = loss(logits, labels, device, pred_boxes, config, *layers, **others)
+        if not more:
+            return total, losses, auxiliary
+        noisy = others.get("denoising_meta_values")
+        start = 0 if noisy is None else noisy["dn_num_split"][0]
+        first = {"logits": outputs_class[:, 0, start:], "pred_boxes": outputs_coord[:, 0, start:].clamp(0, 1)}
+        criterion = from_transformers("loss.loss_d_fine.DFineLoss")(config).to(device)
+        own = {f"{name}_pre": value for name, value in criterion(first, labels).items()}
+        return total + torch.stack(list(own.values())).sum(), {**losses, **own}, auxiliary
+
+    return aligned
