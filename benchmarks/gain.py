@@ -25,7 +25,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
-from aligndet.detectors.build import training_default, weights_format
+from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.proposals.clusters import clusters_file
 
@@ -103,7 +103,7 @@ def cell(
     folder: Path = args.output / detector
     pretrain_options: dict[str, Any] = {}
     finetune_options: dict[str, Any] = {}
-    if weights_format(detector) == "transformers":
+    if family_of(detector).weights_format == "transformers":
         settings = (setting.split("=") for setting in args.query_settings)
         pretrain_options = finetune_options = {name: json.loads(value) for name, value in settings}
     elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 and 1,000 are for images of 800 pixels
@@ -161,7 +161,7 @@ def cell(
                 precision=args.precision,
                 trunk_factor=args.trunk_factor,
                 options=finetune_options,
-                weight_decay=training_default(detector, "weight_decay", 0.05),
+                weight_decay=training_defaults(detector)["weight_decay"],
                 checkpoint_every=50,
                 resume=run.is_dir(),
                 **trunk_of(args),
@@ -250,7 +250,7 @@ def main() -> None:
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
-    if any(weights_format(d) == "transformers" for d in args.detectors):
+    if any(family_of(d).weights_format == "transformers" for d in args.detectors):
         trunk = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
         if not clusters_file(args.output / "proposals").exists():
             sizes: dict[str, Any] = {"min_size": args.size * 3 // 4, "max_size": args.size}

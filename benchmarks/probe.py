@@ -21,7 +21,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from aligndet.data.coco import CocoDataset, read_coco
+from aligndet.data.coco import CocoDataset
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image
 from aligndet.detectors.backbones import trunk_features
 from aligndet.evaluation.pretraining import load_untuned
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="with train.json, train/, val.json, val/")
     parser.add_argument("--images", type=int, default=300, help="of train; of val half as many")
     args = parser.parse_args()
-    train, val = (read_coco(args.data / f"{p}.json", args.data / p) for p in ("train", "val"))
+    train, val = (read_labelled(args.data / f"{p}.json", args.data / p) for p in ("train", "val"))
     for run in args.runs:
         for side, detector in zip(("random", "pre-trained"), load_untuned(run), strict=True):
             seen, labels = table(detector, train, args.images)

@@ -32,7 +32,8 @@ import torch
 
 from aligndet.commands.propose import propose, propose_image
 from aligndet.commands.sample_data import sample_data
-from aligndet.data.coco import CocoDataset, read_coco
+from aligndet.data.coco import CocoDataset
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image
 from aligndet.data.sources import ImageSource
 from aligndet.proposals.filters import best_proposals
@@ -138,7 +139,7 @@ def main() -> None:
         data = args.data or sample_data(
             Path(temporary) / "data", train_images=1, val_images=args.count, size=args.size
         )
-        coco = read_coco(data / "val.json")
+        coco = read_labelled(data / "val.json")
         compare(coco, args.modes, args.resolutions, args.count)
         for processes in args.processes:
             print(f"{processes} processes: {speed(coco.folder, processes):.2f} images a second")

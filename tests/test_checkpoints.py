@@ -45,7 +45,7 @@ class Counting(TrainingModule):
         killed_in_validation: int | None = None,
         killed_in_batch: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(steps=0)
         self.weight = nn.Parameter(torch.zeros(1))
         self.killed_in_step, self.killed_in_validation = killed_in_step, killed_in_validation
         self.killed_in_batch = killed_in_batch

@@ -97,6 +97,23 @@ def test_labels_by_interpolation() -> None:
     assert labels_for(curve, 40.0) == pytest.approx(1000)
     assert labels_for(curve, 41.0) is None
     assert labels_for(curve, 9.0) is None
+    assert labels_for({10: 5.0, 50: 3.0, 100: 8.0}, 4.0) is None  # fewer than ten do already
+
+
+def test_all_labels_are_the_same_cell_in_every_fold() -> None:
+    (first,) = plan(["scratch"], [1.0], [0], [10], [0])
+    assert plan(["scratch"], [1.0], [1, 2], [10], [0]) == [first]
+
+
+def test_arms_whose_rates_were_chosen_from_other_lists_are_no_pairs() -> None:
+    arms = {arm: Cell(0.1, 5, 0, 0, arm) for arm in ("scratch", "aligndet", "boxes-only")}
+    figures = dict(zip(arms.values(), (0.1, 0.2, 0.3), strict=True))
+    searched = {arms["scratch"]: [1e-3], arms["aligndet"]: [1e-4, 1e-3], arms["boxes-only"]: [1e-3]}
+    rows = {row["arm"]: row for row in summarise(figures, {0.1: 10}, searched)}
+    assert "difference" not in rows["aligndet"]
+    assert "1 of its cells" in sentence(rows["aligndet"])
+    assert rows["boxes-only"]["difference"] == pytest.approx(20)
+    assert "rates" not in sentence(rows["boxes-only"])
 
 
 def _results(gains: list[float]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from aligndet.boxes import BACKGROUND
 from aligndet.commands.check_data import check_data
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image, read_image_size
 from aligndet.data.labelled import LabelledDataset
 from aligndet.data.views import TwoViewDataset
@@ -90,7 +90,7 @@ def test_labelled_images(folder: Path, row: ImageProposals, seed: int) -> None:
         "categories": [{"id": 7, "name": "thing"}],
     }
     (folder / "labels.json").write_text(json.dumps(document))
-    coco = read_coco(folder / "labels.json", folder)
+    coco = read_labelled(folder / "labels.json", folder)
     item = LabelledDataset(coco, min_size=(32, 64), max_size=300)[0, seed]
     assert len(item.labels) == len(item.boxes)
     assert (item.labels == 1).all()
@@ -180,7 +180,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any]]] = {
     "a.tif": (lambda _: picture("TIFF"), read_images),
     "a.parquet": (parquet, read_proposals),
     "proposals.json": (lambda _: labels(), read_proposals),
-    "coco.json": (lambda _: labels(), lambda path: read_coco(path, path.parent)),
+    "coco.json": (lambda _: labels(), lambda path: read_labelled(path, path.parent)),
     "run.json": (lambda _: labels(), read_json),
     "data.yaml": (lambda _: b"path: .\ntrain: images\nnames: {0: thing, 1: other}\n", load_yolo),
     "xml/image.xml": (lambda _: voc(), lambda path: load_voc(path.parent)),
@@ -263,8 +263,8 @@ def swapped(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
 @pytest.mark.parametrize(
     "read",
     [
-        lambda path: read_coco(path),
-        lambda path: read_coco(path, masks=True),
+        lambda path: read_labelled(path),
+        lambda path: read_labelled(path, masks=True),
         lambda path: check_data(path),
         lambda path: read_proposals(path),
         lambda path: read_proposals(path, masks=True),

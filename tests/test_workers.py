@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from aligndet.proposals.engines import run
-from aligndet.workers import worker_settings
+from aligndet.workers import cores, worker_settings
 
 
 def test_what_workers_need_is_imported_without_the_training_framework() -> None:
@@ -43,3 +43,15 @@ class Loaded:
 def test_workers_start_with_what_they_need() -> None:
     settings = worker_settings(2)
     assert list(DataLoader(Loaded(), batch_size=None, **settings)) == [sys.platform == "linux"] * 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"), [("250000 100000", 3), ("max 100000", 8), ("", 8), ("50000 100000", 1)]
+)
+def test_a_containers_bound_counts(
+    quota: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr("aligndet.workers._QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores() == count

@@ -14,7 +14,7 @@ from aligndet.data.views import TwoViews, View
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import boxes_elsewhere
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule
+from aligndet.training import TrainingModule
 
 
 class BoxPretraining(TrainingModule):
@@ -24,31 +24,24 @@ class BoxPretraining(TrainingModule):
         self,
         online: Any,
         *,
-        steps: int,
         temperature: float = 0.5,
         gather_keys: bool = False,
         decay: float = 0.996,
         contrast_weight: float = 1.0,
         box_weight: float = 1.0,
         train_trunk: bool = False,
-        optimizer: OptimizerName = "adamw",
-        learning_rate: float = 5e-4,
-        weight_decay: float = 0.05,
-        schedule: ScheduleName = "cosine",
-        warmup_steps: int = 0,
-        seed: int = 0,
+        **training: Any,  # of TrainingModule: steps, optimizer, learning_rate, schedule, seed, ...
     ) -> None:
-        super().__init__()
+        super().__init__(**training)
         self.online = online  # an nn.Module in the protocol of PretrainableDetector
         self.needs: tuple[str, ...] = getattr(online, "needs", ())
         self.trunk: nn.Module = online.detector.backbone.body
         self.trunk.requires_grad_(train_trunk)
         self.train_trunk = train_trunk
         self.momentum = momentum_copy(self.online, None if train_trunk else self.trunk)
-        self.steps, self.temperature, self.decay, self.seed = steps, temperature, decay, seed
+        self.temperature, self.decay = temperature, decay
         self.contrast_weight, self.box_weight = contrast_weight, box_weight
         self.gather_keys = gather_keys  # the boxes of all processes are negatives, not of this one alone
-        self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
         self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> BoxPretraining:

@@ -5,7 +5,7 @@ protocol.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,3 +66,21 @@ class PretrainableDetector(Protocol):
             proposals: Of shape (N_i, 4) each, xyxy pixels of ``images[i]``, N_i >= 0.
         """
         ...
+
+
+class Adapter(nn.Module):
+    """A detector of `aligndet.detectors.build.DETECTORS`; below is what it may say of itself."""
+
+    needs: tuple[str, ...] = ()  # to know of its proposals: "masks", "clusters"
+    copied_parameters: tuple[str, ...] = ()  # of the momentum copy: copied, not averaged
+    top_proposals = False  # the first in rank order by default, not a random subset
+    num_clusters: int | None = None  # pseudo-classes that it tells apart
+    masks = False  # it finds masks as well as boxes
+    weights_format = "torchvision"  # whose names and files its weights have, or "transformers"
+    training_defaults: ClassVar[dict[str, float]] = {}  # of AdamW: learning_rate, weight_decay, clip
+    fixed_options: frozenset[str] = frozenset()  # of torchvision's detector that cannot be chosen
+
+    @classmethod
+    def shared_options(cls) -> frozenset[str]:
+        """Options that change the plain detector, so that fine-tuning needs those of pre-training."""
+        return frozenset()

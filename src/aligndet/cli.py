@@ -219,7 +219,3 @@ def _in_one_line(message: str) -> str:
     message = re.sub(r"Parser key \"(\w+)\":", lambda m: f"--{m[1].replace('_', '-')}:", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
     return " ".join(message.split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -61,7 +61,7 @@ def plan(
     return [
         Cell(fraction, length, seed, fold, arm)
         for fraction, length, seed in itertools.product(fractions, steps, seeds)
-        for fold in (folds if fraction < 1 else folds[:1])
+        for fold in (folds if fraction < 1 else (0,))  # all labels are the same in every fold
         for arm in arms
     ]
 
@@ -154,9 +154,11 @@ def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
         figure: To be reached.
 
     Returns:
-        The fewest such number, or None if the curve does not cross the figure.
+        The fewest such number, or None if the curve begins above the figure or does not reach it.
     """
     points = sorted(curve.items())
+    if not points or points[0][1] > figure:
+        return None
     for (few, low), (many, high) in itertools.pairwise(points):
         if low <= figure <= high and low < high:
             share = (figure - low) / (high - low)
@@ -164,17 +166,24 @@ def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
     return None
 
 
-def summarise(figures: Mapping[Cell, float], labels: Mapping[float, int]) -> list[dict[str, Any]]:
+def summarise(
+    figures: Mapping[Cell, float],
+    labels: Mapping[float, int],
+    searched: Mapping[Cell, Sequence[float]] | None = None,
+) -> list[dict[str, Any]]:
     """One row for each arm, number of labels and budget.
 
     Args:
         figures: AP in 0..1 of the finished cells.
         labels: Number of labelled images by fraction.
+        searched: The learning rates that each cell's was chosen from; cells are a pair if these are the same.
 
     Returns:
         Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
-        scratch, over the pairs that are finished: pairs, difference, its spread, p, scratch_labels.
+        scratch, over the pairs that are finished: pairs, difference, its spread, p, scratch_labels; unlike,
+        if there are any: how many are no pairs as their learning rates were chosen from others.
     """
+    choice = searched or {}
     groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
     for cell, value in figures.items():
         groups.setdefault((cell.fraction, cell.steps, cell.arm), {})[cell.seed, cell.fold] = 100 * value
@@ -189,7 +198,16 @@ def summarise(figures: Mapping[Cell, float], labels: Mapping[float, int]) -> lis
             "spread": _spread(values.values()),
         }
         baseline = groups.get((fraction, steps, BASELINE), {})
-        differences = [values[key] - baseline[key] for key in values if key in baseline]
+        both = [key for key in values if key in baseline]
+        alike = [
+            key
+            for key in both
+            if choice.get(Cell(fraction, steps, *key, arm))
+            == choice.get(Cell(fraction, steps, *key, BASELINE))
+        ]
+        differences = [values[key] - baseline[key] for key in alike]
+        if len(alike) < len(both):
+            row["unlike"] = len(both) - len(alike)
         if arm != BASELINE and differences:
             curve = {
                 labels[f]: statistics.mean(v.values())
@@ -219,8 +237,16 @@ def sentence(row: Mapping[str, Any], level: float = 0.05) -> str:
         row: One arm at one number of labels and steps.
         level: Of significance.
     """
-    if "difference" not in row:
-        return ""
+    said = [_verdict(row, level)] if "difference" in row else []
+    if "unlike" in row:
+        said.append(
+            f"{row['arm']}: {row['unlike']} of its cells are not compared, as their learning rates come from"
+            " another list than those of scratch; give both arms the same --learning-rates."
+        )
+    return " ".join(said)
+
+
+def _verdict(row: Mapping[str, Any], level: float) -> str:
     pairs, difference, p = row["pairs"], row["difference"], row["p"]
     where = f"{row['labels']} labelled images and {row['steps']} steps"
     spread = row["difference_spread"]

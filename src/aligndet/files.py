@@ -164,6 +164,15 @@ def safe_name(name: str, source: object) -> str:
     return str(name)
 
 
+def contents(folder: Path) -> list[str]:
+    """What is in a folder, sorted; hidden files, such as locks, do not count.
+
+    Args:
+        folder: That exists.
+    """
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def check_writable(folder: Path) -> None:
     """Makes sure, before the work, that its result can be written.
 
@@ -177,17 +186,14 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "this folder cannot be written to", str(folder))
 
 
-def skipped_lines(messages: Collection[str], most: int = 10) -> Iterator[str]:
-    """What a command prints of the files that it left out.
+def print_skipped(messages: Collection[str], most: int = 10) -> None:
+    """Prints the files that a command has left out: the first ones, and how many more there are.
 
     Args:
         messages: One a file.
         most: Files to name.
-
-    Yields:
-        A line for each of the first ones, and one that counts the rest.
     """
     for message in islice(messages, most):
-        yield f"skipped: {message}"
+        print(f"skipped: {message}")
     if len(messages) > most:
-        yield f"skipped: {len(messages) - most} more"
+        print(f"skipped: {len(messages) - most} more")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from aligndet.data.labelled import Labelled
 from aligndet.evaluation.coco import CocoEvaluator
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule
+from aligndet.training import TrainingModule
 
 
 class Finetuning(TrainingModule):
@@ -18,21 +19,13 @@ class Finetuning(TrainingModule):
         self,
         detector: nn.Module,
         *,
-        steps: int,
         evaluator: CocoEvaluator | None = None,
         freeze_batch_norm: bool = True,
         trunk_factor: float = 0.1,
-        optimizer: OptimizerName = "adamw",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.05,
-        schedule: ScheduleName = "cosine",
-        warmup_steps: int = 0,
-        seed: int = 0,
+        **training: Any,  # of TrainingModule
     ) -> None:
-        super().__init__()
-        self.detector, self.evaluator = detector, evaluator
-        self.trunk_factor, self.seed = trunk_factor, seed
-        self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+        super().__init__(**training)
+        self.detector, self.evaluator, self.trunk_factor = detector, evaluator, trunk_factor
         if trunk_factor == 0:  # frozen as a whole: no gradient is made
             freeze_batch_norm = True
             self._trunk().requires_grad_(False)

@@ -16,7 +16,7 @@ from aligndet.data.crops import TwoCrops
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import from_all_processes
-from aligndet.training import OptimizerName, ScheduleName, TrainingModule
+from aligndet.training import TrainingModule
 
 try:
     from lightly.loss import NegativeCosineSimilarity, NTXentLoss
@@ -57,22 +57,9 @@ class ImagePretraining(TrainingModule):
     transform: Any  # lightly's class of augmentations
     sgd_learning_rate: float  # of the method's paper, for 256 images a step
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        steps: int,
-        optimizer: OptimizerName = "sgd",
-        learning_rate: float = 0.05,
-        weight_decay: float = 1e-4,
-        schedule: ScheduleName = "cosine",
-        warmup_steps: int = 0,
-        patience: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.encoder, self.steps, self.patience, self.seed = encoder, steps, patience, seed
-        self.settings = (optimizer, learning_rate, weight_decay), (schedule, steps, warmup_steps)
+    def __init__(self, encoder: Encoder, *, patience: int = 100, **training: Any) -> None:
+        super().__init__(**training)
+        self.encoder, self.patience = encoder, patience
         self._low_steps = 0
         self._seen: list[tuple[Tensor, int]] = []  # feature (D,) and class of each image
 

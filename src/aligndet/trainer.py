@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,30 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import ValidationDataset, collate_readable
-from aligndet.files import skipped_lines
+from aligndet.files import print_skipped
 from aligndet.launch import SameStart, environment
 from aligndet.training import StepSampler, compile_networks, steps_done
 from aligndet.workers import cores, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
-
-RUN_SETTINGS = (
-    *(
-        "output",
-        "batch_size",
-        "accumulate",
-        "devices",
-        "nodes",
-        "strategy",
-        "accelerator",
-        "precision",
-        "channels_last",
-        "compile",
-        "clip",
-    ),
-    *("checkpoint_every", "log_every", "loggers", "workers", "seed"),
-)
-"""The arguments that every training command has, and hands to `fit` as they are."""
 
 
 def fit(
@@ -223,6 +206,14 @@ def fit(
     return trainer.is_global_zero
 
 
+RUN_SETTINGS = tuple(
+    name
+    for name, p in signature(fit).parameters.items()
+    if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in ("steps", "checkpoint")
+)
+"""The arguments that every training command has, and hands to `fit` as they are."""
+
+
 def _logger(name: LoggerName, output: Path) -> Logger:
     """A logger that goes by the settings of its own library (WANDB_MODE, MLFLOW_TRACKING_URI, ...)."""
     folder = output.resolve() / "logs"
@@ -316,8 +307,7 @@ class SkippedImages(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Prints the first ten."""
-        for line in skipped_lines(self.messages):
-            print(line)
+        print_skipped(self.messages)
 
 
 class ValidateLast(Callback):

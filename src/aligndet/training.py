@@ -1,5 +1,5 @@
-"""What box-domain pre-training, image-domain pre-training and fine-tuning share: data order, optimizer,
-trainer.
+"""What box-domain pre-training, image-domain pre-training and fine-tuning share: order of the data,
+optimizer, schedule, losses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
+
+from aligndet.processes import mean_over_processes
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -64,14 +66,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             rank: Of this process.
             world: Number of processes.
         """
-        self.length, self.batch_size, self.batches, self.seed, self.first = (
-            length,
-            batch_size,
-            batches,
-            seed,
-            first,
-        )
-        self.rank, self.world = rank, world
+        self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
+        self.first, self.rank, self.world = first, rank, world
 
     def __len__(self) -> int:
         # of the whole run: Lightning counts the batches of a resumed run from where it stopped
@@ -209,9 +205,21 @@ class TrainingModule(LightningModule):
     wrong.
     """
 
-    seed: int = 0
-    settings: tuple[tuple[OptimizerName, float, float], tuple[ScheduleName, int, int]]
-    """Of the optimizer (name, learning rate, weight decay) and of the schedule (name, steps, warm-up)."""
+    def __init__(
+        self,
+        *,
+        steps: int,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.05,
+        schedule: ScheduleName = "cosine",
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.steps, self.seed = steps, seed
+        self.optimizer_settings = optimizer, learning_rate, weight_decay
+        self.schedule_settings = schedule, steps, warmup_steps
 
     def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
         """What is trained, each group with the factor of its learning rate."""
@@ -219,9 +227,8 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule from the settings."""
-        (name, learning_rate, weight_decay), (schedule, steps, warmup_steps) = self.settings
-        optimizer = build_optimizer(self.parameter_groups(), name, learning_rate, weight_decay)
-        scheduler = build_schedule(optimizer, schedule, steps, warmup_steps)
+        optimizer = build_optimizer(self.parameter_groups(), *self.optimizer_settings)
+        scheduler = build_schedule(optimizer, *self.schedule_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -262,7 +269,8 @@ class TrainingModule(LightningModule):
             if not torch.isfinite(total):
                 values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
                 raise FloatingPointError(f"the loss is not finite ({values})")
-        for name, value in losses.items():
-            self.log(f"loss/{name}", value.detach(), prog_bar=len(losses) <= 3, sync_dist=True)
-        self.log("loss/total", total.detach(), prog_bar=True, sync_dist=True)
+        # once for all of them: Lightning would wait for the other processes with each
+        means = mean_over_processes(torch.stack([*losses.values(), total]).detach())
+        for name, mean in zip([*losses, "total"], means, strict=True):
+            self.log(f"loss/{name}", mean, prog_bar=len(losses) <= 3 or name == "total")
         return total

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
 from threading import Thread
 from types import ModuleType
 from typing import Any
 
 import cv2
 import torch
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class _Process(ForkServerProcess):
@@ -48,8 +52,13 @@ def worker_context() -> BaseContext:
 
 
 def cores() -> int:
-    """How many cores this process may use, where the system tells; else how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use, where system and container tell; else how many there are."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # no container, or one without a bound ("max")
+        return count
+    return min(count, math.ceil(quota / period))
 
 
 def worker_settings(workers: int) -> dict[str, Any]:

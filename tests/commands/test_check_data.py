@@ -9,13 +9,13 @@ import pytest
 
 from aligndet import cli
 from aligndet.commands.check_data import check_data
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 
 
 def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
     report = check_data(sample / "train.json")
     assert report["problems"] == {}
-    coco = read_coco(sample / "train.json")
+    coco = read_labelled(sample / "train.json")
     assert report["images"] == report["readable_images"] == 12
     assert report["boxes"] == sum(report["classes"].values()) == sum(map(len, coco.boxes))
     assert sum(report["box_sizes"].values()) == report["boxes"]
@@ -63,7 +63,7 @@ def test_problems_are_named_and_mended(sample: Path, tmp_path: Path) -> None:
         "duplicate id": 2,
     }
     assert names[0] in problems["broken image"][0]
-    fixed = read_coco(tmp_path / "fixed" / "train.json", strict=True)
+    fixed = read_labelled(tmp_path / "fixed" / "train.json", strict=True)
     assert fixed.file_names == [names[1], *names[3:]]  # boxes of the other size would be wrong
     assert fixed.boxes[1][0].tolist() == [0, 4, 40, 24]
     assert len(fixed.boxes[1]) == len(mine)  # one was empty, one is there twice
@@ -82,7 +82,7 @@ def test_labels_without_a_size_that_makes_sense(size: float, sample: Path, tmp_p
     (tmp_path / "train.json").write_text(json.dumps(document))
     found = check_data(tmp_path / "train.json", images=sample / "train", fix=tmp_path / "fixed")
     assert set(found["problems"]) == {"wrong size"}
-    assert len(read_coco(tmp_path / "fixed" / "train.json", strict=True)) == len(document["images"])
+    assert len(read_labelled(tmp_path / "fixed" / "train.json", strict=True)) == len(document["images"])
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_odd_values_are_told_apart(
     path, fixed = tmp_path / "train.json", tmp_path / "fixed"
     path.write_text(json.dumps(document))
     assert set(check_data(path, images=sample / "train", fix=fixed)["problems"]) == {*kinds, "duplicate id"}
-    assert read_coco(fixed / "train.json", strict=True).boxes
+    assert read_labelled(fixed / "train.json", strict=True).boxes

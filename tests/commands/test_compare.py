@@ -17,7 +17,7 @@ from aligndet.commands.compare import compare
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.proposals.clusters import clusters_file
 from aligndet.reporting.runs import read_folders
 
@@ -142,7 +142,7 @@ def test_arms_differ_in_their_start_alone(
     assert ours["init_from"] == pretrained.call_args.kwargs["output"]
     assert scratch["weight_decay"] == 0.05  # a number: by default that of pre-trained heads is another one
     assert len(calls["search"]) == 4
-    whole = set(read_coco(sample / "train.json").file_names)
+    whole = set(read_labelled(sample / "train.json").file_names)
     for call in measured.call_args_list:
         model, labels = call.args
         if model.parent.parent.name == "search":  # the validation images have no part in the choice
@@ -155,6 +155,29 @@ def test_arms_differ_in_their_start_alone(
             assert labels == sample / "val.json"
     found = json.loads((output / "results.json").read_text())["cells"]
     assert {(c["arm"], c["learning_rate"]) for c in found} == set(best.items())
+
+
+@pytest.mark.parametrize("folder", [".", "train", "val"])
+def test_what_is_measured_is_not_learnt_from(
+    folder: str, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrained = create_autospec(pretrain)
+    monkeypatch.setattr(module, "pretrain", pretrained)
+    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
+    monkeypatch.setattr(
+        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
+    )
+    changes = {"unlabelled": sample / folder, "fractions": (1.0,), "arms": ("aligndet",)}
+    if folder == "val":
+        with pytest.raises(ValueError, match="all of its images are measured on"):
+            _compare(sample, proposals, tmp_path / "out", **changes)
+        return
+    _compare(sample, proposals, tmp_path / "out", **changes)
+    names = pretrained.call_args.kwargs["names"]
+    if folder == "train":
+        assert names is None
+    else:
+        assert names.read_text().split() == [f"train/{i.name}" for i in sorted((sample / "train").iterdir())]
 
 
 @pytest.mark.slow

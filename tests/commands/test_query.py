@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 import aligndet
 from aligndet.data.images import read_image
 from aligndet.detectors.backbones import build_timm_trunk
-from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, weights_format
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.weights import save_detector
 from aligndet.proposals.clusters import clusters_file, read_manifest, with_clusters
 from aligndet.proposals.storage import read_proposals
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     "log_every": 1,
     "accelerator": "cpu",
 }
-QUERY = sorted(name for name in DETECTORS if weights_format(name) == "transformers")
+QUERY = sorted(name for name in DETECTORS if family_of(name).weights_format == "transformers")
 ALONE = """
 import sys
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline

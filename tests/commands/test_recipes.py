@@ -20,12 +20,10 @@ from aligndet import cli
 from aligndet.commands.compare import _settings
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
-from aligndet.commands.recipes import _files, section_of
+from aligndet.commands.recipes import _texts, section_of
 from aligndet.detectors.build import DETECTORS
 
-RECIPES: dict[str, dict[str, Any]] = {
-    path.name.removesuffix(".yaml"): yaml.safe_load(path.read_text("utf-8")) for path in _files()
-}
+RECIPES: dict[str, dict[str, Any]] = {name: yaml.safe_load(text) for name, text in _texts().items()}
 TINY = ["--trunk-weights=none", "--min-size=64,64", "--max-size=96", "--batch-size=2"]
 TINY += ["--steps=1", "--workers=0", "--accelerator=cpu", "--precision=32"]
 POSITIONAL = {

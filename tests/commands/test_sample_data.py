@@ -11,7 +11,7 @@ from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
 from aligndet.commands.sample_data import sample_data
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.files import locked
 
 
@@ -44,7 +44,7 @@ def test_boxes_areas_and_masks_agree(sample: Path) -> None:
             x, y, width, height = annotation["bbox"]
             assert (x, x + width - 1) == (columns[0], columns[-1])
             assert (y, y + height - 1) == (rows[0], rows[-1])
-        assert read_coco(sample / f"{part}.json", strict=True).warnings == ()
+        assert read_labelled(sample / f"{part}.json", strict=True).warnings == ()
 
 
 def test_only_sample_data_are_overwritten(tmp_path: Path) -> None:

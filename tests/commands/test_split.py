@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligndet.commands.split import split
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.data.splits import nested_subsets
 
 
@@ -31,11 +31,11 @@ def test_files_explain_themselves(sample: Path, tmp_path: Path) -> None:
     output = tmp_path / "splits"
     split(sample / "train.json", output=output, percents=(0.5, 25.0, 50.0), counts=(5,), folds=2)
     names = ("train_0.5pct", "train_25pct", "train_50pct", "train_5images")
-    parts = [read_coco(output / "fold1" / f"{name}.json", sample / "train") for name in names]
+    parts = [read_labelled(output / "fold1" / f"{name}.json", sample / "train") for name in names]
     assert [len(part) for part in parts] == [1, 3, 6, 5]
     listed = (output / "fold1" / "train_25pct.txt").read_text().split()
     assert listed == parts[1].file_names
-    whole = read_coco(sample / "train.json")
+    whole = read_labelled(sample / "train.json")
     for part in parts:
         assert part.categories == whole.categories
         for name, labels in zip(part.file_names, part.labels, strict=True):
@@ -55,11 +55,11 @@ def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     output = tmp_path / "splits"
     split(sample / "train.json", output=output, percents=(100.0,), folds=1, hold_out=25.0)
     train, val, fold = (
-        read_coco(output / name, sample / "train")
+        read_labelled(output / name, sample / "train")
         for name in ("train.json", "val.json", "fold0/train_100pct.json")
     )
     assert (len(train), len(val)) == (9, 3)
-    assert sorted([*train.file_names, *val.file_names]) == read_coco(sample / "train.json").file_names
+    assert sorted([*train.file_names, *val.file_names]) == read_labelled(sample / "train.json").file_names
     assert train.categories == val.categories
     assert fold.file_names == train.file_names
     assert json.loads((output / "manifest.json").read_text())["val"]["images"] == 3

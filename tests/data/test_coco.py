@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from aligndet.data.coco import Category, CocoDetection, images_in_both, read_coco
+from aligndet.data.coco import Category, CocoDetection, image_files
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.data.rle import encode
 
@@ -40,7 +41,7 @@ def annotation(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_boxes_labels_and_crowds(tmp_path: Path) -> None:
-    coco = read_coco(write(tmp_path))
+    coco = read_labelled(write(tmp_path))
     assert coco.categories == (Category(3, "bird"), Category(7, "fish"))
     assert len(coco) == 2
     np.testing.assert_array_equal(coco.boxes[0], [[2, 3, 12, 15], [5, 5, 25, 25]])
@@ -69,16 +70,16 @@ def test_boxes_labels_and_crowds(tmp_path: Path) -> None:
 )
 def test_a_bad_box_is_dropped_and_named(bbox: Any, note: str, tmp_path: Path) -> None:
     path = write(tmp_path, annotations=annotation(id=99, bbox=bbox))
-    coco = read_coco(path)
+    coco = read_labelled(path)
     assert len(coco.boxes[0]) == 0
     assert note in coco.warnings[0]
     assert "annotation 99 of a.png" in coco.warnings[0]
     with pytest.raises(ValueError, match="annotation 99"):
-        read_coco(path, strict=True)
+        read_labelled(path, strict=True)
 
 
 def test_a_box_that_reaches_out_is_clipped(tmp_path: Path) -> None:
-    coco = read_coco(write(tmp_path, annotations=annotation(bbox=[-5, 20, 20, 20])))
+    coco = read_labelled(write(tmp_path, annotations=annotation(bbox=[-5, 20, 20, 20])))
     np.testing.assert_array_equal(coco.boxes[0], [[0, 20, 15, 30]])
     assert "clipped" in coco.warnings[0]
 
@@ -86,12 +87,12 @@ def test_a_box_that_reaches_out_is_clipped(tmp_path: Path) -> None:
 def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
     path = write(tmp_path)
     (tmp_path / "train" / "b.png").unlink()
-    coco = read_coco(path)
+    coco = read_labelled(path)
     assert coco.file_names == ["a.png"]
     assert "b.png" in coco.warnings[0]
     (tmp_path / "train" / "a.png").unlink()
     with pytest.raises(ValueError, match="none of its 2 images"):
-        read_coco(path)
+        read_labelled(path)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +139,11 @@ def test_a_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
 )
 def test_what_contradicts_itself_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        read_coco(write(tmp_path, **{"annotations": [], **changes}))
+        read_labelled(write(tmp_path, **{"annotations": [], **changes}))
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> None:
-    coco = read_coco(write(tmp_path))
+    coco = read_labelled(write(tmp_path))
     Image.new("RGB", (30, 40)).save(tmp_path / "train" / "a.png")
     with pytest.raises(ImageError, match=r"a\.png: is 30x40 pixels \(upright\), but its boxes are of 40x30"):
         CocoDetection(coco)[0]
@@ -152,7 +153,7 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
     "area", [None, "x", -3, 0, float("nan"), [1], 1e300, pytest.param(10**400, id="huge")]
 )
 def test_an_area_that_makes_no_sense_becomes_the_boxs_own(area: Any, tmp_path: Path) -> None:
-    coco = read_coco(write(tmp_path, annotations=annotation(area=area)))
+    coco = read_labelled(write(tmp_path, annotations=annotation(area=area)))
     assert coco.areas[0].tolist() == [120]
 
 
@@ -161,48 +162,48 @@ def test_any_encoding_mark_and_locale(tmp_path: Path) -> None:
     text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
-        assert read_coco(path).categories[0].name == "möwe"
+        assert read_labelled(path).categories[0].name == "möwe"
 
 
 def test_the_folder_is_looked_for_beside_the_json(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert read_coco(path).folder == tmp_path / "train"
+    assert read_labelled(path).folder == tmp_path / "train"
     elsewhere = tmp_path / "annotations" / "instances_train.json"
     elsewhere.parent.mkdir()
     path.rename(elsewhere)
-    assert read_coco(elsewhere).folder == tmp_path / "train"
-    assert read_coco(elsewhere, tmp_path / "train").file_names == ["a.png", "b.png"]
+    assert read_labelled(elsewhere).folder == tmp_path / "train"
+    assert read_labelled(elsewhere, tmp_path / "train").file_names == ["a.png", "b.png"]
     document = json.loads(elsewhere.read_text())
     for image in document["images"]:
         image["file_name"] = f"train/{image['file_name']}"
     path.write_text(json.dumps(document))
-    assert read_coco(path).folder == tmp_path  # names that begin with the folder
+    assert read_labelled(path).folder == tmp_path  # names that begin with the folder
 
 
-def test_images_in_both_sets_are_counted(tmp_path: Path) -> None:
-    data = read_coco(write(tmp_path))
+def test_images_of_two_sets_can_be_compared(tmp_path: Path) -> None:
+    data = read_labelled(write(tmp_path))
     one = replace(data, file_names=data.file_names[1:])
-    assert images_in_both(data, one) == images_in_both(one, data) == 1
+    assert len(image_files(data) & image_files(one)) == 1
     moved = replace(one, folder=tmp_path, file_names=[f"train/../train/{one.file_names[0]}"])
-    assert images_in_both(data, moved) == 1
-    assert images_in_both(data, replace(one, folder=tmp_path)) == 0
+    assert len(image_files(data) & image_files(moved)) == 1
+    assert not image_files(data) & image_files(replace(one, folder=tmp_path))
 
 
 def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with pytest.raises(ValueError, match=r"x\.json: no such file"):
-        read_coco(path)
+        read_labelled(path)
     path.write_text("{broken")
     with pytest.raises(ValueError, match=r"x\.json: is no JSON"):
-        read_coco(path)
+        read_labelled(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no COCO JSON"):
-        read_coco(path)
+        read_labelled(path)
 
 
 def test_other_categories_than_the_detectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not those of the detector"):
-        read_coco(write(tmp_path), categories=[Category(3, "bird"), Category(7, "cat")])
+        read_labelled(write(tmp_path), categories=[Category(3, "bird"), Category(7, "cat")])
 
 
 SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
@@ -222,13 +223,13 @@ def test_masks_of_any_form(tmp_path: Path) -> None:
     two = [*SQUARE, [30, 20, 40, 20, 40, 30, 30, 30]]
     compressed = encode(expected[3:].numpy()).segmentations()[0]
     path = write(tmp_path, annotations=masked(SQUARE, RUNS, two, compressed))
-    coco = read_coco(path, masks=True)
+    coco = read_labelled(path, masks=True)
     assert coco.warnings == ()
     _, target = CocoDetection(coco, crowds=True)[0]
     assert torch.equal(target["masks"], expected)
     assert torch.equal(CocoDetection(coco)[0][1]["masks"], expected[[0, 2]])  # without the crowds
     assert CocoDetection(coco)[1][1]["masks"].shape == (0, 30, 40)
-    assert "masks" not in CocoDetection(read_coco(path))[0][1]
+    assert "masks" not in CocoDetection(read_labelled(path))[0][1]
 
 
 @pytest.mark.parametrize(
@@ -244,19 +245,19 @@ def test_masks_of_any_form(tmp_path: Path) -> None:
 )
 def test_an_object_with_a_bad_mask_is_dropped_and_named(segmentation: Any, note: str, tmp_path: Path) -> None:
     path = write(tmp_path, annotations=masked(SQUARE, segmentation))
-    coco = read_coco(path, masks=True)
+    coco = read_labelled(path, masks=True)
     assert len(coco.boxes[0]) == len(coco.labels[0]) == 1
     assert note in coco.warnings[0]
     assert "annotation 2 of a.png: dropped" in coco.warnings[0]
     with pytest.raises(ValueError, match="annotation 2"):
-        read_coco(path, masks=True, strict=True)
-    assert len(read_coco(path, strict=True).boxes[0]) == 2  # nobody asked for masks
+        read_labelled(path, masks=True, strict=True)
+    assert len(read_labelled(path, strict=True).boxes[0]) == 2  # nobody asked for masks
 
 
 @pytest.mark.parametrize("missing", [None, [], {}])
 def test_a_missing_mask(missing: Any, tmp_path: Path) -> None:
     path = write(tmp_path, annotations=masked(SQUARE, missing))
     with pytest.raises(ValueError, match=r"train\.json: annotation 2 has no mask"):
-        read_coco(path, masks=True)
-    assert read_coco(path, masks=None).masks is None  # only if all have one
-    assert read_coco(write(tmp_path, annotations=masked(SQUARE)), masks=None).masks is not None
+        read_labelled(path, masks=True)
+    assert read_labelled(path, masks=None).masks is None  # only if all have one
+    assert read_labelled(write(tmp_path, annotations=masked(SQUARE)), masks=None).masks is not None

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aligndet.data.coco import Category, CocoDetection, read_coco
+from aligndet.data.coco import Category, CocoDetection
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.data.yolo import load_yolo
@@ -47,7 +47,7 @@ def year(root: Path, name: str, lists: dict[str, list[str]]) -> None:
 
 
 def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) -> None:
-    coco = read_coco(sample / "train.json")
+    coco = read_labelled(sample / "train.json")
     document = json.loads((sample / "train.json").read_text())
     for entry in document[
         "annotations"

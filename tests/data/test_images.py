@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from aligndet.data.images import ImageError, list_images, read_image, read_image_size
+from aligndet.data.images import ImageError, first_readable, list_images, read_image, read_image_size
 
 
 def picture(width: int = 20, height: int = 12) -> Image.Image:
@@ -157,3 +157,18 @@ def test_list_images_is_recursive_sorted_follows_links_and_leaves_hidden_ones_ou
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
         list_images(tmp_path / "none")
+
+
+def test_a_missing_block_is_not_all_replaced_by_its_neighbour() -> None:
+    def read(position: int) -> int:
+        if position < 50:
+            raise ImageError(f"{position}: no such image")
+        return position
+
+    found = [first_readable(read, index, 100, strict=False) for index in range(50)]
+    assert all(item == position >= 50 for item, position, _ in found)
+    assert len({position for _, position, _ in found}) > 20
+    assert found[0] == first_readable(read, 0, 100, strict=False)
+    for length in (1, 2, 12):  # all are tried
+        with pytest.raises(ImageError, match=f"none of the {length} images"):
+            first_readable(read, length - 1, length, strict=False)

@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import create_autospec
 
 import fsspec
 import numpy as np
@@ -169,6 +171,38 @@ def test_a_tar_that_has_changed_is_looked_up_anew(pictures: dict[str, bytes], tm
     write_tar(tmp_path / "a.tar", {"0.jpg": pictures["00001.jpg"], "1.jpg": pictures["00002.jpg"]})
     assert source.names() == ["a.tar/0.jpg", "a.tar/1.jpg"]
     assert content(source, "a.tar/1.jpg") == pictures["00002.jpg"]
+
+
+def test_a_tar_is_known_however_it_was_asked_for(
+    shards: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 tells more of a file alone than of the same one in a list."""
+    memory.put(str(shards), "/asked", recursive=True)
+    asked = 0
+
+    def info(self: MemoryFileSystem, path: str, **_: Any) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        known = {"name": path, "size": 5, "type": "file", "ETag": '"abc"'}
+        return {**known, "VersionId": asked} if asked % 2 else known
+
+    ImageSource("memory://asked").names()
+    scanned = create_autospec(tars.scan_tar, side_effect=tars.scan_tar)
+    monkeypatch.setattr(tars, "scan_tar", scanned)
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    ImageSource("memory://asked").names()
+    first = scanned.call_count  # the tars look other than before
+    ImageSource("memory://asked").names()
+    assert first == scanned.call_count > 0
+
+
+def test_names_in_a_file_system_without_a_root(pictures: dict[str, bytes], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("cat/1.jpg", "2.jpg"):
+            archive.writestr(name, pictures["00001.jpg"])
+    source = ImageSource(f"zip://::{tmp_path}/x.zip")
+    assert source.names() == ["2.jpg", "cat/1.jpg"]
+    assert content(source, "cat/1.jpg") == pictures["00001.jpg"]
 
 
 def test_a_broken_index_is_made_anew(shards: Path, cache: Path, pictures: dict[str, bytes]) -> None:

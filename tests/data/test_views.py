@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as transforms
 
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.labelled import LabelledDataset, geometric
 from aligndet.data.rle import encode
@@ -137,7 +137,7 @@ def test_an_image_that_was_turned_since_is_named_and_one_that_was_scaled_is_not(
 
 
 def test_labelled_images_are_resized_with_their_boxes(sample: Path) -> None:
-    coco = read_coco(sample / "train.json")
+    coco = read_labelled(sample / "train.json")
     for index in range(len(coco)):
         item = LabelledDataset(coco, min_size=(64, 96), max_size=128)[index, index]
         assert len(item.boxes) == len(item.labels)
@@ -161,7 +161,7 @@ def test_a_labelled_box_stays_on_its_object(tmp_path: Path) -> None:
         "categories": [{"id": n, "name": str(n)} for n in (1, 2, 3)],
     }
     (tmp_path / "train.json").write_text(json.dumps(document))
-    dataset = LabelledDataset(read_coco(tmp_path / "train.json"), min_size=(60, 160), max_size=400)
+    dataset = LabelledDataset(read_labelled(tmp_path / "train.json"), min_size=(60, 160), max_size=400)
     widths, sides = set(), set()
     for seed in range(12):
         item = dataset[0, seed]
@@ -187,7 +187,9 @@ def test_fine_tuning_shows_what_the_labels_say(sample: Path) -> None:
             shown.extend(zip(images, targets, strict=True))
             return {"a": self.backbone.body.weight.sum(), "b": torch.tensor(2.0)}
 
-    dataset = LabelledDataset(read_coco(sample / "train.json", masks=True), min_size=(64, 96), max_size=128)
+    dataset = LabelledDataset(
+        read_labelled(sample / "train.json", masks=True), min_size=(64, 96), max_size=128
+    )
     batch = [dataset[index, index] for index in range(3)]
     ours = Finetuning(detector := Detector(), steps=10)
     assert ours.training_step(batch, 0) == detector.backbone.body.weight.sum() + 2.0
@@ -210,7 +212,7 @@ def test_fine_tuning_resizes_as_torchvision_does_where_it_predicts(tmp_path: Pat
     means = {}
     for antialias in (False, True):
         dataset = LabelledDataset(
-            read_coco(tmp_path / "a.json", tmp_path), min_size=(60, 60), max_size=100, antialias=antialias
+            read_labelled(tmp_path / "a.json", tmp_path), min_size=(60, 60), max_size=100, antialias=antialias
         )
         image = dataset[0, 0].image / 255
         either = min((image - one).abs().mean() for one in (resized, resized.flip(-1)))
@@ -220,9 +222,9 @@ def test_fine_tuning_resizes_as_torchvision_does_where_it_predicts(tmp_path: Pat
 
 def test_labelled_masks_go_where_their_boxes_go(sample: Path) -> None:
     with_masks = LabelledDataset(
-        read_coco(sample / "train.json", masks=True), min_size=(64, 192), max_size=256
+        read_labelled(sample / "train.json", masks=True), min_size=(64, 192), max_size=256
     )
-    without = LabelledDataset(read_coco(sample / "train.json"), min_size=(64, 192), max_size=256)
+    without = LabelledDataset(read_labelled(sample / "train.json"), min_size=(64, 192), max_size=256)
     for index in range(len(with_masks)):
         item, plain = with_masks[index, index], without[index, index]
         assert plain.masks is None
@@ -239,7 +241,7 @@ def test_an_image_without_objects_has_no_masks(sample: Path, tmp_path: Path) -> 
     document = json.loads((sample / "train.json").read_text())
     document["annotations"] = []
     (tmp_path / "train.json").write_text(json.dumps(document))
-    coco = read_coco(tmp_path / "train.json", sample / "train", masks=True)
+    coco = read_labelled(tmp_path / "train.json", sample / "train", masks=True)
     item = LabelledDataset(coco, min_size=(64, 96), max_size=128)[0, 0]
     assert item.masks is not None
     assert item.masks.shape == (0, *item.image.shape[1:])

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.build import (
-    DETECTORS,
-    build_detector,
-    build_pretrainable,
-    shared_options,
-    weights_format,
-)
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.weights import (
     MODULES,
     initialise,
@@ -43,7 +37,7 @@ OBJECTS = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 120.0, 90.0], [5.
 
 def options_of(name: str, **more: Any) -> dict[str, Any]:
     """Small, where there is a choice."""
-    return {**(QUERY_OPTIONS if weights_format(name) == "transformers" else {}), **more}
+    return {**(QUERY_OPTIONS if family_of(name).weights_format == "transformers" else {}), **more}
 
 
 @cache
@@ -177,7 +171,7 @@ def test_parts_are_taken_one_by_one(name: str, modules: tuple[str, ...]) -> None
 
 def few_boxes(name: str) -> dict[str, Any]:
     """Settings with which an untrained detector finds something, but not much."""
-    if weights_format(name) == "transformers":
+    if family_of(name).weights_format == "transformers":
         return options_of(name)
     few: dict[str, Any] = {"score_thresh": 0.0, "detections_per_img": 10}
     if name in ("fcos", "retinanet"):
@@ -225,7 +219,7 @@ def losses_of(adapter: Any) -> Tensor:
 )
 def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
     # dropout draws in the order of memory
-    calm = {"dropout": 0.0} if "dropout" in shared_options(name) else {}
+    calm = {"dropout": 0.0} if "dropout" in family_of(name).shared_options() else {}
     adapter = build(name, **calm)
     plain = losses_of(adapter)
     adapter.to(memory_format=torch.channels_last)

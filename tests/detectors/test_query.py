@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from aligndet.boxes import BACKGROUND
-from aligndet.detectors.build import (
-    DETECTORS,
-    build_detector,
-    build_pretrainable,
-    shared_options,
-    weights_format,
-)
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.query_families import from_transformers, with_first_prediction
 from aligndet.detectors.weights import save_detector
 from aligndet.momentum import momentum_copy, update_momentum
@@ -24,7 +18,7 @@ FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
 NAMES = [
     pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
     for name in sorted(DETECTORS)
-    if weights_format(name) == "transformers"
+    if family_of(name).weights_format == "transformers"
 ]
 IMAGES = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
 
@@ -273,8 +267,8 @@ def test_boxes_that_are_not_finite_are_told_so() -> None:
 
 
 def test_settings_that_do_not_train_are_not_offered() -> None:
-    assert "two_stage" not in shared_options("deformable_detr")
-    assert "num_queries" in shared_options("deformable_detr")
+    assert "two_stage" not in family_of("deformable_detr").shared_options()
+    assert "num_queries" in family_of("deformable_detr").shared_options()
 
 
 @pytest.mark.parametrize("name", ["detr", pytest.param("dab_detr", marks=pytest.mark.slow)])
@@ -303,7 +297,7 @@ def test_dilation_doubles_the_places(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_gradient_predicts_the_same_and_has_no_losses(name: str) -> None:
-    calm = {"dropout": 0.0} if "dropout" in shared_options(name) else {}
+    calm = {"dropout": 0.0} if "dropout" in family_of(name).shared_options() else {}
     adapter = build(name, objectness=True, **calm)
     proposals = [boxes(4), boxes(5)]
     learning = adapter(IMAGES, proposals)

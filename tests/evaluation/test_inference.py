@@ -29,7 +29,7 @@ class Brightness(nn.Module):
 def test_one_prediction_an_image_in_order_and_in_batches() -> None:
     detector = Brightness().train()
     images = [torch.full((3, 8 + i, 9), 51 * i, dtype=torch.uint8) for i in range(5)]
-    found = list(predict_images(detector, images, device=CPU, batch_size=2))
+    found = [f for _, f in predict_images(detector, zip(images), device=CPU, batch_size=2)]
     assert [round(float(f["scores"]), 2) for f in found] == [0.0, 0.2, 0.4, 0.6, 0.8]
     assert detector.batches == [2, 2, 1]
 
@@ -37,12 +37,12 @@ def test_one_prediction_an_image_in_order_and_in_batches() -> None:
 def test_one_batch_is_read_while_another_is_computed() -> None:
     read, following = [], Event()
 
-    def images() -> Iterator[Tensor]:
+    def images() -> Iterator[tuple[Tensor]]:
         for i in range(6):
             read.append(i)
             if i == 3:
                 following.set()
-            yield torch.zeros(3, 8, 8, dtype=torch.uint8)
+            yield (torch.zeros(3, 8, 8, dtype=torch.uint8),)
 
     class Waits(Brightness):
         def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -56,8 +56,8 @@ def test_one_batch_is_read_while_another_is_computed() -> None:
 
 
 def test_an_image_that_fails_ends_the_predictions_before_it() -> None:
-    def images() -> Iterator[Tensor]:
-        yield from [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3
+    def images() -> Iterator[tuple[Tensor]]:
+        yield from [(torch.zeros(3, 8, 8, dtype=torch.uint8),)] * 3
         raise ValueError("broken")
 
     predictions = predict_images(Brightness(), images(), device=CPU, batch_size=2)
@@ -67,7 +67,7 @@ def test_an_image_that_fails_ends_the_predictions_before_it() -> None:
 
 
 def test_the_callers_gradients_stay_on_between_images() -> None:
-    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2
+    images = [(torch.zeros(3, 8, 8, dtype=torch.uint8),)] * 2
     for _ in predict_images(Brightness(), images, device=CPU, batch_size=1):
         assert not torch.is_inference_mode_enabled()
 
@@ -93,8 +93,8 @@ def test_masks_are_decided_pixel_by_pixel() -> None:
             masks = torch.tensor([[[[0.2, 0.6]]], [[[0.5, 0.9]]]])
             return [{"masks": masks[: len(image)]} for image in images]
 
-    images = [torch.zeros(n, 1, 2, dtype=torch.uint8) for n in (2, 0)]
-    found, none = predict_images(Masks(), images, device=CPU, batch_size=2)
+    images = [(torch.zeros(n, 1, 2, dtype=torch.uint8),) for n in (2, 0)]
+    (_, found), (_, none) = predict_images(Masks(), images, device=CPU, batch_size=2)
     assert found["masks"].tolist() == [[[False, True]], [[False, True]]]
     assert found["masks"].dtype == torch.bool
     assert none["masks"].shape == (0, 1, 2)

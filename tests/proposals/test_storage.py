@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ from hypothesis.extra import numpy as hnp
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE
-from aligndet.proposals.storage import ImageProposals, clean, read_proposals, write_coco, write_shard
+from aligndet.proposals.storage import (
+    ImageProposals,
+    ProposalTable,
+    clean,
+    read_proposals,
+    write_coco,
+    write_shard,
+)
 
 
 def rows() -> list[ImageProposals]:
@@ -247,3 +256,27 @@ def test_best_proposals() -> None:
     np.testing.assert_allclose(overlaps, [0.8, 0.0])
     assert positions[0] == 1
     np.testing.assert_array_equal(best_proposals(proposals[:0], objects), [[0, 0], [0, 0]])
+
+
+def test_some_of_the_images() -> None:
+    rng = np.random.default_rng(0)
+    counts = {"a.jpg": 3, "b.jpg": 0, "c.jpg": 2, "d.jpg": 4}
+    masks = {
+        name: [bytes(rng.integers(1, 9, i + 1, np.uint8)) for i in range(n)] for name, n in counts.items()
+    }
+    table = ProposalTable.of(
+        ImageProposals(name, 9, 8, rng.random((n, 4), np.float32), None, masks[name])
+        for name, n in counts.items()
+    )
+    table = replace(table, clusters=np.arange(9))
+    some = table.only(["d.jpg", "b.jpg", "c.jpg", "elsewhere.jpg"])
+    assert some.file_names == ["b.jpg", "c.jpg", "d.jpg"]
+    assert some.sizes.shape == (3, 2)
+    for index, before in enumerate((1, 2, 3)):
+        np.testing.assert_array_equal(some.boxes_of(index), table.boxes_of(before))
+    assert some.clusters_of(2, np.arange(4)).tolist() == [5, 6, 7, 8]
+    assert some.masks is not None
+    runs, offsets = some.masks
+    kept = [bytes(runs[a:b].numpy()) for a, b in itertools.pairwise(offsets)]
+    assert kept == masks["c.jpg"] + masks["d.jpg"]
+    assert not len(table.only([]))

@@ -18,7 +18,7 @@ from PIL import Image
 from aligndet import cli
 from aligndet.commands.report import report
 from aligndet.comparison import Cell, sentence, summarise
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
 from aligndet.reporting.details import detail_plots
@@ -225,7 +225,7 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     assert shown[0] == "a&b.png, labels"
     assert len(shown) == 3
     # labels are of files, not of names: those of the folder above hold, those of another folder do not
-    coco = read_coco(tmp_path / "images.json")
+    coco = read_labelled(tmp_path / "images.json")
     above = replace(coco, folder=tmp_path, file_names=["images/a&b.png"])
     for labelled, sides in ((above, 3), (replace(coco, folder=tmp_path), 2)):
         settings: dict[str, Any] = {"count": 1, "score": 0.3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,8 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, summarise
-from aligndet.detectors.build import shared_options, training_default, weights_format
+from aligndet.data.sources import ImageSource
+from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.proposals.clusters import clusters_file
@@ -45,7 +47,7 @@ def detector_settings(
     Returns:
         Its ``options``, and ``fpn_norm`` if it is set.
     """
-    shared = shared_options(detector)
+    shared = family_of(detector).shared_options()
     given = {name: value for name, value in (pretraining.get("options") or {}).items() if name in shared}
     norm = finetuning.get("fpn_norm") or pretraining.get("fpn_norm")
     options = given | (finetuning.get("options") or {})
@@ -60,6 +62,7 @@ class Bench:
     document: dict[str, Any]
     images: Path
     validation: tuple[Path, Path | None]
+    measured: frozenset[str]  # its images' files
     unlabelled: Path
     proposals: Path  # written there first if it is not the user's
     locks: Path  # of what several detectors share
@@ -135,8 +138,8 @@ class Bench:
             atomic_write(labels, json.dumps(train))
             if not (folder / "model" / "manifest.json").is_file():
                 # the same for all arms
-                sgd, kind = self.finetuning.get("optimizer") == "sgd", self.model["detector"]
-                decay = 1e-4 if sgd else training_default(kind, "weight_decay", 0.05)
+                kind, optimizer = self.model["detector"], self.finetuning.get("optimizer", "adamw")
+                decay = training_defaults(kind, optimizer)["weight_decay"]
                 alike = detector_settings(kind, self.pretraining, self.finetuning)
                 finetune(
                     labels,
@@ -167,6 +170,7 @@ class Bench:
                 pretrain(
                     self.unlabelled,
                     proposals=self._proposed(),
+                    names=self._unseen(),
                     output=folder,
                     seed=cell.seed,
                     resume=folder.is_dir(),
@@ -174,13 +178,31 @@ class Bench:
                 )
         return folder
 
+    def _unseen(self) -> Path | None:
+        """A list of the images for pre-training without those that cells are measured on, if it has any."""
+        source = ImageSource(self.unlabelled)
+        if not source.is_local:
+            return None
+        folder, names = self.unlabelled.resolve(), source.names()
+        kept = [name for name in names if os.path.normpath(f"{folder}/{name}") not in self.measured]
+        if len(kept) == len(names):
+            return None
+        if not kept:
+            raise ValueError(
+                f"{self.unlabelled}: all of its images are measured on; give others --unlabelled"
+            )
+        print(f"{len(names) - len(kept)} validation images are left out of pre-training")
+        path = self.output / "unlabelled.txt"
+        atomic_write(path, "\n".join(kept) + "\n")
+        return path
+
     def _proposed(self) -> Path:
         folder = self.proposals
         kind, options = self.model["detector"], self.pretraining.get("options") or {}
         with locked(self.locks / "proposals", wait=True):
             if self.proposing is not None:
                 propose(self.unlabelled, output=folder, **self.proposing)
-            wanted = weights_format(kind) == "transformers" and not options.get("objectness")
+            wanted = family_of(kind).weights_format == "transformers" and not options.get("objectness")
             if wanted and not clusters_file(folder).is_file():
                 cluster(
                     self.unlabelled,
@@ -205,6 +227,7 @@ class Bench:
                 **asdict(cell),
                 "labels": labels[cell.fraction],
                 "learning_rate": self.rate(cell),
+                "searched": sorted(self.rates),
                 "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
             }
             for cell in cells
@@ -215,6 +238,7 @@ class Bench:
         rows = summarise(
             {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
             {entry["fraction"]: entry["labels"] for entry in entries},
+            {_cell(entry): entry.get("searched", [entry["learning_rate"]]) for entry in entries},
         )
         table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
         atomic_write(self.output / "table.md", table)

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from aligndet.commands._settings import check_bounds, provenance
-from aligndet.files import atomic_write, locked, read_json
+from aligndet.files import atomic_write, contents, locked, read_json
 from aligndet.launch import check_launch
 
 _MAY_CHANGE = {
@@ -52,16 +52,14 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
     output.mkdir(parents=True, exist_ok=True)
     with locked(output) if first else nullcontext():
         record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
-        used = [p.name for p in output.iterdir() if not p.name.startswith(".")]
+        used = contents(output)
         plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
         if first and used and settings["overwrite"]:
             if not record.is_file():
-                raise ValueError(
-                    f"{output}: holds {sorted(used)[0]!r} and no run of aligndet; it is not overwritten"
-                )
-            for path in output.iterdir():
-                if not path.name.startswith("."):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                raise ValueError(f"{output}: holds {used[0]!r} and no run of aligndet; it is not overwritten")
+            # the record last: if this is killed, the rest is still known for a run
+            for path in (*(output / name for name in used if name != record.name), record):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
             before = read_json(record).get("settings", {})
             gone = [k for k in before if k not in plain and k not in _MAY_CHANGE and before[k] is not None]
@@ -79,6 +77,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 " or another output"
             )
         if first:
+            for path in output.rglob(".*.partial*"):  # of a write that was killed
+                path.unlink()
             # the record first: a folder without it is taken for somebody else's
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
             atomic_write(output / "README.txt", explanation)

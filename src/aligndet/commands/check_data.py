@@ -11,7 +11,7 @@ from aligndet.data.checks import check_boxes, check_images, labelled_size, stati
 from aligndet.data.document import Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
 from aligndet.data.images import ImageError, list_images, read_image_size
-from aligndet.files import accepts_strings, atomic_write, locked
+from aligndet.files import accepts_strings, atomic_write, contents, locked
 
 
 @accepts_strings
@@ -96,7 +96,7 @@ def _print(path: Path, report: dict[str, Any]) -> None:
 
 
 def _refuse_taken(folder: Path) -> None:
-    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    if contents(folder):
         raise ValueError(f"{folder}: is not empty; give a new folder")
 
 

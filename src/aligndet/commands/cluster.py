@@ -24,7 +24,7 @@ from aligndet.data.labelled import geometric
 from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import resolve_device
-from aligndet.files import accepts_strings, check_writable, skipped_lines
+from aligndet.files import accepts_strings, check_writable, print_skipped
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.storage import ProposalTable, read_proposals
@@ -129,8 +129,7 @@ def cluster(
             **provenance(),
         },
     )
-    for line in skipped_lines(broken):
-        print(line)
+    print_skipped(broken)
     print(f"{len(found)} proposals in {group.clusters} clusters, {len(broken)} images skipped: {path}")
     return path
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from aligndet.commands._cells import ARMS, Bench, detector_settings
 from aligndet.commands._settings import provenance
-from aligndet.commands.finetune import default_rate, finetune
+from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan
-from aligndet.data.coco import build_dataset, images_in_both
+from aligndet.data.coco import build_dataset, image_files
 from aligndet.data.formats import load_labelled, read_labelled
-from aligndet.detectors.build import DETECTORS, predicts_masks, shared_options
+from aligndet.detectors.build import DETECTORS, family_of, training_defaults
 from aligndet.detectors.weights import load_weights
-from aligndet.files import accepts_strings, atomic_write, locked, read_json
+from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
-_OURS |= {"resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
+_OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
 _OURS |= {"devices", "nodes", "strategy"}  # a cell is of one process: others would start the comparison anew
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
@@ -64,7 +64,8 @@ def compare(
         output: Folder of the comparison.
         images: Folder of the training images; by default looked for.
         val_images: Folder of the validation images.
-        unlabelled: Folder of the images for pre-training; by default that of the training images.
+        unlabelled: Folder of the images for pre-training; by default that of the training images. Those of
+            the validation are left out.
         proposals: Of these images; by default made by `aligndet propose`. Clusters, for query-based
             detectors, are made by `aligndet cluster` if there are none beside them.
         arms: "scratch" (neck and heads random, the trunk with its weights), "aligndet", "boxes-only" (no
@@ -119,21 +120,23 @@ def compare(
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
     held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
-    if seen := images_in_both(coco, held_out):
+    if seen := len(image_files(coco) & image_files(held_out)):
         print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
     benches = []
     for detector, (model, before, after) in stages.items():
+        recipe = training_defaults(detector, after.get("optimizer", "adamw"))
         bench = Bench(
             output=output / detector if len(detectors) > 1 else output,
             document=labels.content,
             images=labels.folder,
             validation=(val_annotations, val_images),
+            measured=image_files(held_out),
             unlabelled=unlabelled or labels.folder,
             proposals=proposals or output / "proposals",
             locks=output / ".locks",
-            proposing=None if proposals else {"masks": any(map(predicts_masks, detectors))},
+            proposing=None if proposals else {"masks": any(family_of(name).masks for name in detectors)},
             sources=sources,
-            rates=rates or (default_rate(detector, after.get("optimizer", "adamw")),),
+            rates=rates or (recipe["learning_rate"],),
             model={**model, "trunk_weights": trunk_weights},
             pretraining=before,
             finetuning=after,
@@ -176,7 +179,7 @@ def _check_arms(
     others: dict[str, Any] = {**model, "fpn_norm": "none"}
     others |= detector_settings(model["detector"], pretraining, finetuning)
     options = others.pop("options") or {}
-    shared = shared_options(model["detector"])
+    shared = family_of(model["detector"]).shared_options()
     others |= {name: options.get(name) for name in shared}
     for path in sources.values():
         architecture = load_weights(path)[1]["architecture"]
@@ -212,15 +215,14 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
     if output.is_dir() and not record.is_file():
-        other = next((path.name for path in output.iterdir() if not path.name.startswith(".")), None)
         several = sorted(path.parent.name for path in output.glob("*/compare.json"))
         if several:
             raise ValueError(
                 f"{output}: holds the comparisons of {', '.join(several)}; to go on with one of them give its"
                 f" folder, as in --output {output / several[0]}"
             )
-        if other is not None:
-            raise ValueError(f"{output}: holds {other!r} and no comparison; give another --output")
+        if used := contents(output):
+            raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
         if record.is_file():
             before = read_json(record).get("settings", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from tqdm import tqdm
 from aligndet.data.coco import Category, CocoDetection
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
-from aligndet.detectors.build import predicts_masks
+from aligndet.detectors.build import family_of
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, skipped_lines
+from aligndet.files import accepts_strings, atomic_write, print_skipped
 
 
 @accepts_strings
@@ -67,38 +66,32 @@ def evaluate(
     categories = [
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
     ]
-    masks = masks and predicts_masks(manifest["architecture"]["detector"])
+    masks = masks and family_of(manifest["architecture"]["detector"]).masks
     coco = read_labelled(annotations, images, split="val", strict=strict, categories=categories, masks=masks)
     dataset = CocoDetection(coco, crowds=True)
-    targets: deque[dict[str, Tensor]] = deque()  # of images whose predictions are not here yet
     broken: list[str] = []
 
-    def readable() -> Iterator[Tensor]:
+    def readable() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for index in range(len(dataset)):
             try:
-                image, target = dataset[index]
+                yield dataset[index]
             except ImageError as error:
                 if strict:
                     raise
                 broken.append(str(error))
-                continue
-            targets.append(target)
-            yield image
 
     evaluator = CocoEvaluator(categories, masks=masks)
     detailed = DetailsEvaluator(distinct_names(categories), score=score)
     predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
-    for prediction in tqdm(predictions, total=len(dataset), desc="evaluate", unit="image"):
-        evaluator.update([prediction], [targets[0]])
+    for (_, target), prediction in tqdm(predictions, total=len(dataset), desc="evaluate", unit="image"):
+        evaluator.update([prediction], [target])
         if details:
-            detailed.update(prediction, targets[0])
-        targets.popleft()
+            detailed.update(prediction, target)
     result = evaluator.compute()
     if details:
         result = replace(result, details=detailed.compute())
     print(result.table())
-    for line in skipped_lines(broken):
-        print(line)
+    print_skipped(broken)
     remarks = f", {len(coco.warnings)} remarks on the labels (see above)" if coco.warnings else ""
     print(f"{result.images} images, {len(broken)} skipped{remarks}")
     if output is not None:

@@ -9,7 +9,7 @@ from typing import Literal
 from lightning import seed_everything
 
 from aligndet.commands._settings import check_bounds, provenance
-from aligndet.detectors.build import build_detector, weights_format
+from aligndet.detectors.build import build_detector, family_of
 from aligndet.detectors.onnx import save_onnx
 from aligndet.detectors.weights import initialise, load_detector, load_weights, save_detector
 from aligndet.files import accepts_strings, atomic_write, locked
@@ -71,7 +71,7 @@ def export(
     architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels", "fpn_norm")}
     if "options" in source["architecture"]:
         architecture["options"] = source["architecture"]["options"]
-    own = weights_format(architecture["detector"])
+    own = family_of(architecture["detector"]).weights_format
     if format not in (None, own):
         raise ValueError(f"{run}: {architecture['detector']} is a detector of {own}, there is no {format}")
     architecture |= {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}

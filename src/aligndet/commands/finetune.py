@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands._runs import run_folder, steps_of
 from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDetection, images_in_both
+from aligndet.data.coco import CocoDetection, image_files
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.detectors.backbones import PyramidNorm
-from aligndet.detectors.build import build_detector, predicts_masks, training_default, weights_format
+from aligndet.detectors.build import build_detector, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.files import accepts_strings
@@ -179,9 +179,9 @@ def finetune(
                 "--patience needs --val-annotations: without them, nothing is measured on the way"
             )
         kind = architecture["detector"]
-        if batch_norm != "frozen" and weights_format(kind) == "transformers":
+        if batch_norm != "frozen" and family_of(kind).weights_format == "transformers":
             raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
-        masks = predicts_masks(kind)
+        masks = family_of(kind).masks
         coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
         passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
         total = steps_of(steps, SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step)
@@ -194,8 +194,10 @@ def finetune(
         if trunk_from != "none":
             trunks = (name for name in origins if f"{name}.".startswith(MODULES["trunk"]))
             origins |= dict.fromkeys(trunks, "pre-trained")
-        pretrained = bool(state) and "head" in init
-        adam = optimizer == "adamw"
+        defaults = training_defaults(kind, optimizer)
+        if state and "head" in init:  # pre-trained
+            defaults["learning_rate"] *= 1.5
+            defaults["weight_decay"] *= 0.5
         evaluator, validation = None, None
         if val_annotations is not None:
             held_out = read_labelled(
@@ -206,7 +208,7 @@ def finetune(
                 categories=coco.categories,
                 masks=masks,
             )
-            if seen := images_in_both(coco, held_out):
+            if seen := len(image_files(coco) & image_files(held_out)):
                 print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
@@ -217,27 +219,22 @@ def finetune(
             freeze_batch_norm=batch_norm == "frozen",
             trunk_factor=trunk_factor,
             optimizer=optimizer,
-            learning_rate=learning_rate
-            if learning_rate is not None
-            else default_rate(kind, optimizer) * (1.5 if pretrained else 1.0),
-            weight_decay=weight_decay
-            if weight_decay is not None
-            else (training_default(kind, "weight_decay", 0.05) if adam else 1e-4)
-            * (0.5 if pretrained else 1.0),
+            learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
+            weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
             schedule=lr_schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS}
         if clip == "default":
-            run["clip"] = training_default(kind, "clip", 10.0)
+            run["clip"] = defaults["clip"]
         written = fit(
             module,
             LabelledDataset(
                 coco,
                 min_size=min_size,
                 max_size=max_size,
-                antialias=weights_format(kind) == "transformers",
+                antialias=family_of(kind).weights_format == "transformers",
                 strict=strict,
             ),
             steps=total,
@@ -256,7 +253,7 @@ def finetune(
                 load_state(module, checkpoint)
             manifest = {
                 "kind": "detector",
-                "format": weights_format(kind),
+                "format": family_of(kind).weights_format,
                 "architecture": architecture,
                 "class_names": [category.name for category in coco.categories],
                 "category_ids": [category.id for category in coco.categories],
@@ -270,16 +267,6 @@ def finetune(
             save_detector(output / "model", module.detector, manifest)
             print(f"fine-tuned detector: {output / 'model'}")
     return output
-
-
-def default_rate(detector: str, optimizer: str) -> float:
-    """The learning rate of fine-tuning from random heads.
-
-    Args:
-        detector: A key of `DETECTORS`.
-        optimizer: "adamw" or "sgd".
-    """
-    return training_default(detector, "learning_rate", 1e-3) if optimizer == "adamw" else 1e-2
 
 
 def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

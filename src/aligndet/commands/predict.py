@@ -20,7 +20,7 @@ from aligndet.data.videos import is_video, rate_and_length, read_frames, video_w
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, locked, skipped_lines
+from aligndet.files import accepts_strings, atomic_write, locked, print_skipped
 
 
 @accepts_strings
@@ -63,14 +63,7 @@ def predict(
     names: list[str] | None = manifest.get("class_names")
     if not names:
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
-    read: list[tuple[str, Tensor]] = []  # images whose predictions are not here yet: two batches
     broken: list[str] = []
-
-    def readable() -> Iterator[Tensor]:
-        for name, image in source:
-            read.append((name, image))
-            yield image
-
     total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
@@ -79,13 +72,12 @@ def predict(
         # that of the RPN is of another score
         if hasattr(module, "score_thresh") and not isinstance(module, RegionProposalNetwork):
             module.score_thresh = max(module.score_thresh, score)
-    predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
+    predictions = predict_images(detector, source, device=resolve_device(device), batch_size=batch_size)
     with locked(output):
         if (output / "predictions.json").exists() and not overwrite:
             raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
         with pictures as write:
-            for prediction in tqdm(predictions, total=total, desc="predict", unit="image"):
-                name, image = read.pop(0)
+            for (image, name), prediction in tqdm(predictions, total=total, desc="predict", unit="image"):
                 sure = prediction["scores"] >= score
                 prediction = {key: value[sure] for key, value in prediction.items()}
                 _add(document, name, image, prediction, manifest["category_ids"])
@@ -94,8 +86,7 @@ def predict(
         if not document["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
         atomic_write(output / "predictions.json", json.dumps(document))
-    for line in skipped_lines(broken):
-        print(line)
+    print_skipped(broken)
     print(
         f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
         f" {len(broken)} skipped: {output}"
@@ -104,17 +95,17 @@ def predict(
 
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Source = tuple[int, Iterator[tuple[str, Tensor]], AbstractContextManager[Callable[[str, Pixels], None]]]
-"""How many images there are, the images by name, and what writes the drawn ones."""
+Source = tuple[int, Iterator[tuple[Tensor, str]], AbstractContextManager[Callable[[str, Pixels], None]]]
+"""How many images there are, the images with their names, and what writes the drawn ones."""
 
 
 def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:
     folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
 
-    def read() -> Iterator[tuple[str, Tensor]]:
+    def read() -> Iterator[tuple[Tensor, str]]:
         for name in files:
             try:
-                yield name, read_image(folder / name)
+                yield read_image(folder / name), name
             except ImageError as error:
                 if strict:
                     raise
@@ -129,10 +120,10 @@ def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Sour
 def _video(video: Path, output: Path, strict: bool, broken: list[str]) -> Source:
     rate, length = rate_and_length(video)
 
-    def read() -> Iterator[tuple[str, Tensor]]:
+    def read() -> Iterator[tuple[Tensor, str]]:
         number = -1
         for number, frame in enumerate(read_frames(video)):
-            yield f"{video.name}/{number:06d}", frame
+            yield frame, f"{video.name}/{number:06d}"
         if number + 1 < length:
             message = f"{video}: only {number + 1} of its {length} frames can be read"
             if strict:

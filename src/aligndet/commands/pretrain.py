@@ -13,7 +13,7 @@ from aligndet.commands._settings import provenance
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
-from aligndet.detectors.build import build_pretrainable, shared_options, training_default
+from aligndet.detectors.build import build_pretrainable, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.files import accepts_strings
 from aligndet.proposals.clusters import with_clusters
@@ -37,6 +37,7 @@ def pretrain(
     *,
     proposals: Path,
     output: Path,
+    names: Path | None = None,
     detector: str = "fcos",
     trunk: str = "resnet50",
     trunk_weights: str = "default",
@@ -91,6 +92,8 @@ def pretrain(
         proposals: What `aligndet propose` has written for them, or a COCO-style JSON of boxes; with
             clusters (`aligndet cluster`) for query-based detectors.
         output: Folder of the run.
+        names: Only these images of the proposals: a text file with a name a line, or Parquet with a column
+            file_name; a tar stands for its images.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc"; CBNet v2:
             "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
@@ -161,21 +164,23 @@ def pretrain(
             "fpn_channels": fpn_channels,
             "fpn_norm": fpn_norm,
         }
-        adapter = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
-        needs = getattr(adapter, "needs", ())
+        adapter: Any = build_pretrainable(**architecture, trunk_weights=trunk_weights, options=options)
+        needs = adapter.needs
         table = read_proposals(proposals, masks="masks" in needs)
         if "clusters" in needs:
-            table = with_clusters(table, proposals, getattr(adapter, "num_clusters", None))
+            table = with_clusters(table, proposals, adapter.num_clusters)
         source = ImageSource(images)
+        if names is not None:
+            table = table.only(source.names(names))
+            if not len(table):
+                raise ValueError(f"{names}: names no image that has proposals in {proposals}")
         dataset = TwoViewDataset(
             source,
             table,
             min_size=min_size,
             max_size=max_size,
             max_proposals=max_proposals,
-            top_proposals=getattr(adapter, "top_proposals", False)
-            if proposal_choice == "default"
-            else proposal_choice == "top",
+            top_proposals=adapter.top_proposals if proposal_choice == "default" else proposal_choice == "top",
             strict=strict,
         )
         if not len(table.boxes):
@@ -184,7 +189,7 @@ def pretrain(
             )
         source.prepare(table.file_names, proposals)
         images_a_step = batch_size * accumulate * devices * nodes
-        adam = optimizer == "adamw"
+        defaults = training_defaults(detector, optimizer, learning_rate=5e-4)
         total = steps_of(steps, epochs * len(dataset) / images_a_step)
         module = BoxPretraining(
             adapter,
@@ -196,19 +201,15 @@ def pretrain(
             box_weight=box_weight,
             train_trunk=train_trunk,
             optimizer=optimizer,
-            learning_rate=(training_default(detector, "learning_rate", 5e-4) if adam else 1e-2)
-            if learning_rate is None
-            else learning_rate,
-            weight_decay=(training_default(detector, "weight_decay", 0.05) if adam else 1e-4)
-            if weight_decay is None
-            else weight_decay,
+            learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
+            weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
             schedule=lr_schedule,
             warmup_steps=min(warmup_steps, total // 4),
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
         if clip == "default":
-            run["clip"] = training_default(detector, "clip", 10.0)
+            run["clip"] = defaults["clip"]
         if fit(module, dataset, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",
@@ -226,5 +227,7 @@ def pretrain(
 
 def _shared(detector: str, options: dict[str, Any] | None) -> dict[str, Any]:
     """The options that the fine-tuned detector must have as well."""
-    shared = {name: value for name, value in (options or {}).items() if name in shared_options(detector)}
+    shared = {
+        name: value for name, value in (options or {}).items() if name in family_of(detector).shared_options()
+    }
     return {"options": shared} if shared else {}

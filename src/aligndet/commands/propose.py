@@ -23,7 +23,7 @@ from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, read_image, read_image_size
 from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.data.sources import ImageSource
-from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
+from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.filters import best_proposals, filter_boxes
@@ -211,7 +211,7 @@ def propose(
             _write_manifest(folder, parameters, "complete", counts)
     if as_json:
         folder.rmdir()
-    print("\n".join(_lines(summary)))
+    _print(summary)
     return summary
 
 
@@ -276,10 +276,9 @@ def propose_image(
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
     manifest = folder / "manifest.json"
-    used = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if overwrite and manifest.is_file():
         _write_manifest(folder, {}, "in progress", {})
-        for path in [*folder.glob("part-*.parquet"), manifest, clusters_file(folder)]:
+        for path in [*folder.glob("part-*.parquet"), *folder.glob(".*.partial*"), clusters_file(folder)]:
             path.unlink(missing_ok=True)
     elif manifest.is_file():
         before = read_json(manifest).get("parameters", {})
@@ -292,8 +291,8 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
                 " give the former, --overwrite, or another output"
             )
         return
-    elif used:
-        raise ValueError(f"{folder}: holds {used[0].name!r} and no proposals; give another output")
+    elif used := contents(folder):
+        raise ValueError(f"{folder}: holds {used[0]!r} and no proposals; give another output")
     # the manifest first: a folder without it is taken for somebody else's
     _write_manifest(folder, parameters, "in progress", {})
     atomic_write(folder / "README.txt", _EXPLANATION)
@@ -350,14 +349,14 @@ def _measure(
     return np.concatenate(found), np.concatenate(fitted)
 
 
-def _lines(summary: ProposeSummary) -> Iterator[str]:
+def _print(summary: ProposeSummary) -> None:
     mean = summary.boxes / max(1, summary.images)
-    yield f"{summary.images} images, {mean:.1f} proposals an image, {summary.without} images without any"
-    yield from skipped_lines(list(summary.skipped.values()))
+    print(f"{summary.images} images, {mean:.1f} proposals an image, {summary.without} images without any")
+    print_skipped(summary.skipped.values())
     if summary.skipped:
-        yield f"{len(summary.skipped)} images skipped"
+        print(f"{len(summary.skipped)} images skipped")
     if summary.recall:
-        yield "objects found: " + ", ".join(f"{name} {value:.3f}" for name, value in summary.recall.items())
+        print("objects found: " + ", ".join(f"{name} {value:.3f}" for name, value in summary.recall.items()))
     if summary.mask_iou is not None:
-        yield f"masks of objects found at IoU 0.7: mean IoU {summary.mask_iou:.3f}"
-    yield f"proposals: {summary.output}"
+        print(f"masks of objects found at IoU 0.7: mean IoU {summary.mask_iou:.3f}")
+    print(f"proposals: {summary.output}")

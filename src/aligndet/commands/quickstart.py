@@ -19,13 +19,13 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
-from aligndet.data.coco import read_coco
+from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image
-from aligndet.detectors.build import predicts_masks
+from aligndet.detectors.build import family_of
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections, draw_labelled, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write
+from aligndet.files import accepts_strings, atomic_write, contents
 
 _NEXT = """The same on your own images:
 
@@ -86,10 +86,8 @@ def quickstart(
         ValueError: If output holds anything else, or a quickstart with other settings.
     """
     settings = {**locals(), "resume": True}
-    if output.is_dir() and not (output / "run.json").is_file():
-        other = next((path.name for path in output.iterdir() if not path.name.startswith(".")), None)
-        if other is not None:
-            raise ValueError(f"{output}: holds {other!r} and no quickstart; give another --output")
+    if output.is_dir() and not (output / "run.json").is_file() and (used := contents(output)):
+        raise ValueError(f"{output}: holds {used[0]!r} and no quickstart; give another --output")
     model: dict[str, Any] = {
         "detector": detector,
         "trunk": trunk,
@@ -114,7 +112,7 @@ def quickstart(
             data / "train",
             output=output / "proposals",
             annotations=data / "train.json",
-            masks=predicts_masks(detector),
+            masks=family_of(detector).masks,
         )
         pretrained = output / "pretrained"
         if not (pretrained / "pretrained" / "manifest.json").is_file():
@@ -180,7 +178,7 @@ def _table(figures: dict[str, dict[str, float]]) -> str:
 
 def _picture(output: Path, data: Path, count: int = 6) -> None:
     """Rows: labels, without, with; columns: the first validation images."""
-    coco = read_coco(data / "val.json")
+    coco = read_labelled(data / "val.json")
     names = [category.name for category in coco.categories]
     images = [read_image(coco.folder / name) for name in coco.file_names[:count]]
     pixels = [image.permute(1, 2, 0).numpy() for image in images]
@@ -188,8 +186,8 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     rows = [[draw_labelled(*labelled, names) for labelled in labels]]
     for side in ("without", "with"):
         detector, _ = load_detector(output / side / "model")
-        found = predict_images(detector, images, device=resolve_device("cpu"))
-        rows.append([draw_detections(p, _best(f), names) for p, f in zip(pixels, found, strict=True)])
+        found = predict_images(detector, zip(images, pixels, strict=True), device=resolve_device("cpu"))
+        rows.append([draw_detections(drawn, _best(boxes), names) for (_, drawn), boxes in found])
     height, width = (max(p.shape[axis] for p in pixels) + 6 for axis in (0, 1))
     sheet = Image.new("RGB", (width * len(pixels), height * len(rows)), "white")
     for y, row in enumerate(rows):

@@ -28,11 +28,10 @@ def recipes(*, show: str | None = None) -> str:
     Raises:
         ValueError: If there is no such recipe.
     """
-    texts = {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in _files()}
     if show is not None:
         text = _recipe(show)
     else:
-        text = "".join(f"{name:<20}{_title(text)}\n" for name, text in sorted(texts.items()))
+        text = "".join(f"{name:<20}{_title(text)}\n" for name, text in sorted(_texts().items()))
     print(text, end="")
     return text
 
@@ -72,15 +71,17 @@ def _sections(content: dict[Any, Any]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): section for name, section in content.items()}
 
 
-def _files() -> list[Any]:
-    return [path for path in (files("aligndet") / "recipes").iterdir() if path.name.endswith(".yaml")]
+def _texts() -> dict[str, str]:
+    """All recipes by name."""
+    paths = (path for path in (files("aligndet") / "recipes").iterdir() if path.name.endswith(".yaml"))
+    return {path.name.removesuffix(".yaml"): path.read_text("utf-8") for path in paths}
 
 
 def _recipe(name: str) -> str:
-    found = {path.name.removesuffix(".yaml"): path for path in _files()}
-    if name not in found:
-        raise ValueError(f"no recipe {name!r}; there are: {', '.join(sorted(found))}")
-    return found[name].read_text("utf-8")
+    texts = _texts()
+    if name not in texts:
+        raise ValueError(f"no recipe {name!r}; there are: {', '.join(sorted(texts))}")
+    return texts[name]
 
 
 def _title(text: str) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from aligndet.data.sample import BACKGROUNDS, MATTERS, compose_scene
-from aligndet.files import accepts_strings, atomic_write, locked
+from aligndet.files import accepts_strings, atomic_write, contents, locked
 
 _EXPLANATION = """Sample data of `aligndet sample-data`: pieces of photographs composed over photographs.
 
@@ -58,7 +58,7 @@ def sample_data(
             f"there must be images to train and to validate, not {train_images} and {val_images}"
         )
     with locked(output):
-        used = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+        used = contents(output)
         if used and not overwrite:
             raise ValueError(f"{output}: is not empty; give --overwrite or another output")
         if used and not (output / _MARK).is_file():

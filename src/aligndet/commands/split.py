@@ -9,7 +9,7 @@ from typing import Any
 from aligndet.data.document import Document
 from aligndet.data.formats import load_labelled
 from aligndet.data.splits import held_out_positions, nested_subsets
-from aligndet.files import accepts_strings, atomic_write, locked, read_json, skipped_lines
+from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
 
 _EXPLANATION = """Splits of `aligndet split`.
 {held_out}
@@ -112,8 +112,7 @@ def split(
         held = _HELD_OUT.format(folder=folder) if whole else ""
         atomic_write(output / "README.txt", _EXPLANATION.format(folder=folder, held_out=held))
         atomic_write(output / "manifest.json", json.dumps(manifest, indent=2))
-    for line in skipped_lines(labels.notes):
-        print(line)
+    print_skipped(labels.notes)
     if whole:
         print(f"{len(whole['val'])} images are held out, in {output / 'val.json'}")
     print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
@@ -127,7 +126,7 @@ def _part(labels: Document, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _clear(output: Path, overwrite: bool, annotations: Path) -> None:
-    used = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    used = contents(output)
     if used and not overwrite:
         raise ValueError(f"{output}: is not empty; give --overwrite or another output")
     if not used:

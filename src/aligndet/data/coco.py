@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligndet.data.document import Document, image_size, load_document, read_box
+from aligndet.data.document import Document, image_size, read_box
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
 from aligndet.files import safe_name
@@ -48,37 +48,6 @@ class CocoDataset:
         return len(self.file_names)
 
 
-def read_coco(
-    annotations: Path,
-    images: Path | None = None,
-    *,
-    strict: bool = False,
-    categories: Sequence[Category] | None = None,
-    masks: bool | None = False,
-) -> CocoDataset:
-    """Reads and checks a COCO JSON.
-
-    An image whose file is missing, a box of no size or not finite, and an object whose mask (if asked for) is
-    malformed, of another size or empty are left out, a box that reaches beyond its image is clipped; each is
-    counted and named in ``warnings``, and the first ones are printed.
-
-    Args:
-        annotations: The JSON.
-        images: Folder of the images; by default a folder named like the JSON, "images", or the JSON's own.
-        strict: Make every warning an error.
-        categories: What the categories have to be (those of the training images).
-        masks: Read masks, too; None: if every object has one.
-
-    Raises:
-        ValueError: If the file is no COCO JSON, contradicts itself (an id twice, an unknown image or
-            category), holds other categories, lacks a mask, or none of its images is there; the message names
-            the file and the value.
-    """
-    return build_dataset(
-        load_document(annotations, images), annotations, strict=strict, categories=categories, masks=masks
-    )
-
-
 def build_dataset(
     labels: Document,
     annotations: Path,
@@ -87,14 +56,22 @@ def build_dataset(
     categories: Sequence[Category] | None = None,
     masks: bool | None = False,
 ) -> CocoDataset:
-    """Checks a document in COCO's form; the arguments and errors are those of `read_coco`.
+    """Checks labels, and keeps them in plain arrays.
+
+    An image whose file is missing, a box of no size or not finite, and an object whose mask (if asked for) is
+    malformed, of another size or empty are left out, a box that reaches beyond its image is clipped; each is
+    counted and named in ``warnings``, and the first ones are printed.
 
     Args:
         labels: The document.
         annotations: What it was read from, for the messages.
         strict: Make every warning an error.
-        categories: What the categories have to be.
+        categories: What the categories have to be (those of the training images).
         masks: Read masks, too; None: if every object has one.
+
+    Raises:
+        ValueError: If they contradict themselves (an id twice, an unknown image or category), hold other
+            categories, lack a mask, or none of the images is there; the message names the file and the value.
     """
     document, folder = labels.content, labels.folder
     found = _categories(annotations, document, categories)
@@ -170,18 +147,14 @@ def build_dataset(
     )
 
 
-def images_in_both(first: CocoDataset, second: CocoDataset) -> int:
-    """How many images two data sets share, by their files.
+def image_files(coco: CocoDataset) -> frozenset[str]:
+    """The files of a data set's images, by which two of them can be compared.
 
     Args:
-        first: One of them.
-        second: The other.
+        coco: The data set.
     """
-    files = [
-        {os.path.normpath(f"{folder}/{name}") for name in names}
-        for folder, names in ((coco.folder.resolve(), coco.file_names) for coco in (first, second))
-    ]
-    return len(files[0] & files[1])
+    folder = coco.folder.resolve()
+    return frozenset(os.path.normpath(f"{folder}/{name}") for name in coco.file_names)
 
 
 class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):

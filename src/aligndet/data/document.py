@@ -29,7 +29,7 @@ def load_document(annotations: Path, images: Path | None = None) -> Document:
 
     Args:
         annotations: The JSON.
-        images: Folder of the images; by default looked for as `aligndet.data.coco.read_coco` says.
+        images: Folder of the images; by default one named like the JSON, "images", or the JSON's own.
 
     Raises:
         ValueError: If it is no COCO JSON; the message names the file and the entry.

@@ -24,7 +24,7 @@ def read_labelled(
     categories: Sequence[Category] | None = None,
     masks: bool | None = False,
 ) -> CocoDataset:
-    """Reads COCO JSON, PASCAL VOC or YOLO, and checks it as `aligndet.data.coco.read_coco` does.
+    """Reads COCO JSON, PASCAL VOC or YOLO, and checks it as `aligndet.data.coco.build_dataset` does.
 
     Order of classes: COCO by id, VOC by name, YOLO as in data.yaml. VOC and YOLO have no ids of their own,
     so that with ``categories`` their classes are matched by name, or by order if all names are the same.

@@ -7,9 +7,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import random
 import struct
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
@@ -161,7 +163,10 @@ def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
 def first_readable(
     read: Callable[[int], Item], index: int, length: int, *, strict: bool
 ) -> tuple[Item, int, tuple[str, ...]]:
-    """Reads an image, or in the place of a broken one the next that can be read.
+    """Reads an image, or in the place of a broken one another that can be read.
+
+    Which one depends on the position alone. Of a whole folder that is missing, each has another: the next one
+    that is there would stand for all of them.
 
     Args:
         read: From a position to the image; raises ImageError.
@@ -176,7 +181,9 @@ def first_readable(
         ImageError: If none can be read, or the first with strict.
     """
     skipped: list[str] = []
-    for position in ((index + offset) % length for offset in range(length)):
+    draw = random.Random(index)
+    stride = next(s for s in iter(lambda: draw.randrange(1, length + 1), None) if math.gcd(s, length) == 1)
+    for position in ((index + turn * stride) % length for turn in range(length)):
         try:
             return read(position), position, tuple(skipped)
         except ImageError as error:
@@ -203,23 +210,12 @@ def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Ten
     Raises:
         ImageError: If the file is missing, empty, truncated, no image, too small or too large.
     """
-    source = _openable(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
-            with Image.open(source, formats=_FORMATS) as file:
-                _check_size(path, file.size)
-                if long_side is not None and max(file.size) >= 2 * long_side:
-                    part = long_side / max(file.size)
-                    file.draft(None, (math.ceil(file.width * part), math.ceil(file.height * part)))
-                ImageOps.exif_transpose(file, in_place=True)
-                array = _to_rgb(file)
-    except ImageError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such image") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
-        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    with _opened(path) as file:
+        if long_side is not None and max(file.size) >= 2 * long_side:
+            part = long_side / max(file.size)
+            file.draft(None, (math.ceil(file.width * part), math.ceil(file.height * part)))
+        ImageOps.exif_transpose(file, in_place=True)
+        array = _to_rgb(file)
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -232,23 +228,12 @@ def read_image_size(path: Path | StoredImage) -> tuple[int, int]:
     Raises:
         ImageError: As for `read_image`, as far as the header tells.
     """
-    source = _openable(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(source, formats=_FORMATS) as image:
-                _check_size(path, image.size)
-                turned = _orientation(image) in (5, 6, 7, 8)
-                if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer Pillows have turned image.size
-                    size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
-                else:
-                    size = image.size
-    except ImageError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such image") from error
-    except Exception as error:
-        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    with _opened(path) as image:
+        turned = _orientation(image) in (5, 6, 7, 8)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # newer Pillows have turned image.size
+            size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        else:
+            size = image.size
     return size[::-1] if turned else size
 
 
@@ -282,8 +267,22 @@ def _has_metadata_behind(png: IO[bytes]) -> bool:
         png.seek(position)
 
 
-def _openable(path: Path | StoredImage) -> Path | io.BytesIO:
-    return path if isinstance(path, Path) else io.BytesIO(path.content)
+@contextmanager
+def _opened(path: Path | StoredImage) -> Iterator[ImageFile.ImageFile]:
+    """Opens an image; whatever is wrong with it, here or within the block, becomes an ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
+            source = path if isinstance(path, Path) else io.BytesIO(path.content)
+            with Image.open(source, formats=_FORMATS) as file:
+                _check_size(path, file.size)
+                yield file
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such image") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

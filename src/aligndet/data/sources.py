@@ -153,7 +153,7 @@ class ImageSource:
             )
         files, root = file_system(self._root)
         paths = patiently(self, lambda: files.find(root))
-        names = [safe_name(path[len(root) + 1 :], self) for path in paths]
+        names = [safe_name(path[len(root) :].lstrip("/"), self) for path in paths]
         return [name for name in names if is_listed(PurePosixPath(name), _LISTED)]
 
     def _members(self, tars: Sequence[str]) -> dict[str, list[str]]:

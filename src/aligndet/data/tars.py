@@ -18,6 +18,8 @@ from aligndet.files import safe_name, whole_file
 
 _SCHEMA = pa.schema([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated")
+
 Members = dict[str, tuple[int, int]]
 """First byte and number of bytes of the images in a tar, by name."""
 
@@ -140,7 +142,10 @@ def update_index(root: str, tar: str) -> None:
     """
     files, path = path_at(root, tar)
     index, address = _index_path(root, tar), f"{root}/{tar}"
-    fingerprint = str(sorted(patiently(address, lambda: files.info(path)).items()))
+    known = patiently(address, lambda: files.info(path))
+    # what every way of asking tells, and every copy has: S3 tells more of one file than of a folder's
+    told = next((key for key in _VERSIONS if known.get(key) is not None), "")
+    fingerprint = f"{known.get('size')} {told} {known.get(told)}"
     try:
         if TarIndex(index).fingerprint == fingerprint:
             return

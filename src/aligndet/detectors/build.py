@@ -15,19 +15,12 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 from torchvision.models.detection.rpn import RPNHead
 
 from aligndet.boxes import PretrainableDetector
+from aligndet.detectors import query_families as families
 from aligndet.detectors.backbones import PyramidNorm, normalisation
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
-from aligndet.detectors.query import (
-    ConditionalDetrPretraining,
-    DabDetrPretraining,
-    DeformableDetrPretraining,
-    DetrPretraining,
-    DFinePretraining,
-    RtDetrPretraining,
-    RtDetrV2Pretraining,
-)
+from aligndet.detectors.query import query_pretraining
 from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
 
 DETECTORS: dict[str, Any] = {
@@ -39,13 +32,13 @@ DETECTORS: dict[str, Any] = {
     "htc": HtcPretraining,
     "cbnet_cascade_rcnn": CompositeCascadePretraining,
     "cbnet_htc": CompositeHtcPretraining,
-    "detr": DetrPretraining,
-    "conditional_detr": ConditionalDetrPretraining,
-    "dab_detr": DabDetrPretraining,
-    "deformable_detr": DeformableDetrPretraining,
-    "rt_detr": RtDetrPretraining,
-    "rt_detr_v2": RtDetrV2Pretraining,
-    "d_fine": DFinePretraining,
+    "detr": query_pretraining(families.DETR),
+    "conditional_detr": query_pretraining(families.CONDITIONAL_DETR),
+    "dab_detr": query_pretraining(families.DAB_DETR),
+    "deformable_detr": query_pretraining(families.DEFORMABLE_DETR),
+    "rt_detr": query_pretraining(families.RT_DETR),
+    "rt_detr_v2": query_pretraining(families.RT_DETR_V2),
+    "d_fine": query_pretraining(families.D_FINE),
 }
 
 
@@ -53,6 +46,20 @@ _PREDICTION_HEADS = (
     *(FCOSClassificationHead, FCOSRegressionHead, RetinaNetClassificationHead, RetinaNetRegressionHead),
     *(RPNHead, FastRCNNPredictor, EmbeddingPredictor),
 )
+
+
+def family_of(detector: str) -> Any:
+    """The class of a detector, an `Adapter`.
+
+    Args:
+        detector: A key of `DETECTORS`.
+
+    Raises:
+        ValueError: If there is no such key.
+    """
+    if detector not in DETECTORS:
+        raise ValueError(f"unknown detector {detector!r}; there are: {', '.join(DETECTORS)}")
+    return DETECTORS[detector]
 
 
 def build_pretrainable(
@@ -77,10 +84,10 @@ def build_pretrainable(
     Raises:
         ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
     """
-    family = _family(detector)
+    family = family_of(detector)
     parameters = signature(family).parameters.values()
     known = {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
-    _check(detector, options, known | shared_options(detector))
+    _check(detector, options, known | family.shared_options())
     mean, std = normalisation(trunk)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     try:
@@ -126,7 +133,7 @@ def build_detector(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    family = _family(detector)
+    family = family_of(detector)
     mean, std = normalisation(trunk)
     own = {
         "min_size": min_size,
@@ -135,72 +142,37 @@ def build_detector(
         "image_std": list(std),
         "_skip_resize": not resize_in_training,
     }
-    shared = shared_options(detector)
-    if weights_format(detector) == "transformers":
-        _check(detector, options, shared)
+    if family.weights_format == "transformers":
+        _check(detector, options, family.shared_options())
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
-    if weights_format(detector) == "torchvision":
+    if family.weights_format == "torchvision":
         # torchvision's constructors swallow what they do not know; what they build themselves is None by
         # default
         ancestors = type(model).__mro__[:-1]
         parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
         known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
-        _check(detector, options, known - set(own) - getattr(family, "fixed_options", frozenset()) | shared)
+        _check(detector, options, known - set(own) - family.fixed_options | family.shared_options())
     _predict_in_float32(model)
     return model
 
 
-def weights_format(detector: str) -> str:
-    """Whose names and files a detector's weights have: "torchvision" or "transformers".
+def training_defaults(
+    detector: str, optimizer: str = "adamw", learning_rate: float = 1e-3
+) -> dict[str, float]:
+    """The training recipe, unless another one is asked for: learning_rate, weight_decay and clip.
 
     Args:
-        detector: A key of `DETECTORS`.
+        detector: A key of `DETECTORS`; a kind of them may have numbers of its own for AdamW.
+        optimizer: "adamw" or "sgd".
+        learning_rate: Of AdamW for all other detectors.
 
     Raises:
         ValueError: If the detector is unknown.
     """
-    return getattr(_family(detector), "weights_format", "torchvision")
-
-
-def training_default(detector: str, setting: str, otherwise: float) -> float:
-    """A number of the training recipe, where a kind of detectors has one of its own.
-
-    Args:
-        detector: A key of `DETECTORS`.
-        setting: "learning_rate" or "weight_decay" of AdamW, or "clip".
-        otherwise: Of all other detectors.
-
-    Raises:
-        ValueError: If the detector is unknown.
-    """
-    own: dict[str, float] = getattr(_family(detector), "training_defaults", {})
-    return own.get(setting, otherwise)
-
-
-def shared_options(detector: str) -> frozenset[str]:
-    """Names of the options that change the plain detector, so that fine-tuning needs those of pre-training.
-
-    Args:
-        detector: A key of `DETECTORS`.
-
-    Raises:
-        ValueError: If the detector is unknown, or a package that it needs is missing.
-    """
-    names: frozenset[str] = getattr(_family(detector), "settings", frozenset)()
-    return names
-
-
-def predicts_masks(detector: str) -> bool:
-    """Tells whether a detector finds masks as well as boxes.
-
-    Args:
-        detector: A key of `DETECTORS`.
-
-    Raises:
-        ValueError: If the detector is unknown.
-    """
-    return getattr(_family(detector), "masks", False)
+    recipe = {"learning_rate": learning_rate, "weight_decay": 0.05, "clip": 10.0}
+    recipe |= family_of(detector).training_defaults
+    return recipe | ({"learning_rate": 1e-2, "weight_decay": 1e-4} if optimizer == "sgd" else {})
 
 
 def _predict_in_float32(detector: nn.Module) -> None:
@@ -232,9 +204,3 @@ def _check(detector: str, options: dict[str, Any] | None, known: Set[str]) -> No
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise ValueError(f"{detector} has no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-
-
-def _family(detector: str) -> Any:
-    if detector not in DETECTORS:
-        raise ValueError(f"unknown detector {detector!r}; there are: {', '.join(DETECTORS)}")
-    return DETECTORS[detector]

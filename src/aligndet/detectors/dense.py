@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput, as_targets
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -27,6 +26,7 @@ from aligndet.detectors.projection import ProjectionHead
 # a short run, of pre-training as of fine-tuning, is over before they have grown.
 _RETINANET_NORM = partial(nn.GroupNorm, 32)
 _RETINANET_BOX_LOSS = "giou"
+_RETINANET_ANCHORS = 9  # a location: torchvision's own three sizes and three shapes
 
 
 def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
@@ -142,7 +142,7 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
         return result
 
 
-class _DensePretraining(nn.Module):
+class _DensePretraining(Adapter):
     """A dense detector in the protocol of `PretrainableDetector`."""
 
     detector: nn.Module
@@ -199,27 +199,16 @@ class RetinaNetPretraining(_DensePretraining):
         self, backbone: Backbone, *, embedding_dim: int = 128, max_boxes: int = 2048, **transform: Any
     ) -> None:
         super().__init__()
-        anchors = _retinanet_anchors()
-        head = _RetinaNetHead(
-            backbone.out_channels, anchors.num_anchors_per_location()[0], embedding_dim, max_boxes
-        )
-        self.detector = RetinaNet(
-            backbone, num_classes=1, anchor_generator=anchors, head=head, _skip_resize=True, **transform
-        )
+        head = _RetinaNetHead(backbone.out_channels, _RETINANET_ANCHORS, embedding_dim, max_boxes)
+        self.detector = RetinaNet(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
 
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> RetinaNet:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background,
         torchvision's way.
         """
-        anchors = _retinanet_anchors()
-        per_location = anchors.num_anchors_per_location()[0]
-        head = RetinaNetHead(backbone.out_channels, per_location, num_classes, norm_layer=_RETINANET_NORM)
+        head = RetinaNetHead(
+            backbone.out_channels, _RETINANET_ANCHORS, num_classes, norm_layer=_RETINANET_NORM
+        )
         head.regression_head._loss_type = _RETINANET_BOX_LOSS
-        return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **transform)
-
-
-def _retinanet_anchors() -> AnchorGenerator:
-    """torchvision's own default: three sizes and three shapes a location."""
-    sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
-    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        return RetinaNet(backbone, num_classes, head=head, **transform)

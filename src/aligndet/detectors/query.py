@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import (
@@ -24,22 +24,11 @@ from aligndet.detectors.query_detector import (
     build_query_trunk,
     relative_targets,
 )
-from aligndet.detectors.query_families import (
-    CONDITIONAL_DETR,
-    D_FINE,
-    DAB_DETR,
-    DEFORMABLE_DETR,
-    DETR,
-    RT_DETR,
-    RT_DETR_V2,
-    Family,
-    from_transformers,
-    settings_of,
-)
+from aligndet.detectors.query_families import Family, from_transformers, settings_of
 
 
-class QueryPretraining(nn.Module):
-    """A query-based detector in the protocol of `PretrainableDetector`; a family is a subclass.
+class QueryPretraining(Adapter):
+    """A query-based detector in the protocol of `PretrainableDetector`; see `query_pretraining`.
 
     Every decoder layer is a stage of the contrast, as every layer has losses of its own in these detectors.
     """
@@ -92,7 +81,7 @@ class QueryPretraining(nn.Module):
         self.matcher = _matcher(self.family, self.detector.network.config)
 
     @classmethod
-    def settings(cls) -> frozenset[str]:
+    def shared_options(cls) -> frozenset[str]:
         """Names of the settings that pre-training and fine-tuning share."""
         return settings_of(cls.family)
 
@@ -174,46 +163,13 @@ class QueryPretraining(nn.Module):
         return ids.flatten().to(logits.device)
 
 
-class DetrPretraining(QueryPretraining):
-    """DETR, as in the paper."""
+def query_pretraining(family: Family) -> Any:
+    """The adapter of a family, a subclass of `QueryPretraining`.
 
-    family = DETR
-
-
-class ConditionalDetrPretraining(QueryPretraining):
-    """Conditional DETR: queries look where they expect the ends of their object."""
-
-    family = CONDITIONAL_DETR
-
-
-class DabDetrPretraining(QueryPretraining):
-    """DAB-DETR: queries are boxes, moved from layer to layer."""
-
-    family = DAB_DETR
-
-
-class DeformableDetrPretraining(QueryPretraining):
-    """Deformable DETR: attention to few points of several maps."""
-
-    family = DEFORMABLE_DETR
-
-
-class RtDetrPretraining(QueryPretraining):
-    """RT-DETR: a hybrid encoder, whose best places are the queries."""
-
-    family = RT_DETR
-
-
-class RtDetrV2Pretraining(QueryPretraining):
-    """RT-DETR v2: RT-DETR with sampling points of its own for each map."""
-
-    family = RT_DETR_V2
-
-
-class DFinePretraining(QueryPretraining):
-    """D-FINE: RT-DETR with edges as distributions, refined from layer to layer."""
-
-    family = D_FINE
+    Args:
+        family: One of `aligndet.detectors.query_families`.
+    """
+    return type(f"{family.model}Pretraining", (QueryPretraining,), {"family": family})
 
 
 def _matcher(family: Family, config: Any) -> nn.Module:

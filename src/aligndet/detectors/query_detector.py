@@ -278,7 +278,7 @@ def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, 
     return {"boxes": box_convert(boxes, "xyxy", "cxcywh") / size, "class_labels": labels}
 
 
-def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> nn.Module:
+def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> Any:
     """transformers' model on a trunk of timm's."""
     settings = dict(settings)
     dilated = settings.pop("dilation", False)  # transformers has it for trunks that it chooses itself
@@ -298,7 +298,7 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
         config = from_transformers(f"{family.model}Config")(
             backbone_config=backbone, num_labels=num_labels, auxiliary_loss=True, **own, **settings
         )
-        network: nn.Module = from_transformers(f"{family.model}ForObjectDetection")(config)
+        network: Any = from_transformers(f"{family.model}ForObjectDetection")(config)
     except (StrictDataclassError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         chosen = {"width": trunk.width, **settings}
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error

@@ -49,6 +49,7 @@ _RT_DETR: dict[str, Any] = {
     "from_encoder": True,
 }
 
+# DETR, as in the paper.
 DETR = Family(
     model="Detr",
     processor="Detr",
@@ -61,6 +62,7 @@ DETR = Family(
     own_norm=("loss_ce",),
     moves=False,
 )
+# Queries look where they expect the ends of their object.
 CONDITIONAL_DETR = DETR._replace(
     model="ConditionalDetr",
     processor="ConditionalDetr",
@@ -68,12 +70,14 @@ CONDITIONAL_DETR = DETR._replace(
     own_norm=(),
     moves=True,
 )
+# Queries are boxes, moved from layer to layer.
 DAB_DETR = CONDITIONAL_DETR._replace(
     model="DabDetr",
     width=("hidden_size",),
     class_layers=("class_embed",),
     queries=("model.query_refpoint_embeddings.weight",),
 )
+# Attention to few points of several maps.
 DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     model="DeformableDetr",
     processor="DeformableDetr",
@@ -82,8 +86,10 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     layer_dim=1,
     sides=-2.0,
 )
+# A hybrid encoder, whose best places are the queries; v2 has sampling points of its own for each map.
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
 RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
+# Edges as distributions, refined from layer to layer.
 D_FINE = RT_DETR._replace(model="DFine", layer_dim=0, predicts_first=True)
 
 _OURS = {

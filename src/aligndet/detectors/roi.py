@@ -22,7 +22,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
-from aligndet.boxes import BoxPredictions, PretrainOutput, as_targets
+from aligndet.boxes import Adapter, BoxPredictions, PretrainOutput, as_targets
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -167,7 +167,7 @@ def mask_features(stages: Sequence[RoIHeads], flows: Sequence[nn.Module], pooled
     return features
 
 
-class RoIPretraining(nn.Module):
+class RoIPretraining(Adapter):
     """A two-stage detector in the protocol of `PretrainableDetector`: one assignment, or several in a row."""
 
     network: type[FasterRCNN]
@@ -213,7 +213,7 @@ class RoIPretraining(nn.Module):
         )
 
     @staticmethod
-    def settings() -> frozenset[str]:
+    def shared_options() -> frozenset[str]:
         """Names of the settings that pre-training and fine-tuning share."""
         return frozenset({"box_convolutions"})
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Item = TypeVar("Item", bound=tuple[Any, ...])
 
 
 def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
@@ -32,19 +35,19 @@ def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
 
 
 def predict_images(
-    detector: nn.Module, images: Iterable[Tensor], *, device: torch.device, batch_size: int = 8
-) -> Iterator[dict[str, Tensor]]:
+    detector: nn.Module, images: Iterable[Item], *, device: torch.device, batch_size: int = 8
+) -> Iterator[tuple[Item, dict[str, Tensor]]]:
     """Predicts image by image, computing batch by batch; the next batch is read meanwhile, by a thread.
 
     Args:
         detector: A torchvision detector; put into eval mode and onto the device.
-        images: (3, H, W) uint8 each.
+        images: Tuples that begin with an image, (3, H, W) uint8; what else they hold comes back with it.
         device: To compute on.
         batch_size: Images at a time; one by one where masks are found.
 
     Yields:
-        Of each image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), and if the detector finds them,
-        masks (n, H, W) bool, on the CPU.
+        Each tuple, and of its image: boxes (n, 4) xyxy pixels, labels (n,), scores (n,), and if the detector
+        finds them, masks (n, H, W) bool, on the CPU.
 
     Raises:
         ValueError: If batch_size is less than 1, or the GPU has too little memory for so many.
@@ -56,7 +59,7 @@ def predict_images(
         batch_size = 1  # torchvision's masks are numbers of 32 bits for every pixel and box
     remaining = iter(images)
 
-    def read() -> list[Tensor]:
+    def read() -> list[Item]:
         return list(islice(remaining, batch_size))
 
     with ThreadPoolExecutor(1) as reader:
@@ -65,16 +68,16 @@ def predict_images(
             following = reader.submit(read)
             try:
                 with torch.inference_mode():
-                    predictions = detector([image.to(device).float() / 255 for image in batch])
+                    predictions = detector([image.to(device).float() / 255 for image, *_ in batch])
             except torch.cuda.OutOfMemoryError as error:
                 raise ValueError(
                     f"the GPU has not enough memory for {len(batch)} images at a time; give a smaller"
                     f" --batch-size ({error})"
                 ) from error
-            for prediction in predictions:
+            for item, prediction in zip(batch, predictions, strict=True):
                 if "masks" in prediction:  # as bool they take a quarter of the memory
                     prediction["masks"] = binary_masks(prediction["masks"])
-                yield {name: value.cpu() for name, value in prediction.items()}
+                yield item, {name: value.cpu() for name, value in prediction.items()}
 
 
 def binary_masks(masks: Tensor) -> Tensor:

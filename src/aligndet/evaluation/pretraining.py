@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aligndet.detectors.build import build_detector, build_pretrainable
-from aligndet.detectors.weights import initialise, load_weights
+from aligndet.detectors.weights import MODULES, initialise, load_weights
 from aligndet.files import read_json
 
 
@@ -58,7 +58,7 @@ def load_untuned(run: Path) -> Pair:
     settings, (state, manifest) = read_settings(run), load_weights(run)
     sizes = {"min_size": settings["min_size"][1], "max_size": settings["max_size"]}
     sides: list[nn.Module] = []
-    for modules in (("trunk",), ("trunk", "neck", "rpn", "head")):
+    for modules in (("trunk",), tuple(MODULES)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["seed"])
             detector = build_detector(**manifest["architecture"], num_classes=1, **sizes)

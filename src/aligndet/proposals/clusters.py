@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligndet.files import atomic_write
+from aligndet.files import whole_file
 from aligndet.proposals.storage import ProposalTable
 
 SMALLEST = 10
@@ -94,11 +94,10 @@ def write_clusters(
     rows = np.split(clusters, table.offsets[1:-1])
     manifest = {**parameters, "proposals": _digest(table)}
     schema = _SCHEMA.with_metadata({_MANIFEST: json.dumps(manifest).encode()})
-    sink = pa.BufferOutputStream()
     columns = {"file_name": table.file_names, "clusters": rows}
-    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
     path = clusters_file(proposals)
-    atomic_write(path, sink.getvalue().to_pybytes())
+    with whole_file(path) as file:
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
     return path
 
 

@@ -163,7 +163,17 @@ class _Piece:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         items = pickle.loads(row["item"])
-        return {"item": pickle.dumps(_beside().submit(_each, self._result, items).result())}
+        try:
+            found = _beside().submit(_each, self._result, items).result()
+        except BrokenProcessPool:  # killed, most likely for lack of memory: once more, in a new one
+            _beside.cache_clear()
+            try:
+                found = _beside().submit(_each, self._result, items).result()
+            except BrokenProcessPool:
+                _beside.cache_clear()
+                message = "a process of Ray's worker was killed twice, most likely for lack of memory"
+                found = [(None, ChildProcessError(f"{message}: give fewer --workers"))]
+        return {"item": pickle.dumps(found)}
 
     def _result(self, item: Any) -> tuple[Any, Exception | None]:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aligndet.data.document import image_size, read_box
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
-from aligndet.files import atomic_write, read_json, safe_name
+from aligndet.files import atomic_write, read_json, safe_name, whole_file
 from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
 
 SCHEMA = pa.schema(
@@ -104,6 +104,30 @@ class ProposalTable:
         """
         assert self.clusters is not None
         return self.clusters[self.offsets[index] + chosen]
+
+    def only(self, names: Collection[str]) -> ProposalTable:
+        """The proposals of some images.
+
+        Args:
+            names: Of the images; those that have no proposals do not matter.
+        """
+        wanted = set(names)
+        kept = np.array([name in wanted for name in self.file_names], np.bool_)
+        counts = np.diff(self.offsets)
+        boxes = np.repeat(kept, counts)  # (all boxes,)
+        masks = self.masks
+        if masks is not None:
+            lengths = np.diff(masks[1])
+            runs = masks[0][torch.from_numpy(np.repeat(boxes, lengths))]
+            masks = runs, np.cumsum([0, *lengths[boxes]], dtype=np.int64)
+        return ProposalTable(
+            [name for name in self.file_names if name in wanted],
+            self.sizes[kept],
+            self.boxes[boxes],
+            np.cumsum([0, *counts[kept]], dtype=np.int64),
+            masks,
+            None if self.clusters is None else self.clusters[boxes],
+        )
 
     @classmethod
     def of(cls, rows: Iterable[ImageProposals]) -> ProposalTable:
@@ -235,9 +259,8 @@ def write_shard(path: Path, rows: Sequence[ImageProposals]) -> None:
         schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
         columns["mask_side"] = [MASK_SIDE for _ in rows]
         columns["masks"] = [row.masks for row in rows]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
-    atomic_write(path, sink.getvalue().to_pybytes())
+    with whole_file(path) as file:
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
 
 
 def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:

@@ -91,8 +91,9 @@ def draw_sides(
         assert run.model is not None  # sides_of chooses finished runs
         detector, manifest = load_detector(run.model)
         columns[title] = []
-        found = predict_images(detector, pixels, device=resolve_device("auto"), batch_size=1)
-        for (image, scale), prediction in zip(fitted, found, strict=True):
+        shown = zip(pixels, fitted, strict=True)
+        found = predict_images(detector, shown, device=resolve_device("auto"), batch_size=1)
+        for (_, (image, scale)), prediction in found:
             surest = {key: prediction[key][:_SUREST] for key in ("boxes", "labels", "scores")}
             surest["boxes"] = surest["boxes"] * scale
             columns[title].append(to_jpeg(draw_detections(image, surest, manifest["class_names"], score)))
