@@ -193,8 +193,8 @@ class RoIPretraining(Adapter):
             flows: Between the mask heads of the stages.
             max_boxes: Most regions of a stage and batch, all of them assigned to proposals.
             max_masks: Most of them that the mask head learns from.
-            rpn_positives: Show assigned anchors alone to the region proposal network, as the official
-                implementation does; by default it keeps torchvision's balance with background.
+            rpn_positives: Show assigned anchors alone to the region proposal network; by default it keeps
+                torchvision's balance with background.
             needs: ("masks",) if mask heads learn.
         """
         super().__init__()
