@@ -220,3 +220,18 @@ def test_from_images_to_predictions(sample: Path, proposals: Path, tmp_path: Pat
     tuned = aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", init_from=run, **settings)
     output = aligndet.predict(tuned, sample / "val", output=tmp_path / "predictions", score=0.0)
     assert len(list((output / "pictures").glob("*.jpg"))) == 4
+
+
+def test_the_pyramids_statistics_are_the_leads() -> None:
+    backbone = connect(build_composite_backbone("resnet18", fpn_channels=64, fpn_norm="batch")).train()
+    norms = [m for m in backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
+    seen: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda norm, inputs: seen[norm].append(inputs[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        backbone.branches(torch.rand(2, 3, 64, 96))
+    assert norms
+    for norm in norms:
+        assistant, lead = seen[norm]
+        torch.testing.assert_close(norm.running_mean, 0.1 * lead)
+        assert not torch.equal(assistant, lead)

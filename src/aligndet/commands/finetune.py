@@ -239,7 +239,8 @@ def finetune(
             ),
             steps=total,
             checkpoint=checkpoint,
-            sync_batch_norm=batch_norm == "sync",
+            # the pyramid's norms always learn; frozen ones of the trunk are in eval mode
+            sync_batch_norm=batch_norm == "sync" or architecture.get("fpn_norm") == "batch",
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -75,7 +76,8 @@ class CompositeBackbone(Backbone):
     def branches(self, images: Tensor) -> tuple[Branch, ...]:
         """Returns the pyramids of the assistant and of the lead."""
         assistant, lead = self.maps(images)
-        supervised = Branch(self.pyramid(assistant), ASSISTANT_WEIGHT, "assistant_")
+        with _statistics_kept(self.fpn):  # they are the lead's, which predicts alone
+            supervised = Branch(self.pyramid(assistant), ASSISTANT_WEIGHT, "assistant_")
         return supervised, Branch(self.pyramid(lead))
 
     def maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,6 +115,20 @@ class CompositeBackbone(Backbone):
 
     def _channels_first(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self.channels_last else x
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Lets batch norms normalise by the batch, and not count it."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _connection(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -68,7 +68,7 @@ def save_onnx(detector: nn.Module, path: Path) -> float | None:
 
 
 def _share_of_same(detector: nn.Module, path: Path, names: list[str], image: Tensor) -> float:
-    """Of PyTorch's boxes, those that onnxruntime has at the same place, with the same label and score."""
+    """Of the boxes of either, those that the other has at the same place, with the same label and score."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -76,9 +76,9 @@ def _share_of_same(detector: nn.Module, path: Path, names: list[str], image: Ten
     found = {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, values, strict=True)}
     with torch.no_grad():
         expected = detector([image])[0]
-    if not len(expected["boxes"]):
-        return float(not len(found["boxes"]))
+    if not len(expected["boxes"]) or not len(found["boxes"]):
+        return float(len(expected["boxes"]) == len(found["boxes"]))
     same = torch.cdist(expected["boxes"], found["boxes"], p=torch.inf) < 1  # pixel
     same &= expected["labels"][:, None] == found["labels"]
     same &= (expected["scores"][:, None] - found["scores"]).abs() < 1e-3
-    return float(same.any(1).float().mean())
+    return min(float(same.any(dim).float().mean()) for dim in (0, 1))
