@@ -3,10 +3,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
@@ -16,11 +17,16 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _PROCESSES > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+_OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "RAY_ADDRESS", "MLFLOW_TRACKING_URI")
 for variable in list(os.environ):  # tests that start in a job are no part of it
-    if variable.startswith(("SLURM_", "TORCHELASTIC_")):
+    if variable.startswith(("SLURM_", "TORCHELASTIC_", "ALIGNDET_")) or variable in _OF_A_JOB:
         del os.environ[variable]
-settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=500, deadline=None)  # make test-slow
+_SLOW: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}  # a machine may be
+settings.register_profile("quick", max_examples=15, derandomize=True, **_SLOW)
+settings.register_profile("thorough", max_examples=500, **_SLOW)  # make test-slow
 settings.load_profile("quick")
 
 

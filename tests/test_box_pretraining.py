@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from aligndet.box_pretraining import BoxPretraining
+from aligndet.box_pretraining import BoxPretraining, _statistics
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViewDataset, TwoViews
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.finetuning import Finetuning
+from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay
 from aligndet.proposals.storage import read_proposals
 from tests.test_losses import naive_loss
@@ -198,3 +200,63 @@ def test_a_factor_of_zero_freezes_the_trunk() -> None:
     groups = ours.configure_optimizers()["optimizer"].param_groups
     trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for p in detector.parameters()} - {id(p) for p in trunk.parameters()}
+
+
+def test_boxes_of_other_processes_are_negatives_in_each_stage(
+    batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = BoxPredictions(torch.randn(7, 5), torch.full((7,), BACKGROUND))
+    asked: list[tuple[BoxPredictions, ...]] = []
+
+    def elsewhere(*views: BoxPredictions) -> BoxPredictions:
+        asked.append(views)
+        return others
+
+    monkeypatch.setattr("aligndet.box_pretraining.boxes_elsewhere", elsewhere)
+    ours = BoxPretraining(Known(), steps=10, box_weight=0.0)
+    alone = ours.training_step(batch, 0)
+    assert not asked
+    ours.gather_keys = True
+    gathered = ours.training_step(batch, 0)
+    assert len(asked) == 2
+    expected = [online.weight * box_contrastive_loss(online, keys, 0.5, others) for online, keys in asked]
+    torch.testing.assert_close(gathered, torch.stack(expected).sum())
+    assert gathered > alone
+
+
+def test_steps_and_processes_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process draws in its second batch, the second process draws in its first."""
+    ours, drawn = BoxPretraining(Known(), steps=10, seed=3), []
+    for world, rank, step in ((1, 0, 0), (1, 0, 1), (2, 1, 0), (2, 0, 1)):
+        monkeypatch.setattr(BoxPretraining, "trainer", SimpleNamespace(world_size=world))
+        monkeypatch.setattr(BoxPretraining, "global_rank", rank)
+        ours.on_train_batch_start(None, step)
+        drawn.append(torch.rand(1).item())
+    assert drawn[1] == drawn[2]
+    assert len(set(drawn)) == 3
+
+
+def test_what_is_logged_of_the_boxes(batch: list[TwoViews]) -> None:
+    def view(embeddings: Tensor, *ids: int) -> BoxPredictions:
+        return BoxPredictions(embeddings, torch.tensor(ids))
+
+    found = _statistics(batch, view(torch.eye(4), 0, 0, 1, BACKGROUND), view(torch.eye(3), 1, 2, BACKGROUND))
+    assert (found["boxes/assigned"], found["boxes/background"]) == (3, 1)
+    proposals = sum(len(item.online.proposals) for item in batch)
+    assert found["proposals/in_batch"] == proposals
+    assert found["proposals/in_both_views"] == pytest.approx(1 / proposals)
+    apart, one = view(torch.randn(1000, 64), *range(1000)), view(torch.rand(20, 1).expand(20, 8), *range(20))
+    assert float(_statistics(batch, apart, apart)["embedding_spread"]) == pytest.approx(1, abs=0.01)
+    assert float(_statistics(batch, one, one)["embedding_spread"]) == pytest.approx(0, abs=1e-3)
+
+
+def test_the_trunk_has_a_part_of_the_learning_rate_and_the_pyramid_its_norms() -> None:
+    detector: Any = build_detector("fcos", num_classes=2, trunk="resnet18", fpn_channels=64, fpn_norm="batch")
+    ours = Finetuning(detector, steps=10, trunk_factor=0.1, learning_rate=0.5)
+    groups = ours.configure_optimizers()["optimizer"].param_groups
+    trunk = {id(p) for p in detector.backbone.body.parameters()}
+    rates = {(id(p) in trunk, round(group["lr"], 6)) for group in groups for p in group["params"]}
+    assert rates == {(True, 0.05), (False, 0.5)}
+    norms = [m for m in detector.backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.training and norm.weight.requires_grad for norm in norms)

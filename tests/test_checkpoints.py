@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage
+from aligndet.checkpoints import WeightAverage
+from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
 from aligndet.training import TrainingModule, load_state, steps_done
@@ -76,6 +80,10 @@ def train(
     checkpoint_every: int = 2,
     validated: bool = True,
     devices: int = 1,
+    clip: float | None = None,
+    workers: int | None = 0,
+    patience: int | None = None,
+    ema: float | None = None,
 ) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     fit(
@@ -93,15 +101,15 @@ def train(
         precision="32",
         channels_last=False,
         compile=False,
-        clip=None,
+        clip=clip,
         checkpoint_every=checkpoint_every,
         log_every=1,
         loggers=(),
-        workers=0,
+        workers=workers,
         seed=0,
         validation=ValidationDataset(Items()) if validated else None,
         validate_every=2,
-        callbacks=[BestCheckpoint(output / "checkpoints")] if validated else [],
+        callbacks=_callbacks(output, validated, patience, ema),
     )
 
 
@@ -191,3 +199,73 @@ def test_a_full_gpu_is_told_what_takes_less(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(ValueError, match=r"not enough memory for 1 images.*--accumulate.*allocate 2 GiB"):
         train(Large(), tmp_path, accumulate=2)
     assert "8 steps of 2 images, 4 epochs of 4 images" in capsys.readouterr().out
+
+
+class Scheduled(Counting):
+    """Has the optimizer and schedule of every module, and writes down the rate of each step."""
+
+    configure_optimizers = TrainingModule.configure_optimizers
+
+    def on_train_start(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def scheduled(**killed: int) -> Scheduled:
+    module = Scheduled(**killed)
+    module.optimizer_settings, module.schedule_settings = ("sgd", 1.0, 0.0), ("cosine", 8, 2)
+    return module
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_rate_follows_its_schedule_and_goes_on_where_it_was(accumulate: int, tmp_path: Path) -> None:
+    expected = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6))]
+    train(whole := scheduled(), tmp_path / "whole", accumulate, validated=False)
+    assert whole.rates == pytest.approx(expected)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(scheduled(killed_in_step=5), tmp_path / "run", accumulate, validated=False)
+    train(resumed := scheduled(), tmp_path / "run", accumulate, validated=False)
+    assert resumed.rates == pytest.approx(expected[4:])
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    train(module := Counting(), tmp_path, 2, validated=False, clip=0.25)
+    assert module.weight.item() == pytest.approx(8 * 0.25)
+
+
+def test_the_average_of_the_weights_is_the_result(tmp_path: Path) -> None:
+    train(module := Counting(), tmp_path, 2, validated=False, ema=0.5)
+    average = 1.0
+    for weight in range(2, 9):
+        average = 0.5 * average + 0.5 * weight
+    assert module.weight.item() == pytest.approx(average)
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    train(module := Counting(), tmp_path, 2, patience=1)
+    assert module.validated == [2, 4, 6]
+    load_state(module, tmp_path / "checkpoints" / "best.ckpt")
+    assert module.weight.item() == 4
+
+
+@pytest.mark.parametrize(
+    ("devices", "slurm", "workers"), [(1, False, 8), (4, False, 3), (40, False, 1), (4, True, 8)]
+)
+def test_the_devices_of_a_machine_share_its_cores(
+    devices: int, slurm: bool, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def stop(count: int) -> None:
+        asked.append(count)
+        raise InterruptedError
+
+    monkeypatch.setattr("aligndet.trainer.cores", lambda: 16)
+    monkeypatch.setattr("aligndet.trainer.worker_settings", stop)
+    monkeypatch.setattr("aligndet.trainer._trainer", lambda **_: SimpleNamespace(global_rank=0))
+    monkeypatch.setattr("aligndet.trainer.environment", lambda: SLURMEnvironment() if slurm else None)
+    with pytest.raises(InterruptedError):
+        train(Counting(), tmp_path, 1, validated=False, devices=devices, workers=None)
+    assert asked == [workers]

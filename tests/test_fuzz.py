@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -109,7 +109,7 @@ def adapter(request: pytest.FixtureRequest) -> Any:
 
 
 @given(batch=st.lists(rows(3), min_size=1, max_size=2), seed=st.integers(0, 2**31))
-@settings(max_examples=settings().max_examples // 3, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=settings().max_examples // 3)
 def test_adapters_and_loss(adapter: Any, batch: list[ImageProposals], seed: int) -> None:
     torch.manual_seed(seed)
     images = [torch.rand(3, max(32, row.height), max(32, row.width)) for row in batch]

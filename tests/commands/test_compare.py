@@ -285,3 +285,32 @@ def test_query_based_detectors_get_clusters_and_the_same_queries(
     manifests = [json.loads(path.read_text()) for path in output.glob("cells/*/model/manifest.json")]
     assert len(manifests) == 2
     assert all(manifest["architecture"]["options"] == options for manifest in manifests)
+
+
+@pytest.mark.parametrize(
+    ("arm", "weights"),
+    [
+        ("aligndet", {}),
+        ("boxes-only", {"contrast_weight": 0.0}),
+        ("contrast-only", {"box_weight": 0.0}),
+        ("trunk-only", {}),
+    ],
+)
+def test_what_an_arm_is_pretrained_with_and_takes(
+    arm: str, weights: Any, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any, output: Path, **settings: Any) -> None:
+        output.parent.mkdir(parents=True)
+        output.write_text(json.dumps({"AP": 0.5}))
+
+    pretrained, tuned = create_autospec(pretrain), create_autospec(finetune)
+    monkeypatch.setattr(module, "pretrain", pretrained)
+    monkeypatch.setattr(module, "finetune", tuned)
+    monkeypatch.setattr(module, "evaluate", measure)
+    pretraining = {**SMALL["pretraining"], "train_trunk": arm == "trunk-only"}
+    changes: dict[str, Any] = {"arms": (arm,), "fractions": (1.0,), "pretraining": pretraining}
+    _compare(sample, proposals, tmp_path / "out", **changes)
+    given, taken = pretrained.call_args.kwargs, tuned.call_args.kwargs
+    assert {name: value for name, value in given.items() if name.endswith("_weight")} == weights
+    assert taken["init_from"] == given["output"]
+    assert taken["init"] == (("trunk",) if arm == "trunk-only" else ("trunk", "neck", "rpn", "head"))

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import supervision as sv
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import aligndet
+from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.files import locked
 from aligndet.proposals.storage import read_shard, write_shard
+from aligndet.trainer import fit
 
 SMALL: dict[str, Any] = {
     "trunk": "resnet18",
@@ -444,3 +447,105 @@ def test_weights_that_run_code_are_refused(tmp_path: Path, sample: Path, proposa
             **{**SMALL, "trunk_weights": str(tmp_path / "bomb.pth")},
         )
     assert not (tmp_path / "exploded").exists()
+
+
+def asked_of(command: Any, monkeypatch: pytest.MonkeyPatch, *inputs: Path, **settings: Any) -> Any:
+    """The module, data and settings that a command trains with; no training."""
+    trained = create_autospec(fit, return_value=False)
+    monkeypatch.setattr(f"aligndet.commands.{command.__name__}.fit", trained)
+    command(*inputs, trunk="resnet18", trunk_weights="none", **settings)
+    return *trained.call_args.args, trained.call_args.kwargs
+
+
+def recipe_of(module: Any) -> tuple[str, float, float]:
+    optimizer = module.configure_optimizers()["optimizer"]
+    rates = {group["initial_lr"] for group in optimizer.param_groups}
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    return type(optimizer).__name__, max(rates), max(decays)
+
+
+DETR: dict[str, Any] = {"detector": "detr", "options": {"num_queries": 10}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "clip"),
+    [
+        ({}, ("AdamW", 5e-4, 0.05), 10.0),
+        ({"optimizer": "sgd"}, ("SGD", 1e-2, 1e-4), 10.0),
+        ({**DETR, "options": {"objectness": True}}, ("AdamW", 1e-4, 1e-4), 0.1),
+        ({"learning_rate": 0.3, "weight_decay": 0.2, "clip": None}, ("AdamW", 0.3, 0.2), None),
+    ],
+)
+def test_the_recipe_of_pretraining(
+    settings: Any,
+    expected: Any,
+    clip: Any,
+    sample: Path,
+    proposals: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = {"epochs": 3, "batch_size": 2, "accumulate": 2}
+    given = {"proposals": proposals, "output": tmp_path / "run", **size, **settings}
+    module, _, asked = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
+    assert recipe_of(module) == pytest.approx(expected)
+    assert (asked["steps"], asked["clip"]) == (9, clip)
+    group = module.configure_optimizers()["optimizer"].param_groups[0]
+    assert group["lr"] / group["initial_lr"] == pytest.approx(1 / 3)  # 2 steps of warm-up, a quarter of all
+
+
+@pytest.mark.parametrize(
+    ("settings", "pretrained", "expected", "steps"),
+    [
+        ({}, False, ("AdamW", 1e-3, 0.05), 96_000),
+        ({}, True, ("AdamW", 1.5e-3, 0.025), 96_000),
+        ({"init": ("trunk", "neck")}, True, ("AdamW", 1e-3, 0.05), 96_000),
+        ({"optimizer": "sgd", "schedule": "50e"}, True, ("SGD", 1.5e-2, 5e-5), 300),
+        (DETR, False, ("AdamW", 1e-4, 1e-4), 96_000),
+    ],
+)
+def test_the_recipe_of_fine_tuning(
+    settings: Any,
+    pretrained: bool,
+    expected: Any,
+    steps: int,
+    run: Path,
+    sample: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"output": tmp_path / "tuned", "batch_size": 2, "init_from": run if pretrained else None}
+    given |= settings
+    module, data, asked = asked_of(aligndet.finetune, monkeypatch, sample / "train.json", **given)
+    assert recipe_of(module) == pytest.approx(expected)
+    assert asked["steps"] == steps
+    # the loader resizes, as the detector does where it predicts
+    is_query = "detector" in settings
+    detector = module.detector
+    assert (not detector.resize_in_training) if is_query else detector.transform._skip_resize
+    assert data.augment.transforms[0].transforms[0].antialias == is_query
+
+
+def test_what_is_asked_for_reaches_the_algorithm(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"temperature": 0.1, "decay": 0.9, "contrast_weight": 2.0, "box_weight": 0.5, "seed": 7}
+    settings |= {"gather_keys": True, "train_trunk": True}
+    given = {"proposals": proposals, "output": tmp_path / "run", **settings}
+    module, _, _ = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
+    assert {name: getattr(module, name) for name in settings} == settings
+
+
+def test_the_best_weights_are_the_result(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter((0.3, 0.5, 0.4))
+    monkeypatch.setattr(CocoEvaluator, "compute", lambda _: CocoResult({"AP": next(figures)}, {}, 4))
+    settings = {**SMALL, "val_annotations": sample / "val.json", "validate_every": 1}
+    tuned = aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", **settings)
+    model, same = load_file(tuned / "model" / "model.safetensors"), {}
+    for name in ("best", "last"):
+        found = torch.load(tuned / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        state = found["state_dict"]
+        same[found["global_step"]] = all(torch.equal(v, state[f"detector.{k}"]) for k, v in model.items())
+    assert same == {2: True, 3: False}

@@ -18,6 +18,7 @@ from aligndet import cli
 from aligndet.detectors.backbones import build_trunk
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
+from tests.commands.test_flow import asked_of, recipe_of
 
 SMALL: dict[str, Any] = {
     "trunk": "resnet18",
@@ -151,3 +152,21 @@ def test_without_lightly_there_is_help_and_a_clear_word(
     assert "--method" in capsys.readouterr().out
     assert cli.main(["pretrain-backbone", str(sample / "train"), f"--output={tmp_path / 'x'}"]) == 2
     assert 'pip install "aligndet[backbone]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 0.05 / 2),
+        ({"method": "moco"}, 0.03 / 2),
+        ({"optimizer": "adamw"}, 5e-4 / 2),
+        ({"learning_rate": 0.7}, 0.7),
+    ],
+)
+def test_the_learning_rate_is_that_of_256_images_in_proportion(
+    settings: Any, rate: float, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"output": tmp_path / "run", "batch_size": 64, "accumulate": 2, "epochs": 32, **settings}
+    module, _, asked = asked_of(aligndet.pretrain_backbone, monkeypatch, sample / "train", **given)
+    assert recipe_of(module)[1:] == pytest.approx((rate, 1e-4))
+    assert asked["steps"] == 3  # 32 passes over twelve images

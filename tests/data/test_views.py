@@ -332,3 +332,38 @@ def test_clusters_go_with_their_proposals(tmp_path: Path, top: bool) -> None:
         found = view.proposals.numpy() / width
         straight, mirrored = np.abs(found[:, 0] - left).max(), np.abs(found[:, 0] - (1 - right)).max()
         assert min(straight, mirrored) < 0.02
+
+
+def test_each_view_has_colours_of_its_own(tmp_path: Path) -> None:
+    views = TwoViewDataset(tmp_path, table(tmp_path), min_size=(60, 60), max_size=90)  # not resized
+    image, changed, alike = read_image(tmp_path / "a.png"), 0, 0
+    for seed in range(20):
+        online, momentum = (view.image for view in views[0, seed][:2])
+        for found in (online, momentum):
+            changed += not any(torch.equal(found, one) for one in (image, image.flip(2)))
+        alike += any(torch.equal(online, one) for one in (momentum, momentum.flip(2)))
+    assert 28 <= changed < 40  # a ninth keeps its colours
+    assert alike <= 5
+
+
+def test_a_random_subset_of_proposals_is_drawn_anew_each_time(tmp_path: Path) -> None:
+    known = replace(table(tmp_path), clusters=np.arange(60))  # the number of each box
+    views = TwoViewDataset(tmp_path, known, min_size=(64, 64), max_size=96, max_proposals=12)
+    drawn = [frozenset(views[0, seed].online.clusters.tolist()) for seed in range(12)]  # type: ignore[union-attr]
+    assert len(set(drawn)) == 12
+    assert frozenset.union(*drawn) == set(range(30))
+
+
+def test_crowds_are_not_trained_on(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": [n, n, 20, 20], "iscrowd": n - 1}
+            for n in (1, 2)
+        ],
+        "categories": [{"id": 1, "name": "bird"}, {"id": 2, "name": "fish"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    data = LabelledDataset(read_labelled(tmp_path / "a.json", tmp_path), min_size=(32, 32), max_size=64)
+    assert data[0, 0].labels.tolist() == [1]

@@ -16,7 +16,13 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.backbones import build_backbone, build_trunk, normalisation, trunk_features
+from aligndet.detectors.backbones import (
+    IMAGENET_MEAN,
+    build_backbone,
+    build_trunk,
+    normalisation,
+    trunk_features,
+)
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.reading import read_tensors
 from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
@@ -150,3 +156,18 @@ def test_bundled_weights_are_those_of_imagenet() -> None:
     image = torch.from_numpy(chelsea()[:, 60:360].copy()).permute(2, 0, 1).float() / 255
     image = interpolate(((image - mean) / std)[None], (224, 224), mode="bilinear", antialias=True)
     assert whole(image).argmax().item() in range(281, 286)  # ImageNet's domestic cats
+
+
+@pytest.mark.parametrize("trunk", ["resnet18", "vit_tiny_patch16_224"])
+def test_images_are_normalised_as_the_trunks(trunk: str) -> None:
+    mean, std = normalisation(trunk)
+    assert (mean == IMAGENET_MEAN) == (trunk == "resnet18")
+    adapter: Any = build_pretrainable("fcos", trunk=trunk, fpn_channels=64)
+    plain: Any = build_detector("fcos", num_classes=2, trunk=trunk, fpn_channels=64)
+    for transform in (adapter.detector.transform, plain.transform):
+        assert (tuple(transform.image_mean), tuple(transform.image_std)) == (mean, std)
+
+
+def test_the_name_of_weights_says_how_their_images_were() -> None:
+    assert normalisation("vit_small_patch16_224.dino")[0] == IMAGENET_MEAN
+    assert normalisation("vit_small_patch16_224")[0] == (0.5, 0.5, 0.5)

@@ -151,3 +151,52 @@ def test_pretraining_weighs_the_stages() -> None:
     adapter.weights = (0.0, 0.0, 0.0)
     silent = adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks).losses
     assert all(value == 0 for name, value in silent.items() if name[-1].isdigit())
+
+
+def test_fine_tuning_weighs_the_stages() -> None:
+    cascade: Any = build_detector(
+        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
+    )
+    cascade.train().backbone.eval()
+    results = []
+    for weights in ((1.0, 1.0, 1.0), cascade.roi_heads.weights):
+        cascade.roi_heads.weights = weights
+        torch.manual_seed(1)
+        results.append(cascade(IMAGES[1:], targets()[1:]))
+    for depth, weight in enumerate((1.0, 0.5, 0.25), 1):
+        for name in (f"loss_classifier_{depth}", f"loss_box_reg_{depth}"):
+            torch.testing.assert_close(results[1][name], weight * results[0][name])
+    precisions = [stage.box_coder.weights for stage in cascade.roi_heads.stages]
+    assert precisions == [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
+
+
+def test_in_training_too_a_stage_starts_where_the_one_before_has_ended() -> None:
+    cascade: Any = build_detector(
+        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
+    )
+    seen: list[Tensor] = []
+    for stage in cascade.roi_heads.stages:  # all regions go beyond the right edge
+        nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
+        stage.box_predictor.bbox_pred.bias.data = torch.tensor([1e4, 0.0, 0.0, 0.0])
+    pool = cascade.roi_heads.stages[0].box_roi_pool
+    pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1][0]))
+    cascade.train()(IMAGES[1:], targets()[1:])
+    assert (seen[0][:, 0] < 128).sum() > 10
+    for regions in seen[1:]:
+        moved = (regions != OBJECTS[0]).any(1)  # but the object that is added to them
+        assert moved.any()
+        assert (regions[moved][:, 0] == 128).all()
+
+
+def test_classes_are_the_mean_over_all_stages() -> None:
+    cascade: Any = build_detector(
+        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
+    )
+    chances = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.1, 0.2, 0.6, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    for stage, chance in zip(cascade.roi_heads.stages, chances, strict=True):
+        nn.init.zeros_(stage.box_predictor.cls_score.weight)
+        stage.box_predictor.cls_score.bias.data = chance.log()
+    with torch.inference_mode():
+        found = cascade.eval()(IMAGES[1:])[0]
+    assert set(found["labels"].tolist()) == {1, 2, 3}
+    torch.testing.assert_close(found["scores"], chances.mean(0)[found["labels"]])

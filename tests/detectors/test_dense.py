@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet, retinanet_resnet50_fpn_v2
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
@@ -172,3 +172,17 @@ def test_boxes_are_computed_for_losses_alone(detector: str) -> None:
     assert len(calls) == 1
     assert not output.losses
     assert len(output.stages[0].embeddings)
+
+
+def test_what_differs_from_torchvisions_own() -> None:
+    """The head of its second RetinaNet; FCOS's distances start within a level, and low scores are kept."""
+    theirs: Any = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=4)
+    ours: Any = build_detector("retinanet", num_classes=3, trunk="resnet18")
+    ours.head.load_state_dict(theirs.head.state_dict(), strict=True)
+    adapter: Any = build_pretrainable("retinanet", trunk="resnet18", fpn_channels=64)
+    for model in (theirs, ours, adapter.detector):
+        assert model.head.regression_head._loss_type == "giou"
+    fcos: Any = build_pretrainable("fcos", trunk="resnet18", fpn_channels=64)
+    assert (fcos.detector.head.regression_head.bbox_reg.bias == 4.0).all()
+    plain: Any = build_detector("fcos", num_classes=3, trunk="resnet18", fpn_channels=64)
+    assert plain.score_thresh == 0.05

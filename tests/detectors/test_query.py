@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from aligndet.boxes import BACKGROUND
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
@@ -309,3 +310,42 @@ def test_without_gradient_predicts_the_same_and_has_no_losses(name: str) -> None
         assert torch.equal(ours.proposal_ids, theirs.proposal_ids)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings)
     assert adapter(IMAGES, proposals).losses
+
+
+def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:
+    """A detector that is sure of one class finds this class, and loses least where it is the label."""
+    few = {"num_queries": 6, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+    detector: Any = build_detector("detr", num_classes=3, trunk="resnet18", fpn_channels=32, options=few)
+    detector.min_size, detector.max_size = 96, 128
+    bias, losses = detector.network.class_labels_classifier.bias.data, []
+    for sure in (1, 2, 3):
+        bias.copy_(torch.full((4,), -20.0))[sure - 1] = 20.0
+        with torch.inference_mode():
+            assert set(detector.eval()(IMAGES[:1])[0]["labels"].tolist()) == {sure}
+        targets = [[{"boxes": boxes(1), "labels": torch.tensor([label])}] for label in (1, 2, 3)]
+        losses.append([float(detector.train()(IMAGES[:1], target)["ce"]) for target in targets])
+    assert torch.tensor(losses).argmin(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_embeddings_of_a_layer_go_with_what_it_predicts(name: str) -> None:
+    adapter = build(name, objectness=True)
+    states: list[torch.Tensor] = []
+    adapter.projection_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    layers: list[torch.Tensor] = []
+    matched = adapter._proposal_ids
+
+    def watched(layer: Any, labels: Any) -> torch.Tensor:
+        layers.append(layer["logits"])
+        return matched(layer, labels)
+
+    adapter._proposal_ids = watched
+    adapter(IMAGES, [boxes(3), boxes(2)])
+    parts = dict(adapter.detector.network.named_modules())
+    head = parts[
+        next(n for n in ("class_labels_classifier", "class_embed", "model.decoder.class_embed") if n in parts)
+    ]
+    heads = list(head) if isinstance(head, nn.ModuleList) else [head] * 3
+    for layer, state, logits in zip(heads, states[0].unflatten(0, (3, 2, 12)), layers, strict=True):
+        torch.testing.assert_close(layer(state), logits)
+    assert not torch.allclose(layers[0], layers[-1])
