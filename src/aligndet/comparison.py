@@ -169,7 +169,7 @@ def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
 def summarise(
     figures: Mapping[Cell, float],
     labels: Mapping[float, int],
-    searched: Mapping[Cell, Sequence[float]] | None = None,
+    searched: Mapping[Cell, Sequence[float] | None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each arm, number of labels and budget.
 
@@ -199,12 +199,10 @@ def summarise(
         }
         baseline = groups.get((fraction, steps, BASELINE), {})
         both = [key for key in values if key in baseline]
-        alike = [
-            key
-            for key in both
-            if choice.get(Cell(fraction, steps, *key, arm))
-            == choice.get(Cell(fraction, steps, *key, BASELINE))
-        ]
+        lists = {
+            key: [choice.get(Cell(fraction, steps, *key, name)) for name in (arm, BASELINE)] for key in both
+        }
+        alike = [key for key, (ours, theirs) in lists.items() if ours == theirs or None in (ours, theirs)]
         differences = [values[key] - baseline[key] for key in alike]
         if len(alike) < len(both):
             row["unlike"] = len(both) - len(alike)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 
 from aligndet.commands import _cells as module
@@ -19,6 +20,7 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.data.formats import read_labelled
 from aligndet.proposals.clusters import clusters_file
+from aligndet.proposals.storage import ImageProposals, write_shard
 from aligndet.reporting.runs import read_folders
 
 RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}
@@ -159,15 +161,20 @@ def test_arms_differ_in_their_start_alone(
 
 @pytest.mark.parametrize("folder", [".", "train", "val"])
 def test_what_is_measured_is_not_learnt_from(
-    folder: str, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "linked").symlink_to(sample)  # the same images under another name
+    unlabelled = tmp_path / "linked" / folder
+    proposals, boxes = tmp_path / "part-00000.parquet", np.ones((1, 4), np.float32)
+    images = [str(path.relative_to(unlabelled)) for path in sorted(unlabelled.rglob("*.jpg"))]
+    write_shard(proposals, [ImageProposals(name, 9, 9, boxes) for name in images])
     pretrained = create_autospec(pretrain)
     monkeypatch.setattr(module, "pretrain", pretrained)
     monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
     monkeypatch.setattr(
         module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
     )
-    changes = {"unlabelled": sample / folder, "fractions": (1.0,), "arms": ("aligndet",)}
+    changes = {"unlabelled": unlabelled, "fractions": (1.0,), "arms": ("aligndet",)}
     if folder == "val":
         with pytest.raises(ValueError, match="all of its images are measured on"):
             _compare(sample, proposals, tmp_path / "out", **changes)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aligndet.data.coco import Category, CocoDetection, image_files
+from aligndet.data.coco import Category, CocoDataset, CocoDetection, image_files
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.data.rle import encode
@@ -180,13 +180,19 @@ def test_the_folder_is_looked_for_beside_the_json(tmp_path: Path) -> None:
     assert read_labelled(path).folder == tmp_path  # names that begin with the folder
 
 
+def files(data: CocoDataset) -> set[str]:
+    return set(image_files(data.folder, data.file_names))
+
+
 def test_images_of_two_sets_can_be_compared(tmp_path: Path) -> None:
     data = read_labelled(write(tmp_path))
     one = replace(data, file_names=data.file_names[1:])
-    assert len(image_files(data) & image_files(one)) == 1
+    assert len(files(data) & files(one)) == 1
     moved = replace(one, folder=tmp_path, file_names=[f"train/../train/{one.file_names[0]}"])
-    assert len(image_files(data) & image_files(moved)) == 1
-    assert not image_files(data) & image_files(replace(one, folder=tmp_path))
+    assert len(files(data) & files(moved)) == 1
+    assert not files(data) & files(replace(one, folder=tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    assert files(replace(one, folder=tmp_path / "link")) == files(one)
 
 
 def test_what_is_no_coco_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,27 +198,30 @@ def test_every_layer_of_d_fine_learns_from_its_own_predictions() -> None:
         *(lqe.reg_conf.layers[-1] for lqe in network.model.decoder.lqe_layers),
     ):
         assert layer.weight.grad.abs().sum() > 0
+    pickle.dumps(detector)
     recorded: dict[str, Any] = {}
 
     def loss(*call: Any, **others: Any) -> tuple[torch.Tensor, dict[str, Any], None]:
         recorded.update(classes=call[5], boxes=call[6], **others)
         return call[0].sum(), {}, None
 
-    network.loss_function = with_first_prediction(loss)
+    network.loss_function = partial(with_first_prediction, loss)
     labels = [{"boxes": torch.rand(2, 4) * 0.2 + 0.3, "class_labels": torch.tensor([0, 1])}] * 2
     outputs = detector.run(IMAGES, labels)
     assert recorded["classes"].shape[1] == recorded["predicted_corners"].shape[1] == 3
     torch.testing.assert_close(recorded["boxes"], outputs.intermediate_reference_points[:, 1:])
-    assert set(outputs.loss_dict) == {"loss_vfl_pre", "loss_bbox_pre", "loss_giou_pre"}
+    kinds = ("loss_vfl", "loss_bbox", "loss_giou")
+    assert set(outputs.loss_dict) == {f"{kind}{of}_pre" for kind in kinds for of in ("", "_dn_0")}
 
 
-def test_square_batches_have_the_size_drawn_for_their_first_image() -> None:
+def test_square_batches_have_the_size_drawn_for_their_squarest_image() -> None:
     few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
     detector: Any = build_detector(
         "rt_detr_v2", num_classes=2, trunk="resnet18", fpn_channels=32, resize_in_training=False, options=few
     ).train()
-    pixels, _ = detector._batch([torch.rand(3, 96, 130), torch.rand(3, 160, 128)])
-    assert pixels.shape == (2, 3, 96, 96)
+    sides = ((32, 160), (128, 96), (160, 120), (160, 240))  # the first is bounded, the second was drawn
+    pixels, _ = detector._batch([torch.rand(3, *side) for side in sides])
+    assert pixels.shape == (4, 3, 96, 96)
 
 
 @pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", pytest.param("rt_detr", marks=pytest.mark.slow)])

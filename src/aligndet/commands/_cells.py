@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, summarise
-from aligndet.data.sources import ImageSource
+from aligndet.data.coco import image_files
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.proposals.clusters import clusters_file
+from aligndet.proposals.storage import read_proposals
 
 ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
     BASELINE: None,
@@ -167,10 +167,11 @@ class Bench:
         folder = self.output / "pretrained" / f"{kind}_seed{cell.seed}"
         with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
             if not (folder / "pretrained" / "manifest.json").is_file():
+                proposals = self._proposed()
                 pretrain(
                     self.unlabelled,
-                    proposals=self._proposed(),
-                    names=self._unseen(),
+                    proposals=proposals,
+                    names=self._unseen(proposals),
                     output=folder,
                     seed=cell.seed,
                     resume=folder.is_dir(),
@@ -178,13 +179,11 @@ class Bench:
                 )
         return folder
 
-    def _unseen(self) -> Path | None:
+    def _unseen(self, proposals: Path) -> Path | None:
         """A list of the images for pre-training without those that cells are measured on, if it has any."""
-        source = ImageSource(self.unlabelled)
-        if not source.is_local:
-            return None
-        folder, names = self.unlabelled.resolve(), source.names()
-        kept = [name for name in names if os.path.normpath(f"{folder}/{name}") not in self.measured]
+        names = read_proposals(proposals).file_names
+        files = zip(names, image_files(self.unlabelled, names), strict=True)
+        kept = [name for name, file in files if file not in self.measured]
         if len(kept) == len(names):
             return None
         if not kept:
@@ -192,7 +191,7 @@ class Bench:
                 f"{self.unlabelled}: all of its images are measured on; give others --unlabelled"
             )
         print(f"{len(names) - len(kept)} validation images are left out of pre-training")
-        path = self.output / "unlabelled.txt"
+        path = (self.output / "unlabelled.txt").resolve()
         atomic_write(path, "\n".join(kept) + "\n")
         return path
 
@@ -238,7 +237,7 @@ class Bench:
         rows = summarise(
             {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
             {entry["fraction"]: entry["labels"] for entry in entries},
-            {_cell(entry): entry.get("searched", [entry["learning_rate"]]) for entry in entries},
+            {_cell(entry): entry.get("searched") for entry in entries},
         )
         table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
         atomic_write(self.output / "table.md", table)
@@ -254,7 +253,8 @@ class Bench:
 
 
 def _cell(entry: dict[str, Any]) -> Cell:
-    return Cell(*(entry[field.name] for field in fields(Cell)))
+    cell = Cell(*(entry[field.name] for field in fields(Cell)))
+    return cell if cell.fraction < 1 else replace(cell, fold=0)  # all labels are the same in every fold
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

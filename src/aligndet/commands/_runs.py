@@ -77,8 +77,10 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 " or another output"
             )
         if first:
-            for path in output.rglob(".*.partial*"):  # of a write that was killed
-                path.unlink()
+            for folder in ("", "checkpoints", "pretrained", "model", "trunk"):
+                for path in (output / folder).glob(".*.partial*"):  # of a write that was killed
+                    if path.is_file():
+                        path.unlink(missing_ok=True)
             # the record first: a folder without it is taken for somebody else's
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
             atomic_write(output / "README.txt", explanation)

@@ -120,7 +120,8 @@ def compare(
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
     held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
-    if seen := len(image_files(coco) & image_files(held_out)):
+    measured = frozenset(image_files(held_out.folder, held_out.file_names))
+    if seen := len(measured.intersection(image_files(coco.folder, coco.file_names))):
         print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
     benches = []
     for detector, (model, before, after) in stages.items():
@@ -130,7 +131,7 @@ def compare(
             document=labels.content,
             images=labels.folder,
             validation=(val_annotations, val_images),
-            measured=image_files(held_out),
+            measured=measured,
             unlabelled=unlabelled or labels.folder,
             proposals=proposals or output / "proposals",
             locks=output / ".locks",

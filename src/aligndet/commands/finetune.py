@@ -134,8 +134,9 @@ def finetune(
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes, those of the
-            pyramid too (the paper's choice; without GPUs the same as "trained").
+        batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes (the paper's
+            choice; without GPUs the same as "trained"). Those of a pyramid are trained, unless with "trained"
+            over all processes.
             Query-based detectors have frozen ones.
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
@@ -208,7 +209,8 @@ def finetune(
                 categories=coco.categories,
                 masks=masks,
             )
-            if seen := len(image_files(coco) & image_files(held_out)):
+            files = (image_files(part.folder, part.file_names) for part in (coco, held_out))
+            if seen := len(set.intersection(*map(set, files))):
                 print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
@@ -240,7 +242,8 @@ def finetune(
             steps=total,
             checkpoint=checkpoint,
             # the pyramid's norms always learn; frozen ones of the trunk are in eval mode
-            sync_batch_norm=batch_norm == "sync" or architecture.get("fpn_norm") == "batch",
+            sync_batch_norm=batch_norm == "sync"
+            or (batch_norm == "frozen" and architecture.get("fpn_norm") == "batch"),
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),

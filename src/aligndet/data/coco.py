@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,14 +148,16 @@ def build_dataset(
     )
 
 
-def image_files(coco: CocoDataset) -> frozenset[str]:
-    """The files of a data set's images, by which two of them can be compared.
+def image_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """The files that names of images stand for, by which two data sets can be compared.
 
     Args:
-        coco: The data set.
+        folder: That the names are relative to; links to folders are followed.
+        names: Of the images.
     """
-    folder = coco.folder.resolve()
-    return frozenset(os.path.normpath(f"{folder}/{name}") for name in coco.file_names)
+    real = cache(os.path.realpath)
+    paths = (os.path.split(f"{folder}/{name}") for name in names)
+    return [f"{real(parent)}/{name}" for parent, name in paths]
 
 
 class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):

@@ -18,7 +18,7 @@ from aligndet.files import safe_name, whole_file
 
 _SCHEMA = pa.schema([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
-_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated")
+_VERSIONS = ("ETag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "updated")
 
 Members = dict[str, tuple[int, int]]
 """First byte and number of bytes of the images in a tar, by name."""
@@ -144,8 +144,8 @@ def update_index(root: str, tar: str) -> None:
     index, address = _index_path(root, tar), f"{root}/{tar}"
     known = patiently(address, lambda: files.info(path))
     # what every way of asking tells, and every copy has: S3 tells more of one file than of a folder's
-    told = next((key for key in _VERSIONS if known.get(key) is not None), "")
-    fingerprint = f"{known.get('size')} {told} {known.get(told)}"
+    told = next((key for key in _VERSIONS if known.get(key) is not None), None)
+    fingerprint = str((known.get("size"), known[told]) if told else sorted(known.items()))
     try:
         if TarIndex(index).fingerprint == fingerprint:
             return

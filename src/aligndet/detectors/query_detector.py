@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -213,8 +214,10 @@ class QueryDetector(nn.Module):
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Resizes, normalises and pads: (B, 3, H, W), and a mask (B, H, W) that is 1 on the images."""
         if self.family.square:
-            # one size for the batch: that drawn for its first image, so that sizes are as frequent as drawn
-            side = self.min_size if self._resizes else min(images[0].shape[-2:])
+            # one size for the batch, that drawn for one image: sizes are as frequent as they were drawn. The
+            # bound of the long side has not made the squarest one smaller
+            shapes = [sorted(image.shape[-2:]) for image in images]
+            side = self.min_size if self._resizes else min(shapes, key=lambda s: round(s[1] / s[0], 1))[0]
             side = self._square_side(side)
             images = [transforms.resize(image, [side, side], antialias=True) for image in images]
         elif self._resizes:
@@ -304,5 +307,5 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
     start_as_authors(family, network)
     if family.predicts_first:
-        network.loss_function = with_first_prediction(network.loss_function)
+        network.loss_function = partial(with_first_prediction, network.loss_function)
     return network

@@ -180,7 +180,17 @@ def is_head(name: str) -> bool:
     return any(part.startswith(begins) for part in name.split("."))
 
 
-def with_first_prediction(loss: Callable[..., Any]) -> Callable[..., Any]:
+def with_first_prediction(
+    loss: Callable[..., Any],
+    logits: Tensor,
+    labels: list[dict[str, Tensor]],
+    device: Any,
+    pred_boxes: Tensor,
+    config: Any,
+    outputs_class: Tensor,
+    outputs_coord: Tensor,
+    **others: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]:
     """D-FINE's loss with every layer's prediction beside its own edges.
 
     D-FINE predicts once before its first refinement, so it has one prediction more than edges' distributions.
@@ -189,31 +199,23 @@ def with_first_prediction(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         loss: transformers' ``DFineForObjectDetectionLoss``.
+        logits: This and all others as it has them.
 
     Returns:
-        One that is called alike. The first prediction learns classes and boxes (``loss_vfl_pre``, ...).
+        Its results, and losses of the first prediction's classes and boxes among them (``loss_vfl_pre``).
     """
-
-    def aligned(
-        logits: Tensor,
-        labels: list[dict[str, Tensor]],
-        device: Any,
-        pred_boxes: Tensor,
-        config: Any,
-        outputs_class: Tensor,
-        outputs_coord: Tensor,
-        **others: Any,
-    ) -> tuple[Tensor, dict[str, Tensor], Any]:
-        more = outputs_class.shape[1] - others["predicted_corners"].shape[1]  # none in eval mode
-        layers = outputs_class[:, more:], outputs_coord[:, more:]
-        total, losses, auxiliary = loss(logits, labels, device, pred_boxes, config, *layers, **others)
-        if not more:
-            return total, losses, auxiliary
-        noisy = others.get("denoising_meta_values")
-        start = 0 if noisy is None else noisy["dn_num_split"][0]
-        first = {"logits": outputs_class[:, 0, start:], "pred_boxes": outputs_coord[:, 0, start:].clamp(0, 1)}
-        criterion = from_transformers("loss.loss_d_fine.DFineLoss")(config).to(device)
-        own = {f"{name}_pre": value for name, value in criterion(first, labels).items()}
-        return total + torch.stack(list(own.values())).sum(), {**losses, **own}, auxiliary
-
-    return aligned
+    more = outputs_class.shape[1] - others["predicted_corners"].shape[1]  # none in eval mode
+    layers = outputs_class[:, more:], outputs_coord[:, more:]
+    total, losses, auxiliary = loss(logits, labels, device, pred_boxes, config, *layers, **others)
+    if not more:
+        return total, losses, auxiliary
+    first: dict[str, Any] = {"logits": outputs_class[:, 0], "pred_boxes": outputs_coord[:, 0].clamp(0, 1)}
+    noisy = others.get("denoising_meta_values")
+    if noisy is not None:
+        parts = {name: value.split(noisy["dn_num_split"], dim=1) for name, value in first.items()}
+        first = {name: value for name, (_, value) in parts.items()}
+        first["dn_auxiliary_outputs"] = [{name: value for name, (value, _) in parts.items()}]
+        first["denoising_meta_values"] = noisy
+    criterion = from_transformers("loss.loss_d_fine.DFineLoss")(config).to(device)
+    own = {f"{name}_pre": value for name, value in criterion(first, labels).items()}
+    return total + torch.stack(list(own.values())).sum(), {**losses, **own}, auxiliary
