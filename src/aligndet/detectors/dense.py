@@ -175,11 +175,7 @@ class FcosPretraining(_DensePretraining):
     ) -> None:
         super().__init__()
         head = _FcosHead(backbone.out_channels, 1, embedding_dim, max_boxes)
-        # A rectifier ends torchvision's box branch, which starts at distances around 0: there it passes no
-        # gradient for half of them, and a few large steps silence it for good. Objects of a level lie 4 to 8
-        # strides away.
-        nn.init.constant_(head.regression_head.bbox_reg.bias, 4.0)
-        self.detector = FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
+        self.detector = _at_objects(FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform))
 
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FCOS:
@@ -187,7 +183,17 @@ class FcosPretraining(_DensePretraining):
         torchvision's way.
         """
         # torchvision reports boxes above 0.2 only, fit for pictures; average precision wants the tail as well
-        return FCOS(backbone, num_classes, **{"score_thresh": 0.05, **transform})
+        return _at_objects(FCOS(backbone, num_classes, **{"score_thresh": 0.05, **transform}))
+
+
+def _at_objects(detector: FCOS) -> FCOS:
+    """Starts the box branch at 4 strides: objects of a level lie 4 to 8 away.
+
+    A rectifier ends torchvision's branch, which starts at distances around 0: there it passes no gradient for
+    half of them, and a few large steps silence it for good. Pre-trained or not, short runs live by it.
+    """
+    nn.init.constant_(detector.head.regression_head.bbox_reg.bias, 4.0)
+    return detector
 
 
 class RetinaNetPretraining(_DensePretraining):
