@@ -97,12 +97,13 @@ def fit(
         ValueError: If a GPU has too little memory; the message says what takes less.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # meant: the frozen trunk, --workers 0, runs without validation
+    # meant: the frozen trunk, --workers 0, runs without validation, resumed runs
     expected = (
         "module\\(s\\) in eval mode",
         "does not have many workers",
         "LeafSpec",
         "have no `val_dataloader`",
+        *("dataloader is not resumable", "exists and is not empty"),  # `StepSampler` goes on where it was
     )
     warnings.filterwarnings("ignore", "|".join(f".*{text}" for text in expected))
     validate_every = min(steps, validate_every or max(1, steps // 10))
@@ -196,7 +197,8 @@ def fit(
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # a success to whoever asks for the exit status
         if trainer.is_global_zero:
-            print(f"terminated; the last checkpoint is in {output / 'checkpoints'}")
+            kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
+            print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
         raise SystemExit(128 + signal.SIGTERM) from None
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
@@ -326,10 +328,16 @@ class ValidateLast(Callback):
 class Progress(TQDMProgressBar):
     """A bar over the steps of the run, with the time that is left."""
 
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Names the bar."""
-        super().on_train_epoch_start(trainer, *_)
+    def on_train_start(self, *call: Any) -> None:
+        """Begins where a resumed run does, whose epoch has started already."""
+        super().on_train_start(*call)
+        self.train_progress_bar.reset(int(self.total_train_batches))
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self.train_progress_bar.n = self.train_progress_bar.initial = done
         self.train_progress_bar.set_description("batches")
+
+    def on_train_epoch_start(self, *call: Any) -> None:
+        """Has named the bar."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Leaves the number of a logger's version out."""

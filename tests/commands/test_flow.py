@@ -549,3 +549,13 @@ def test_the_best_weights_are_the_result(
         state = found["state_dict"]
         same[found["global_step"]] = all(torch.equal(v, state[f"detector.{k}"]) for k, v in model.items())
     assert same == {2: True, 3: False}
+
+
+def test_labels_without_an_object_are_refused(sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    for objects in ([], [{**a, "iscrowd": 1} for a in document["annotations"]]):
+        (tmp_path / "none.json").write_text(json.dumps({**document, "annotations": objects}))
+        with pytest.raises(ValueError, match=r"none\.json: has no object"):
+            aligndet.finetune(
+                tmp_path / "none.json", images=sample / "train", output=tmp_path / "tuned", **SMALL
+            )

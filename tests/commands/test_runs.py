@@ -38,3 +38,26 @@ def test_what_a_killed_write_has_left_goes(tmp_path: Path) -> None:
         left.touch()
     with run_folder(_settings(tmp_path, resume=True), "a run"):
         assert not left.exists()
+
+
+def test_a_run_that_has_failed_at_its_start_does_not_keep_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first"), run_folder(_settings(tmp_path, trunk="resnet19"), "a run"):
+        raise ValueError("the first mistake")
+    (tmp_path / "logs").mkdir()
+    with run_folder(_settings(tmp_path, trunk="resnet18"), "a run") as checkpoint:
+        assert checkpoint is None
+        (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="is not empty"), run_folder(_settings(tmp_path), "a run"):
+        pass
+
+
+def test_a_folder_of_images_is_the_same_with_a_slash_behind_it(tmp_path: Path) -> None:
+    with run_folder(_settings(tmp_path, images="data/train"), "a run"):
+        (tmp_path / "checkpoints").mkdir()
+    with run_folder(_settings(tmp_path, images="data/train/", resume=True), "a run"):
+        pass
+    with (
+        pytest.raises(ValueError, match="started with images"),
+        run_folder(_settings(tmp_path, images="s3://data/train", resume=True), "a run"),
+    ):
+        pass

@@ -53,6 +53,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
     with locked(output) if first else nullcontext():
         record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
         used = contents(output)
+        if set(used) <= {record.name, "README.txt", "logs"}:  # it failed before it had anything to keep
+            used = used if not record.is_file() else []
         plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
         if first and used and settings["overwrite"]:
             if not record.is_file():
@@ -84,11 +86,18 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
             # the record first: a folder without it is taken for somebody else's
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
             atomic_write(output / "README.txt", explanation)
-        yield checkpoint if settings["resume"] and checkpoint.is_file() else None
+        going_on = settings["resume"] and checkpoint.is_file()
+        if first and settings["resume"] and not going_on and "checkpoint_every" in settings:
+            print(f"{output}: no checkpoint yet, starts from the beginning")
+        yield checkpoint if going_on else None
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    images = plain.get("images")
+    if images and "://" not in images:  # a folder is the same with a slash behind it
+        plain["images"] = str(Path(images))
+    return plain
 
 
 def steps_of(steps: int | None, otherwise: float) -> int:

@@ -225,7 +225,10 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
         if used := contents(output):
             raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
-        if record.is_file():
+        begun = any(
+            path for name in ("checkpoints", "model", "pretrained") for path in output.glob(f"*/*/{name}")
+        )
+        if record.is_file() and begun:
             before = read_json(record).get("settings", {})
             for name, value in plain.items():
                 if before.get(name) != value:

@@ -39,7 +39,7 @@ def evaluate(
     finds masks.
 
     Args:
-        model: Folder of `aligndet finetune`, or an export.
+        model: Folder of `aligndet finetune`.
         annotations: COCO JSON, PASCAL VOC or YOLO (file or folder), with the classes of the detector.
         images: Folder of the images; by default looked for beside the JSON.
         output: JSON file for the figures, and for what was left out or clipped.

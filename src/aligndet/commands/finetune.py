@@ -184,6 +184,10 @@ def finetune(
             raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
         masks = family_of(kind).masks
         coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
+        if all(crowds.all() for crowds in coco.iscrowd):
+            raise ValueError(
+                f"{annotations}: has no object in any of its {len(coco)} images: nothing to learn"
+            )
         passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
         total = steps_of(steps, SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step)
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}

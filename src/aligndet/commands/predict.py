@@ -101,6 +101,11 @@ Source = tuple[int, Iterator[tuple[Tensor, str]], AbstractContextManager[Callabl
 
 def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:
     folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
+    if output.resolve().is_relative_to(folder.resolve()):  # our own pictures are no photos
+        drawn = f"{output.resolve().relative_to(folder.resolve()).as_posix()}/"
+        files = [name for name in files if not name.startswith(drawn)]
+        if not files:
+            raise ValueError(f"{images}: holds no image but those in {output}")
 
     def read() -> Iterator[tuple[Tensor, str]]:
         for name in files:

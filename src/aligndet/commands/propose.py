@@ -136,7 +136,9 @@ def propose(
     check_engine(engine, ray_address)
     source = ImageSource(images)
     if annotations is not None:
-        source.labelled_folder("--annotations")  # says so before the work
+        read_labelled(
+            annotations, source.labelled_folder("--annotations"), masks=None
+        )  # fails before the work
     file_names = source.names(names)
     parameters: dict[str, Any] = {
         "mode": mode,

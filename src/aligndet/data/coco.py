@@ -126,7 +126,10 @@ def build_dataset(
             warnings.append(f"image {image['file_name']}: not in {folder}")
     if not present:
         reason = f"; the first: {labels.notes[0]}" if labels.notes else ""
-        raise ValueError(f"{annotations}: none of its {len(entries)} images is in {folder}{reason}")
+        raise ValueError(
+            f"{annotations}: none of its {len(entries)} images is in {folder}{reason}; give the folder of the"
+            " images (--images, --val-images)"
+        )
     if warnings and strict:
         raise ValueError(f"{annotations}: {warnings[0]} (and {len(warnings) - 1} more)")
     for note in warnings[:5]:

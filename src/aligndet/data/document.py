@@ -108,6 +108,7 @@ def _guess_folder(annotations: Path, content: dict[str, Any]) -> Path:
         annotations.with_name(stem),
         annotations.with_name("images"),
         annotations.parent.parent / stem,
+        annotations.parent.parent / "images",
     ]
     folders = [*(folder for folder in candidates if folder.is_dir()), annotations.parent]
     some = [image["file_name"] for image in content["images"][:20]]

@@ -281,6 +281,8 @@ def _opened(path: Path | StoredImage) -> Iterator[ImageFile.ImageFile]:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such image") from error
+    except PermissionError as error:
+        raise ImageError(f"{path}: may not be read (no permission)") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         raise ImageError(f"{path}: {_reason(path, error)}") from error
 

@@ -4,7 +4,9 @@ detectors.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,8 @@ def save_detector(folder: Path, detector: nn.Module, manifest: dict[str, Any]) -
     files: dict[str, str] = {}
     if isinstance(detector, QueryDetector):
         files = detector.configuration_files(manifest.get("class_names"))
+    for name in ("config.json", "preprocessor_config.json"):  # of what was here before
+        (folder / name).unlink(missing_ok=True)
     for name, text in files.items():
         atomic_write(folder / name, text)
     save_weights(folder, network_of(detector).state_dict(), manifest)
@@ -175,6 +179,8 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         manifest = read_json(folder / "manifest.json")
         state = dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
+        if (weights := folder / "model.safetensors").is_file() and not os.access(weights, os.R_OK):
+            raise PermissionError(errno.EACCES, "may not be read", str(weights)) from error
         raise ValueError(
             f"{folder}: holds no weights (model.safetensors and manifest.json, as `aligndet pretrain`,"
             f" `export` and `finetune` write them): {error}"

@@ -209,6 +209,8 @@ def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
         if masks and "masks" in file.schema_arrow.names:
             schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
         rows = file.read(schema.names).select(schema.names).cast(schema).to_pylist()
+    except PermissionError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again"
