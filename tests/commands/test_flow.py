@@ -298,7 +298,7 @@ def test_an_output_that_is_taken(run: Path, sample: Path, proposals: Path, tmp_p
     with pytest.raises(ValueError, match=r"learning_rate=None, now 0\.1"):
         aligndet.pretrain(sample / "train", **again, learning_rate=0.1, resume=True)
     older = tmp_path / "older"
-    older.mkdir()
+    (older / "checkpoints").mkdir(parents=True)
     record = json.loads((run / "run.json").read_text())
     record["settings"]["lr_decay"] = "step"
     (older / "run.json").write_text(json.dumps(record))

@@ -52,9 +52,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_quickstart_of_other_settings_is_not_mixed_with_this_one(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"settings": {**SMALL, "pretrain_steps": 80}}))
+    (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="pretrain_steps=80, now 1"):
         quickstart(tmp_path, **SMALL)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["run.json"]
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"data", "run.json"}
+    assert not any((tmp_path / "data").iterdir())
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
