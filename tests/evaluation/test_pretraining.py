@@ -63,13 +63,13 @@ def test_features_in_two_dimensions(sample: Path) -> None:
 
 @pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
 def test_centers_are_in_the_image(detector: str) -> None:
-    model: Any = build_detector(detector, num_classes=1, min_size=64, max_size=64, **SMALL).eval()
+    model: Any = build_detector(detector, num_classes=1, min_size=128, max_size=256, **SMALL).eval()
     threshold = getattr(model, "score_thresh", None)
     image = torch.randint(0, 255, (3, 200, 400), dtype=torch.uint8)
     centers = predicted_centers(model, image, count=30, device=CPU)
     assert 5 < len(centers) <= 30
     assert (centers >= 0).all()
-    assert (centers[:, 0] > 64).any()  # pixels of the image, not of what the network saw
+    assert (centers[:, 0] > 256).any()  # pixels of the image, not of what the network saw
     assert (centers <= torch.tensor([400, 200])).all()
     assert getattr(model, "score_thresh", None) == threshold
 

@@ -95,7 +95,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     images = plain.get("images")
-    if images and "://" not in images:  # a folder is the same with a slash behind it
+    if isinstance(images, str) and "://" not in images:  # a folder is the same with a slash behind it
         plain["images"] = str(Path(images))
     return plain
 
