@@ -332,7 +332,7 @@ class Progress(TQDMProgressBar):
         """Begins where a resumed run does, whose epoch has started already."""
         super().on_train_start(*call)
         self.train_progress_bar.reset(int(self.total_train_batches))
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
         self.train_progress_bar.n = self.train_progress_bar.initial = done
         self.train_progress_bar.set_description("batches")
 
