@@ -53,8 +53,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
     with locked(output) if first else nullcontext():
         record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
         used = contents(output)
-        if set(used) <= {record.name, "README.txt", "logs"}:  # it failed before it had anything to keep
-            used = used if not record.is_file() else []
+        if record.is_file() and set(used) <= {record.name, "README.txt", "logs"}:
+            used = []  # it failed before it had anything to keep
         plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
         if first and used and settings["overwrite"]:
             if not record.is_file():
