@@ -75,6 +75,7 @@ def test_config_file_and_override(tmp_path: Path, capsys: pytest.CaptureFixture[
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["train_images"] == 160
     config |= {"train_images": 2, "val_images": 1, "size": 64}
+    config["train-images"] = config.pop("train_images")  # as it is written on the command line
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     cli.run("sample-data", ["--config", str(tmp_path / "config.yaml"), "--train-images=3"])
     assert len(list((tmp_path / "a" / "train").glob("*.jpg"))) == 3
@@ -115,10 +116,25 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         cli.main(["propose", str(tmp_path / "nowhere"), f"--output={tmp_path / 'x'}"])
 
 
-def test_a_config_file_with_an_unknown_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text("train_imagez: 3\n")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train_imagez: 3\n", "'train_imagez' is no option"),
+        ("sample-data:\n  train-imagez: 3\n", "'train_imagez' is no option"),
+        ("train_images: [\n", "no YAML"),
+        ("- 3\n", "holds no options"),
+        ("", "holds no options"),
+    ],
+)
+def test_a_mistake_in_a_config_file_names_the_file(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
     assert cli.main(["sample-data", str(tmp_path / "a"), f"--config={tmp_path / 'config.yaml'}"]) == 2
-    assert "train_imagez" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "config.yaml" in errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("in_training", [False, True])

@@ -12,6 +12,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from aligndet import __version__
@@ -154,7 +155,7 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
             if is_list and equals and not value.startswith("["):
                 value = f"[{value}]"
             if name == "--config" and equals:
-                configs.append(f"--config={section_of(value, function.__name__)}")
+                configs.append(_config(value, function))
                 continue
         elif takes_list and not name.startswith("-"):
             listed.append(name + equals + value)
@@ -162,6 +163,20 @@ def _as_options(function: Any, arguments: Sequence[str]) -> list[str]:
         options.append(name + equals + value)
     # whatever its place on the command line, a file gives way to options
     return [*configs, *([json.dumps(listed)] if listed else []), *options]
+
+
+def _config(source: str, function: Any) -> str:
+    """What a file or a recipe has for a command, as an option that needs no file.
+
+    Raises:
+        ValueError: If the command has no such option.
+    """
+    content, known = section_of(source, function.__name__), signature(function).parameters
+    for name in content:
+        if name.partition(".")[0] not in known:
+            command = function.__name__.replace("_", "-")
+            raise ValueError(f"--config {source}: {name!r} is no option, see aligndet {command} --help")
+    return f"--config={yaml.safe_dump(content, default_flow_style=True, width=10**6)}"
 
 
 def _take_deep(arguments: list[str]) -> dict[tuple[str, ...], Any]:

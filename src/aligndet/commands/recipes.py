@@ -36,7 +36,7 @@ def recipes(*, show: str | None = None) -> str:
     return text
 
 
-def section_of(source: str, command: str) -> str:
+def section_of(source: str, command: str) -> dict[str, Any]:
     """Finds the part of a configuration that is meant for a command.
 
     Args:
@@ -45,30 +45,31 @@ def section_of(source: str, command: str) -> str:
         command: Whose section is taken unless another one is named.
 
     Returns:
-        The section as YAML, or the source as it is, if it is a file without sections.
+        The section, or all of a file without sections; options by the names that functions have.
 
     Raises:
-        ValueError: If there is no such recipe or section.
+        ValueError: If there is no such recipe or section, or the file is no YAML of options.
+        OSError: If the file cannot be read.
     """
     if source.startswith(_PREFIX):
         name, _, section = source.removeprefix(_PREFIX).partition(":")
-        content = _sections(yaml.safe_load(_recipe(name)))
+        content = _by_functions_names(yaml.safe_load(_recipe(name)))
     else:
         name, section = _split(source)
-        content = _sections(_content(Path(name)))
+        content = _content(Path(name))
         if not section and not isinstance(content.get(command), dict):
-            return source  # a file without sections
+            return content
     section = section.replace("-", "_") or command
     if not isinstance(content.get(section), dict):
         raise ValueError(
             f"--config {source}: no section {section!r}; there are: {', '.join(map(str, content))}"
         )
-    return yaml.safe_dump(content[section], default_flow_style=True, width=10**6)
+    return _by_functions_names(content[section])
 
 
-def _sections(content: dict[Any, Any]) -> dict[str, Any]:
-    """Sections by the names that functions have, however commands are written."""
-    return {str(name).replace("-", "_"): section for name, section in content.items()}
+def _by_functions_names(content: dict[Any, Any]) -> dict[str, Any]:
+    """Sections or options, with dashes or underscores, by the names that functions and arguments have."""
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def _texts() -> dict[str, str]:
@@ -95,9 +96,10 @@ def _split(source: str) -> tuple[str, str]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it cannot be read: the parser complains of it."""
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: holds no options (NAME: VALUE, one a line)")
+    return _by_functions_names(content)
