@@ -77,7 +77,7 @@ def train(
     output: Path,
     accumulate: int,
     *,
-    checkpoint_every: int = 2,
+    checkpoint_every: int | None = 2,
     validated: bool = True,
     devices: int = 1,
     clip: float | None = None,
@@ -155,6 +155,12 @@ def test_a_run_that_is_killed_twice_within_a_step_of_several_batches(tmp_path: P
 def test_the_last_step_is_kept(validated: bool, tmp_path: Path) -> None:
     train(Counting(), tmp_path, 2, checkpoint_every=3, validated=validated)
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 8
+
+
+def test_a_short_run_is_kept_every_tenth_of_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Counting(killed_in_step=5), tmp_path, 1, checkpoint_every=None, validated=False)
+    assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 5
 
 
 def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:

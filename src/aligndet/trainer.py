@@ -52,7 +52,7 @@ def fit(
     channels_last: bool,
     compile: bool,
     clip: float | None,
-    checkpoint_every: int,
+    checkpoint_every: int | None,
     log_every: int,
     loggers: Sequence[LoggerName],
     workers: int | None,
@@ -80,7 +80,7 @@ def fit(
         channels_last: Convolutions work on maps whose channels are neighbours in memory.
         compile: Trunk, pyramid and heads go through torch.compile.
         clip: Bound of the gradient norm.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to.
         workers: Loader processes on each device; None: one less than its share of the cores, at most eight.
@@ -109,7 +109,7 @@ def fit(
     validate_every = min(steps, validate_every or max(1, steps // 10))
     last = LastCheckpoint(
         output / "checkpoints",
-        min(checkpoint_every, steps),
+        min(steps, checkpoint_every or min(500, max(1, steps // 10))),
         validate_every if validation is not None else None,
     )
     first = steps_done(checkpoint)

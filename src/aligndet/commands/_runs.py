@@ -23,6 +23,7 @@ _MAY_CHANGE = {
     "accelerator",
     "workers",
     "log_every",
+    "checkpoint_every",
     "loggers",
 }
 

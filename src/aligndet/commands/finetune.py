@@ -84,7 +84,7 @@ def finetune(
     compile: bool = False,
     workers: int | None = None,
     seed: int = 0,
-    checkpoint_every: int = 500,
+    checkpoint_every: int | None = None,
     log_every: int = 10,
     loggers: tuple[LoggerName, ...] = (),
     strict: bool = False,
@@ -150,7 +150,7 @@ def finetune(
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
         workers: Loader processes on each device; by default one less than its share of the cores, up to 8.
         seed: Of new weights, data order and augmentation.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.
         strict: A broken image or box is an error; by default it is skipped, counted and named.

@@ -65,7 +65,7 @@ def pretrain_backbone(
     compile: bool = False,
     workers: int | None = None,
     seed: int = 0,
-    checkpoint_every: int = 500,
+    checkpoint_every: int | None = None,
     log_every: int = 10,
     loggers: tuple[LoggerName, ...] = (),
     strict: bool = False,
@@ -118,7 +118,7 @@ def pretrain_backbone(
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
         workers: Loader processes on each device; by default one less than its share of the cores, up to 8.
         seed: Of weights, data order and augmentation.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.
         strict: A broken image is an error; by default it is skipped, counted and named.
