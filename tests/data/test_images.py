@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch.nn.functional import interpolate
 
 from aligndet.data.images import ImageError, first_readable, list_images, read_image, read_image_size
@@ -157,6 +157,23 @@ def test_list_images_is_recursive_sorted_follows_links_and_leaves_hidden_ones_ou
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
         list_images(tmp_path / "none")
+
+
+def test_images_that_are_not_read_are_named_not_missed(tmp_path: Path) -> None:
+    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
+    picture(20, 20).save(tmp_path / "named.heic", "JPEG")  # as some phones export
+    assert list_images(tmp_path) == ["gone.jpg", "named.heic", "photo.HEIC"]
+    assert read_image(tmp_path / "named.heic").shape == (3, 20, 20)
+    for name, reason in (("photo.HEIC", "this format is not read"), ("gone.jpg", "no such image")):
+        with pytest.raises(ImageError, match=rf"{name}: {reason}"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path: Path) -> None:
+    picture(40, 30).save(tmp_path / "a.avif")
+    assert read_image(tmp_path / "a.avif").shape == (3, 30, 40)
 
 
 def test_a_missing_block_is_not_all_replaced_by_its_neighbour() -> None:

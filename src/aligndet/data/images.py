@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
 
@@ -21,9 +22,15 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+READ = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif"})
+_OTHERS = frozenset({".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
+SUFFIXES = (
+    READ | _OTHERS
+)  # these are images, too, which are missed unless they are skipped, counted and named
 # Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+if find_spec("PIL.AvifImagePlugin"):
+    _FORMATS += ("AVIF",)
 MIN_SIDE = 8
 MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB, one of 16 bits a pixel 2.4 GB
 
@@ -113,7 +120,8 @@ def walk(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             places += [path for name in folders if (path := Path(root, name)).is_symlink()]
             for path in (Path(root, name) for name in files):
-                if is_listed(PurePath(path.name), suffixes) and path.is_file():
+                # a link to nothing is a missing image
+                if is_listed(PurePath(path.name), suffixes) and (path.is_file() or path.is_symlink()):
                     yield path.relative_to(folder).as_posix()
 
 
@@ -137,7 +145,7 @@ def list_images(folder: Path) -> list[str]:
     """
     names = find_files(folder)
     if not names:
-        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(READ))})")
     return names
 
 
@@ -316,6 +324,8 @@ def _reason(path: Path | StoredImage, error: Exception) -> str:
         return "is a folder, not an image"
     if (path.stat().st_size if isinstance(path, Path) else len(path.content)) == 0:
         return "is empty"
+    if PurePath(str(path)).suffix.lower() in _OTHERS:
+        return "this format is not read; save it as JPEG or PNG"
     if isinstance(error, UnidentifiedImageError):
         return "is no image that Pillow knows"
     return f"broken or truncated image ({error})"

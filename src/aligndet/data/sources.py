@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from aligndet.data.addresses import file_system, is_web, path_at, patiently, read_range
-from aligndet.data.images import SUFFIXES, ImageError, StoredImage, find_files, is_listed
+from aligndet.data.images import READ, SUFFIXES, ImageError, StoredImage, find_files, is_listed
 from aligndet.data.tars import tar_index, update_index
 from aligndet.files import safe_name
 
@@ -98,7 +98,7 @@ class ImageSource:
             inside = (f"{tar}/{name}" for tar, names in tars.items() for name in names)
             names = sorted({*found, *inside} - tars.keys())
         if not names:
-            raise ValueError(f"{self}: holds no image ({', '.join(sorted(SUFFIXES))}) and no tar with one")
+            raise ValueError(f"{self}: holds no image ({', '.join(sorted(READ))}) and no tar with one")
         return names
 
     def labelled_folder(self, option: str) -> Path:
