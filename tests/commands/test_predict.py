@@ -157,6 +157,21 @@ def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pyte
         predict(Path("model"), images, output=tmp_path / "new")
 
 
+def test_pictures_of_other_images_are_not_left(images: Path, tmp_path: Path) -> None:
+    output = predict(Path("model"), images, output=tmp_path / "out")
+    predict(Path("model"), images / "b.jpg", output=output, overwrite=True)
+    assert [path.name for path in (output / "pictures").iterdir()] == ["b.jpg"]
+
+
+def test_photos_are_not_drawn_over(images: Path, tmp_path: Path) -> None:
+    photos = images.rename(tmp_path / "pictures")
+    before = (photos / "a.jpg").read_bytes()
+    for source in (photos, photos / "a.jpg"):
+        with pytest.raises(ValueError, match="drawn pictures would replace"):
+            predict(Path("model"), source, output=tmp_path)
+    assert (photos / "a.jpg").read_bytes() == before
+
+
 def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = annotate(images)
     (images / "a.png").write_bytes(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -63,6 +64,8 @@ def predict(
     names: list[str] | None = manifest.get("class_names")
     if not names:
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    if images.resolve().is_relative_to((output / "pictures").resolve()):
+        raise ValueError(f"{output}: drawn pictures would replace {images}; give another output")
     broken: list[str] = []
     total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
@@ -76,6 +79,9 @@ def predict(
     with locked(output):
         if (output / "predictions.json").exists() and not overwrite:
             raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
+        if (output / "predictions.json").exists():
+            (output / "predictions.json").unlink()
+            shutil.rmtree(output / "pictures", ignore_errors=True)  # of other images, maybe
         with pictures as write:
             for (image, name), prediction in tqdm(predictions, total=total, desc="predict", unit="image"):
                 sure = prediction["scores"] >= score
