@@ -84,11 +84,13 @@ def train(
     workers: int | None = 0,
     patience: int | None = None,
     ema: float | None = None,
+    data: str = "8 images",
 ) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     fit(
         module,
         Items(),
+        data=data,
         steps=8,
         checkpoint=checkpoint if checkpoint.is_file() else None,
         output=output,
@@ -161,6 +163,13 @@ def test_a_short_run_is_kept_every_tenth_of_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         train(Counting(killed_in_step=5), tmp_path, 1, checkpoint_every=None, validated=False)
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 5
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Counting(killed_in_step=5), tmp_path, 1)
+    with pytest.raises(ValueError, match="began with 8 images; there are 9 images now"):
+        train(Counting(), tmp_path, 1, data="9 images")
 
 
 def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -90,16 +91,16 @@ def test_an_interactive_session_has_one_device(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("theirs", "message"),
-    [((4, 12), "different steps \\[0, 4\\]"), ((0, 9), "numbers of images \\[9, 12\\]")],
+    [((4, "12 images"), "different steps \\[0, 4\\]"), ((0, "9 images"), "same data, .* has 12 images")],
 )
-def test_processes_start_alike(theirs: tuple[int, int], message: str) -> None:
-    def trainer(*others: tuple[int, int]) -> Any:
+def test_processes_start_alike(theirs: tuple[int, str], message: str) -> None:
+    def trainer(step: int, data: str) -> Any:
         def gather(own: torch.Tensor) -> torch.Tensor:
-            return torch.stack([own, *map(torch.tensor, others)])
+            return torch.stack([own, torch.tensor([step, crc32(data.encode())])])
 
         return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu"), all_gather=gather))
 
-    start = SameStart(Path("run"), step=0, samples=12)
-    start.setup(trainer((0, 12)), None, "fit")  # type: ignore[arg-type]
+    start = SameStart(Path("run"), step=0, data="12 images")
+    start.setup(trainer(0, "12 images"), None, "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        start.setup(trainer(theirs), None, "fit")  # type: ignore[arg-type]
+        start.setup(trainer(*theirs), None, "fit")  # type: ignore[arg-type]

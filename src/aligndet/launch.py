@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -68,35 +71,66 @@ def check_launch(devices: int, nodes: int, strategy: str) -> None:
 
 
 class SameStart(Callback):
-    """Makes sure that all processes go on from the same step with the same data; where machines do not share
-    their folders, they would not.
+    """Makes sure that all processes go on from the same step with the same data, where machines do not share
+    their folders, and a resumed run with the data that it began with.
     """
 
-    def __init__(self, output: Path, step: int, samples: int) -> None:
+    def __init__(self, output: Path, step: int, data: str) -> None:
         """Remembers what has to be the same.
 
         Args:
             output: Folder of the run.
             step: To go on from.
-            samples: Of the data set.
+            data: Of `data_summary`.
         """
-        self.output, self.step, self.samples = output, step, samples
+        self.output, self.step, self.data = output, step, data
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compares, before anything is loaded.
+    def check(self, checkpoint: Path) -> None:
+        """Compares with what the run began with, before weights of other classes are loaded.
+
+        Args:
+            checkpoint: To go on from.
 
         Raises:
-            ValueError: If processes differ.
+            ValueError: If the data has changed.
         """
-        own = torch.tensor([self.step, self.samples], device=trainer.strategy.root_device)
-        steps, samples = trainer.strategy.all_gather(own).view(-1, 2).T.tolist()
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        before = content["callbacks"].get(self.state_key, {}).get("data", self.data)
+        if before != self.data:
+            raise ValueError(
+                f"{self.output}: began with {before}; there are {self.data} now; resume with the former data"
+            )
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps."""
+        return {"data": self.data}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares processes, before anything is loaded.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        own = torch.tensor([self.step, crc32(self.data.encode())], device=trainer.strategy.root_device)
+        steps, data = trainer.strategy.all_gather(own).view(-1, 2).T.tolist()
         if len(set(steps)) > 1:
             raise ValueError(
                 f"{self.output}: processes go on from different steps {sorted(set(steps))}; all machines need"
                 " the same folder of the run"
             )
-        if len(set(samples)) > 1:
-            raise ValueError(
-                f"processes have different numbers of images {sorted(set(samples))}; all machines need the"
-                " same data"
-            )
+        if len(set(data)) > 1:
+            raise ValueError(f"all machines need the same data, which differs; this one has {self.data}")
+
+
+def data_summary(counts: str, names: Iterable[str], arrays: Iterable[np.ndarray]) -> str:
+    """What a run trains on, in words, and a fingerprint of it.
+
+    Args:
+        counts: How much it is of what.
+        names: Of images and classes.
+        arrays: Boxes and labels.
+    """
+    fingerprint = crc32("\n".join(names).encode())
+    for array in arrays:
+        fingerprint = crc32(np.ascontiguousarray(array), fingerprint)
+    return f"{counts} (fingerprint {fingerprint:08x})"

@@ -39,6 +39,7 @@ def fit(
     module: LightningModule,
     dataset: Dataset[Any],
     *,
+    data: str,
     steps: int,
     checkpoint: Path | None,
     output: Path,
@@ -67,6 +68,7 @@ def fit(
     Args:
         module: To train.
         dataset: Asked for by (index, seed), see `StepSampler`.
+        data: What the data set holds, of `data_summary`.
         steps: Optimizer steps of the whole run.
         checkpoint: To go on from, or None.
         output: Folder of the run; logs go to ``logs``, checkpoints to ``checkpoints``.
@@ -94,7 +96,8 @@ def fit(
         Whether this process is the one that writes the result.
 
     Raises:
-        ValueError: If a GPU has too little memory; the message says what takes less.
+        ValueError: If the data is not what the run began with, or a GPU has too little memory; the message
+            says what takes less.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # meant: the frozen trunk, --workers 0, runs without validation, resumed runs
@@ -113,6 +116,9 @@ def fit(
         validate_every if validation is not None else None,
     )
     first = steps_done(checkpoint)
+    start = SameStart(output, first, data)
+    if checkpoint is not None:
+        start.check(checkpoint)
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
     table = f"csv_from_{first}" if first else "csv"
     logs: list[Logger] = [
@@ -140,7 +146,7 @@ def fit(
         log_every_n_steps=log_every,
         logger=logs,
         callbacks=[
-            SameStart(output, first, samples),
+            start,
             Throughput(),
             SkippedImages(),
             Progress(),
@@ -211,7 +217,7 @@ def fit(
 RUN_SETTINGS = tuple(
     name
     for name, p in signature(fit).parameters.items()
-    if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in ("steps", "checkpoint")
+    if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in ("data", "steps", "checkpoint")
 )
 """The arguments that every training command has, and hands to `fit` as they are."""
 

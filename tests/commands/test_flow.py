@@ -151,6 +151,23 @@ def test_the_average_survives_a_second_call(run: Path, sample: Path, tmp_path: P
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_labels_that_have_changed_are_no_labels_to_resume_with(sample: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "train.json"
+    document = json.loads((sample / "train.json").read_text())
+    settings: dict[str, Any] = {**SMALL, "images": sample / "train", "output": tmp_path / "tuned", "steps": 1}
+    labels.write_text(json.dumps(document))
+    aligndet.finetune(labels, **settings)
+    document["annotations"][0]["bbox"][2] += 1.0
+    labels.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"began with \d+ images with \d+ boxes of 8 classes \(finger"):
+        aligndet.finetune(labels, **settings, resume=True)
+    document["annotations"][0]["bbox"][2] -= 1.0
+    document["categories"].append({"id": 99, "name": "shell"})
+    labels.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"there are .* boxes of 9 classes"):
+        aligndet.finetune(labels, **settings, resume=True)
+
+
 def test_trunk_weights_are_no_new_ones(sample: Path, tmp_path: Path) -> None:
     lite = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled"}
     output = aligndet.finetune(

@@ -21,6 +21,7 @@ from aligndet.detectors.weights import MODULES, initialise, load_weights, save_d
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
+from aligndet.launch import data_summary
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName, load_state, steps_done
 
@@ -203,6 +204,8 @@ def finetune(
         if state and "head" in init:  # pre-trained
             defaults["learning_rate"] *= 1.5
             defaults["weight_decay"] *= 0.5
+        read, classes = [coco], [category.name for category in coco.categories]
+        counts = f"{len(coco)} images with {sum(map(len, coco.boxes))} boxes of {len(classes)} classes"
         evaluator, validation = None, None
         if val_annotations is not None:
             held_out = read_labelled(
@@ -213,7 +216,9 @@ def finetune(
                 categories=coco.categories,
                 masks=masks,
             )
-            files = (image_files(part.folder, part.file_names) for part in (coco, held_out))
+            read.append(held_out)
+            counts += f", {len(held_out)} images for validation"
+            files = (image_files(part.folder, part.file_names) for part in read)
             if seen := len(set.intersection(*map(set, files))):
                 print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
@@ -243,6 +248,11 @@ def finetune(
                 antialias=family_of(kind).weights_format == "transformers",
                 strict=strict,
             ),
+            data=data_summary(
+                counts,
+                [*classes, *(name for part in read for name in part.file_names)],
+                [array for part in read for array in (*part.boxes, *part.labels)],
+            ),
             steps=total,
             checkpoint=checkpoint,
             # the pyramid's norms always learn; frozen ones of the trunk are in eval mode
@@ -263,7 +273,7 @@ def finetune(
                 "kind": "detector",
                 "format": family_of(kind).weights_format,
                 "architecture": architecture,
-                "class_names": [category.name for category in coco.categories],
+                "class_names": classes,
                 "category_ids": [category.id for category in coco.categories],
                 "initialised_from": {
                     "weights": str(init_from) if state else None,

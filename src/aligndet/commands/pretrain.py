@@ -16,6 +16,7 @@ from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.files import accepts_strings
+from aligndet.launch import data_summary
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.storage import read_proposals
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
@@ -210,7 +211,9 @@ def pretrain(
         run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
         if clip == "default":
             run["clip"] = defaults["clip"]
-        if fit(module, dataset, steps=total, checkpoint=checkpoint, **run):
+        counts = f"{len(table)} images with {len(table.boxes)} proposals"
+        data = data_summary(counts, table.file_names, [table.boxes, table.offsets])
+        if fit(module, dataset, data=data, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",
                 "architecture": architecture | _shared(detector, options),

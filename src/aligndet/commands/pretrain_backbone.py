@@ -15,6 +15,7 @@ from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
 from aligndet.files import accepts_strings
+from aligndet.launch import data_summary
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName
 
@@ -172,6 +173,7 @@ def pretrain_backbone(
         written = fit(
             module,
             TwoCropsDataset(source, file_names, augment, strict=strict),
+            data=data_summary(f"{len(file_names)} images", file_names, ()),
             steps=total,
             checkpoint=checkpoint,
             validation=validation,
