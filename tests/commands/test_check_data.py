@@ -23,6 +23,14 @@ def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
     assert cli.main(["check-data", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.parametrize("part", ["annotations", "categories"])
+def test_labels_that_label_nothing(part: str, sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text()) | {part: []}
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    problems = check_data(tmp_path / "train.json", images=sample / "train")["problems"]
+    assert problems["no objects"] == [f"{tmp_path / 'train.json'}: labels no object that can be learnt from"]
+
+
 def test_classes_of_equal_names_are_counted_apart(sample: Path, tmp_path: Path) -> None:
     document = json.loads((sample / "train.json").read_text())
     before = check_data(sample / "train.json")["classes"]

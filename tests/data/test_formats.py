@@ -16,7 +16,7 @@ from PIL import Image
 from aligndet.data.coco import Category, CocoDetection
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
-from aligndet.data.yolo import load_yolo
+from aligndet.data.yolo import find_yaml, load_yolo
 
 
 def xml(*objects: tuple[str, tuple[object, ...]], extra: str = "", head: str = "") -> str:
@@ -66,6 +66,14 @@ def test_supervisions_folders_give_the_same_boxes(sample: Path, tmp_path: Path) 
         for i in range(len(coco)):
             np.testing.assert_allclose(read.boxes[i], coco.boxes[i], atol=tolerance)
             assert read.labels[i].tolist() == coco.labels[i].tolist()
+
+
+@pytest.mark.parametrize("names", ["null", "list.txt"])
+def test_our_own_settings_are_no_data_set(names: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.yaml", f"batch_size: 4\nnames: {names}\n")
+    assert find_yaml(tmp_path) is None
+    put(tmp_path, "data.yaml", "names: [cat]\n")
+    assert find_yaml(tmp_path) == tmp_path / "data.yaml"
 
 
 def test_names_are_relative_to_the_folder_that_is_given(tmp_path: Path) -> None:

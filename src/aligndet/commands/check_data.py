@@ -26,8 +26,9 @@ def check_data(
     """Checks labelled images, or a bare folder of images, and says what is in them.
 
     The exit status is 0 if there is nothing to mend, 1 if there are problems (broken images, boxes out of
-    bounds or empty, malformed outlines, wrong sizes, duplicates, unreadable labels), 2 if the data cannot be
-    read at all. Images without boxes and classes of unequal size are counted, and are no problem.
+    bounds or empty, no box at all, malformed outlines, wrong sizes, duplicates, unreadable labels), 2 if the
+    data cannot be read at all. Images without boxes and classes of unequal size are counted, and are no
+    problem.
 
     Args:
         path: COCO JSON, PASCAL VOC or YOLO (file or folder), or a folder of images.
@@ -46,9 +47,12 @@ def check_data(
     """
     if fix is not None and fix.is_dir():
         _refuse_taken(fix)
-    labels = _bare(path) if is_bare_folder(path) else load_labelled(path, images, split)
+    bare = is_bare_folder(path)
+    labels = _bare(path) if bare else load_labelled(path, images, split)
     sizes, findings, duplicates = check_images(labels, path)
     kept, wrong = check_boxes(labels, sizes)
+    if not kept and not bare:
+        wrong.append(("no objects", f"{path}: labels no object that can be learnt from"))
     findings = [("unreadable label", note) for note in labels.notes] + findings + wrong
     problems: dict[str, list[str]] = {}
     for kind, text in findings:

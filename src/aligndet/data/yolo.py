@@ -22,8 +22,11 @@ def find_yaml(path: Path) -> Path | None:
     Args:
         path: The file, or the folder that holds it.
     """
-    files = [path] if path.is_file() else sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
-    return next((f for f in files if f.suffix.lower() in (".yaml", ".yml") and "names" in _settings(f)), None)
+    if path.is_file():
+        return path if path.suffix.lower() in (".yaml", ".yml") and "names" in _settings(path) else None
+    files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    # aligndet's own settings may lie there, too, whose names are a file or none
+    return next((f for f in files if not isinstance(_settings(f).get("names"), str | None)), None)
 
 
 def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Document:
