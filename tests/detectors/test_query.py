@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import nn
 
 from aligndet.boxes import BACKGROUND
@@ -270,6 +271,25 @@ def test_boxes_that_are_not_finite_are_told_so() -> None:
         adapter.detector.network.bbox_predictor.layers[-1].bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="the predicted boxes are not finite"):
         adapter(IMAGES, [boxes(3), boxes(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_norms_are_those_of_timm(dtype: torch.dtype) -> None:
+    detector: Any = build_detector("detr", num_classes=3, trunk="tf_efficientnet_lite0", fpn_channels=32)
+    torch.manual_seed(0)
+    norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNormAct2d)]
+    plain = next(norm for norm in norms if isinstance(norm.act, nn.Identity))
+    for norm in (norms[0], plain):
+        for name, value in norm.named_buffers():
+            value.uniform_(0.5 if name == "running_var" else -1.0, 1.5)
+        x = torch.randn(2, len(norm.weight), 5, 7, dtype=dtype, requires_grad=True)
+        same = x.detach().clone().requires_grad_()
+        ours, theirs = norm.train()(x * 1), FrozenBatchNormAct2d.forward(norm, same * 1)
+        assert ours.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=tolerance, rtol=tolerance)
+        grads = (torch.autograd.grad(y.float().square().sum(), z)[0] for y, z in ((ours, x), (theirs, same)))
+        torch.testing.assert_close(*(g.float() for g in grads), atol=2 * tolerance, rtol=3 * tolerance)
 
 
 def test_settings_that_do_not_train_are_not_offered() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
@@ -269,6 +270,15 @@ class QueryDetector(nn.Module):
         )
 
 
+class _FrozenNorm(FrozenBatchNormAct2d):
+    """timm's frozen norm in one kernel and in the precision of its input; timm has several, in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises by the running statistics, and activates."""
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        return self.act(self.drop(F.batch_norm(x, *statistics, training=False, eps=self.eps)))
+
+
 def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """transformers' form of an image's targets: centres and sides as shares of the image.
 
@@ -305,6 +315,9 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
     except (StrictDataclassError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         chosen = {"width": trunk.width, **settings}
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
+    for module in network.modules():
+        if isinstance(module, FrozenBatchNormAct2d):
+            module.__class__ = _FrozenNorm
     start_as_authors(family, network)
     if family.predicts_first:
         network.loss_function = partial(with_first_prediction, network.loss_function)
