@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
+from aligndet.momentum import cosine_decay, decay_for, momentum_copy, update_momentum
 
 
 class Small(nn.Module):
@@ -43,6 +45,15 @@ def test_update_equals_the_formula_parameter_by_parameter() -> None:
     assert torch.equal(
         momentum.get_buffer("norm.running_mean"), torch.zeros(2)
     )  # buffers are the momentum detector's own
+
+
+@pytest.mark.parametrize("steps", [1, 20, 150, 1000, 90_000])
+def test_the_momentum_detector_forgets_its_start(steps: int) -> None:
+    start = decay_for(steps)
+    assert 0.0 <= start <= 0.996
+    assert start == 0.996 or steps < 3750
+    share = math.prod(cosine_decay(step, steps, start) for step in range(steps))
+    assert share < math.exp(-7)
 
 
 def test_decay_goes_from_start_to_one() -> None:
