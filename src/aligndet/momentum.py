@@ -49,8 +49,8 @@ def cosine_decay(step: int, steps: int, start: float = 0.996) -> float:
 def decay_for(steps: int) -> float:
     """Where the coefficient starts unless told: the official code's 0.996, or less in short runs.
 
-    Along `cosine_decay`, the start's share in the momentum detector falls to exp(-(1 - decay) * steps / 2). Of a
-    run of 150 steps it would be three quarters from 0.996 on; it is exp(-7.5) now.
+    By `cosine_decay`, the momentum detector ends with exp(-(1 - decay) * steps / 2) of its random start: from
+    0.996 on three quarters of it after 150 steps, now exp(-7.5).
 
     Args:
         steps: Length of the run.
