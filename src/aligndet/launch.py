@@ -132,5 +132,5 @@ def data_summary(counts: str, names: Iterable[str], arrays: Iterable[np.ndarray]
     """
     fingerprint = crc32("\n".join(names).encode())
     for array in arrays:
-        fingerprint = crc32(np.ascontiguousarray(array), fingerprint)
+        fingerprint = crc32(np.ascontiguousarray(array).data, fingerprint)
     return f"{counts} (fingerprint {fingerprint:08x})"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from aligndet.boxes import BACKGROUND
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
@@ -274,22 +275,29 @@ def test_boxes_that_are_not_finite_are_told_so() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_norms_are_those_of_timm(dtype: torch.dtype) -> None:
-    detector: Any = build_detector("detr", num_classes=3, trunk="tf_efficientnet_lite0", fpn_channels=32)
+@pytest.mark.parametrize(
+    ("trunk", "theirs"),
+    [("tf_efficientnet_lite0", FrozenBatchNormAct2d), ("resnet18", FrozenBatchNorm2d)],
+)
+def test_frozen_norms_are_those_of_their_libraries(trunk: str, theirs: Any, dtype: torch.dtype) -> None:
+    detector: Any = build_detector("detr", num_classes=3, trunk=trunk, fpn_channels=32)
     torch.manual_seed(0)
-    norms = [m for m in detector.modules() if isinstance(m, FrozenBatchNormAct2d)]
-    plain = next(norm for norm in norms if isinstance(norm.act, nn.Identity))
-    for norm in (norms[0], plain):
+    norms = [module for module in detector.modules() if isinstance(module, theirs)]
+    activations = {str(getattr(norm, "act", "")): norm for norm in norms}
+    assert len(activations) == (2 if theirs is FrozenBatchNormAct2d else 1)
+    for norm in activations.values():
         for name, value in norm.named_buffers():
             value.uniform_(0.5 if name == "running_var" else -1.0, 1.5)
         x = torch.randn(2, len(norm.weight), 5, 7, dtype=dtype, requires_grad=True)
         same = x.detach().clone().requires_grad_()
-        ours, theirs = norm.train()(x * 1), FrozenBatchNormAct2d.forward(norm, same * 1)
+        ours, expected = norm.train()(x * 1), theirs.forward(norm, same * 1)
+        assert type(norm) is not theirs
         assert ours.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
-        torch.testing.assert_close(ours.float(), theirs.float(), atol=tolerance, rtol=tolerance)
-        grads = (torch.autograd.grad(y.float().square().sum(), z)[0] for y, z in ((ours, x), (theirs, same)))
-        torch.testing.assert_close(*(g.float() for g in grads), atol=2 * tolerance, rtol=3 * tolerance)
+        torch.testing.assert_close(ours.float(), expected.float(), atol=tolerance, rtol=tolerance)
+        pairs = ((ours, x), (expected, same))
+        grads = (torch.autograd.grad(y.float().square().sum(), z)[0].float() for y, z in pairs)
+        torch.testing.assert_close(*grads, atol=2 * tolerance, rtol=3 * tolerance)
 
 
 def test_settings_that_do_not_train_are_not_offered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,8 +251,8 @@ def finetune(
             ),
             data=data_summary(
                 counts,
-                [*classes, *(name for part in read for name in part.file_names)],
-                [array for part in read for array in (*part.boxes, *part.labels)],
+                chain(classes, *(part.file_names for part in read)),
+                chain(*(part.boxes for part in read), *(part.labels for part in read)),
             ),
             steps=total,
             checkpoint=checkpoint,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import FrozenBatchNorm2d, box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
 
 from aligndet.detectors.backbones import build_timm_trunk
@@ -270,13 +270,25 @@ class QueryDetector(nn.Module):
         )
 
 
-class _FrozenNorm(FrozenBatchNormAct2d):
-    """timm's frozen norm in one kernel and in the precision of its input; timm has several, in float32."""
+def _normalised(norm: FrozenBatchNorm2d | FrozenBatchNormAct2d, x: Tensor) -> Tensor:
+    """In one kernel and in the precision of x; torchvision and timm take several, in float32."""
+    statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return F.batch_norm(x, *statistics, training=False, eps=norm.eps)
 
+
+class _FrozenNorm(FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises by the running statistics."""
+        return _normalised(self, x)
+
+
+class _FrozenNormAct(FrozenBatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises by the running statistics, and activates."""
-        statistics = self.running_mean, self.running_var, self.weight, self.bias
-        return self.act(self.drop(F.batch_norm(x, *statistics, training=False, eps=self.eps)))
+        return self.act(self.drop(_normalised(self, x)))
+
+
+_ONE_KERNEL = {FrozenBatchNorm2d: _FrozenNorm, FrozenBatchNormAct2d: _FrozenNormAct}
 
 
 def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -316,8 +328,7 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
         chosen = {"width": trunk.width, **settings}
         raise ValueError(f"transformers refuses {family.model} with {chosen}: {error}") from error
     for module in network.modules():
-        if isinstance(module, FrozenBatchNormAct2d):
-            module.__class__ = _FrozenNorm
+        module.__class__ = _ONE_KERNEL.get(type(module), type(module))
     start_as_authors(family, network)
     if family.predicts_first:
         network.loss_function = partial(with_first_prediction, network.loss_function)
