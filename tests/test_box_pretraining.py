@@ -152,6 +152,11 @@ class Replay(Callback):
             self.expected[name] = (decay * before + (1 - decay) * source).detach().clone()
 
 
+def test_a_short_run_has_a_momentum_detector_that_follows() -> None:
+    assert BoxPretraining(Known(), steps=150).decay == pytest.approx(0.9)
+    assert BoxPretraining(Known(), steps=90_000).decay == 0.996
+
+
 def test_the_momentum_detector_follows_every_step(batch: list[TwoViews], tmp_path: Path) -> None:
     ours = BoxPretraining(Known(), steps=5, decay=0.5, learning_rate=0.1)
     start = {name: p.clone() for name, p in ours.momentum.named_parameters()}

@@ -85,13 +85,14 @@ def train(
     patience: int | None = None,
     ema: float | None = None,
     data: str = "8 images",
+    steps: int = 8,
 ) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     fit(
         module,
         Items(),
         data=data,
-        steps=8,
+        steps=steps,
         checkpoint=checkpoint if checkpoint.is_file() else None,
         output=output,
         batch_size=1,
@@ -159,10 +160,11 @@ def test_the_last_step_is_kept(validated: bool, tmp_path: Path) -> None:
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 8
 
 
-def test_a_short_run_is_kept_every_tenth_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "kept"), [(8, 5), (20, 4), (30, 3)])
+def test_a_short_run_is_kept_every_tenth_of_it(steps: int, kept: int, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"):
-        train(Counting(killed_in_step=5), tmp_path, 1, checkpoint_every=None, validated=False)
-    assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == 5
+        train(Counting(killed_in_step=5), tmp_path, 1, checkpoint_every=None, validated=False, steps=steps)
+    assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == kept
 
 
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:

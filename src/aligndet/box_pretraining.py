@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
 from aligndet.losses import box_contrastive_loss
-from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
+from aligndet.momentum import cosine_decay, decay_for, momentum_copy, update_momentum
 from aligndet.processes import boxes_elsewhere
 from aligndet.training import TrainingModule
 
@@ -26,7 +26,7 @@ class BoxPretraining(TrainingModule):
         *,
         temperature: float = 0.5,
         gather_keys: bool = False,
-        decay: float = 0.996,
+        decay: float | None = None,
         contrast_weight: float = 1.0,
         box_weight: float = 1.0,
         train_trunk: bool = False,
@@ -39,7 +39,8 @@ class BoxPretraining(TrainingModule):
         self.trunk.requires_grad_(train_trunk)
         self.train_trunk = train_trunk
         self.momentum = momentum_copy(self.online, None if train_trunk else self.trunk)
-        self.temperature, self.decay = temperature, decay
+        self.temperature = temperature
+        self.decay = decay_for(self.steps) if decay is None else decay
         self.contrast_weight, self.box_weight = contrast_weight, box_weight
         self.gather_keys = gather_keys  # the boxes of all processes are negatives, not of this one alone
         self.train()  # Lightning leaves the modes as it finds them

@@ -28,7 +28,13 @@ def test_labels_that_label_nothing(part: str, sample: Path, tmp_path: Path) -> N
     document = json.loads((sample / "train.json").read_text()) | {part: []}
     (tmp_path / "train.json").write_text(json.dumps(document))
     problems = check_data(tmp_path / "train.json", images=sample / "train")["problems"]
-    assert problems["no objects"] == [f"{tmp_path / 'train.json'}: labels no object that can be learnt from"]
+    nothing = [f"{tmp_path / 'train.json'}: labels no object that can be learnt from"]
+    assert problems["no objects"] == nothing
+    crowds = json.loads((sample / "train.json").read_text())
+    for annotation in crowds["annotations"]:
+        annotation["iscrowd"] = 1
+    (tmp_path / "train.json").write_text(json.dumps(crowds))
+    assert check_data(tmp_path / "train.json", images=sample / "train")["problems"]["no objects"] == nothing
 
 
 def test_classes_of_equal_names_are_counted_apart(sample: Path, tmp_path: Path) -> None:

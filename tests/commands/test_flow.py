@@ -128,7 +128,7 @@ def test_the_tuned_detector_is_measured_and_used(tuned: Path, sample: Path, tmp_
     assert len(list((output / "pictures").glob("*.jpg"))) == 4
     names = {category["id"] for category in document["categories"]}
     assert all(a["category_id"] in names and 0 <= a["score"] <= 1 for a in document["annotations"])
-    with pytest.raises(ValueError, match="holds predictions already"):
+    with pytest.raises(ValueError, match=r"holds predictions\.json already"):
         aligndet.predict(tuned, sample / "val", output=tmp_path / "predictions")
 
 
@@ -166,6 +166,17 @@ def test_labels_that_have_changed_are_no_labels_to_resume_with(sample: Path, tmp
     labels.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"there are .* boxes of 9 classes"):
         aligndet.finetune(labels, **settings, resume=True)
+
+
+def test_proposals_that_have_changed_are_no_proposals_to_resume_with(sample: Path, tmp_path: Path) -> None:
+    proposals = tmp_path / "proposals"
+    aligndet.propose(sample / "train", output=proposals, workers=1, max_proposals=9)
+    settings: dict[str, Any] = {**SMALL, "proposals": proposals, "output": tmp_path / "run", "steps": 1}
+    aligndet.pretrain(sample / "train", **settings)
+    aligndet.pretrain(sample / "train", **settings, resume=True)
+    aligndet.propose(sample / "train", output=proposals, workers=1, max_proposals=8, overwrite=True)
+    with pytest.raises(ValueError, match=r"began with 12 images with \d+ proposals"):
+        aligndet.pretrain(sample / "train", **settings, resume=True)
 
 
 def test_trunk_weights_are_no_new_ones(sample: Path, tmp_path: Path) -> None:

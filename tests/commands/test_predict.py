@@ -141,7 +141,7 @@ def test_boxes_below_the_score_are_all_that_is_left_out(
 
 def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = predict(Path("model"), images, output=tmp_path / "out")
-    with pytest.raises(ValueError, match="holds predictions already"):
+    with pytest.raises(ValueError, match=r"holds predictions\.json already"):
         predict(Path("model"), images, output=output)
     predict(Path("model"), images, output=output, overwrite=True)
     with locked(output), pytest.raises(ValueError, match="in use"):
@@ -159,8 +159,17 @@ def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_pictures_of_other_images_are_not_left(images: Path, tmp_path: Path) -> None:
     output = predict(Path("model"), images, output=tmp_path / "out")
+    (output / "pictures" / "mine.jpg").write_bytes(b"not drawn by us")
     predict(Path("model"), images / "b.jpg", output=output, overwrite=True)
-    assert [path.name for path in (output / "pictures").iterdir()] == ["b.jpg"]
+    assert sorted(path.name for path in (output / "pictures").iterdir()) == ["b.jpg", "mine.jpg"]
+
+
+def test_a_folder_of_pictures_that_is_there_is_not_drawn_into(images: Path) -> None:
+    (images / "pictures").mkdir()
+    (images / "pictures" / "a.jpg").write_bytes((images / "a.jpg").read_bytes() + b"mine")
+    with pytest.raises(ValueError, match="holds pictures already"):
+        predict(Path("model"), images, output=images)
+    assert (images / "pictures" / "a.jpg").read_bytes().endswith(b"mine")
 
 
 def test_photos_are_not_drawn_over(images: Path, tmp_path: Path) -> None:

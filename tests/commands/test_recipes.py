@@ -117,6 +117,9 @@ def test_a_file_with_sections(tmp_path: Path) -> None:
     flat = tmp_path / "flat:1.yaml"
     flat.write_text("batch-size: 3\n")
     assert section_of(str(flat), "compare") == {"batch_size": 3}
+    flat.write_text("compare:\n  finetuning: {batch-size: 3}\nfinetune:\n")
+    assert section_of(str(flat), "compare") == {"finetuning": {"batch_size": 3}}
+    assert section_of(str(flat), "finetune") == {}
     values = _parsed("finetune", ["t.json", "--output=o", f"--config={path}", "--batch-size=6"])
     assert values["batch_size"] == 6  # the command line comes first
     with pytest.raises(

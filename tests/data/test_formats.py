@@ -163,6 +163,12 @@ def test_the_protocols_of_voc(tmp_path: Path) -> None:
     assert stems(split="all") == ["1", "2", "3", "4", "5"]
 
 
+def test_a_photo_that_is_not_read_is_no_voc_image(tmp_path: Path) -> None:
+    put(tmp_path, "a.xml", xml(("cat", (1, 1, 11, 11)), head="<filename>a</filename>"), "a.jpg")
+    (tmp_path / "a.HEIC").write_bytes(b"ftypheic")
+    assert read_labelled(tmp_path).file_names == ["a.jpg"]
+
+
 def test_names_in_voc_lists_may_end_in_numbers(tmp_path: Path) -> None:
     year(tmp_path, "VOC2007", {"val": ["photo 1", "b"]})
     put(tmp_path / "VOC2007", "ImageSets/Main/val.txt", "photo 1\nb -1\nlost\n")

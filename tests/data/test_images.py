@@ -9,7 +9,15 @@ import torch
 from PIL import Image, features
 from torch.nn.functional import interpolate
 
-from aligndet.data.images import ImageError, first_readable, list_images, read_image, read_image_size
+from aligndet.data.images import (
+    ImageError,
+    find_files,
+    first_images,
+    first_readable,
+    list_images,
+    read_image,
+    read_image_size,
+)
 
 
 def picture(width: int = 20, height: int = 12) -> Image.Image:
@@ -165,9 +173,23 @@ def test_images_that_are_not_read_are_named_not_missed(tmp_path: Path) -> None:
     picture(20, 20).save(tmp_path / "named.heic", "JPEG")  # as some phones export
     assert list_images(tmp_path) == ["gone.jpg", "named.heic", "photo.HEIC"]
     assert read_image(tmp_path / "named.heic").shape == (3, 20, 20)
-    for name, reason in (("photo.HEIC", "this format is not read"), ("gone.jpg", "no such image")):
+    picture(20, 20).save(tmp_path / "raw.NEF", "TIFF")  # the preview that a raw photo begins with
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    reasons = {
+        "photo.HEIC": "this format is not read",
+        "raw.NEF": "this format is not read",
+        "gone.jpg": "no such image",
+        "loop.jpg": "broken or truncated",
+    }
+    for name, reason in reasons.items():
         with pytest.raises(ImageError, match=rf"{name}: {reason}"):
             read_image(tmp_path / name)
+    assert [name for name, _ in first_images(tmp_path, 5)] == ["named.heic"]
+    (tmp_path / "named.heic").unlink()
+    with pytest.raises(ImageError, match=r"gone\.jpg: no such image"):
+        first_images(tmp_path, 5)
+    (tmp_path / "gone.xml").symlink_to(tmp_path / "nothing")
+    assert find_files(tmp_path, {".xml"}) == []
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")

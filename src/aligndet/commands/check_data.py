@@ -51,7 +51,7 @@ def check_data(
     labels = _bare(path) if bare else load_labelled(path, images, split)
     sizes, findings, duplicates = check_images(labels, path)
     kept, wrong = check_boxes(labels, sizes)
-    if not kept and not bare:
+    if sizes and not bare and all(entry.get("iscrowd") for entry in kept):
         wrong.append(("no objects", f"{path}: labels no object that can be learnt from"))
     findings = [("unreadable label", note) for note in labels.notes] + findings + wrong
     problems: dict[str, list[str]] = {}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from aligndet.data.videos import is_video, rate_and_length, read_frames, video_w
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, locked, print_skipped
+from aligndet.files import accepts_strings, atomic_write, locked, print_skipped, read_json, safe_name
 
 
 @accepts_strings
@@ -51,7 +50,7 @@ def predict(
         draw: Write pictures, or a video, with the boxes.
         strict: A broken image, or a video that ends early, is an error; by default it is skipped, counted
             and named.
-        overwrite: Replace predictions that are there.
+        overwrite: Replace predictions that are there, and the pictures that were drawn for them.
 
     Returns:
         The output folder.
@@ -77,11 +76,10 @@ def predict(
             module.score_thresh = max(module.score_thresh, score)
     predictions = predict_images(detector, source, device=resolve_device(device), batch_size=batch_size)
     with locked(output):
-        if (output / "predictions.json").exists() and not overwrite:
-            raise ValueError(f"{output}: holds predictions already; give --overwrite or another output")
-        if (output / "predictions.json").exists():
-            (output / "predictions.json").unlink()
-            shutil.rmtree(output / "pictures", ignore_errors=True)  # of other images, maybe
+        taken = [name for name in ("predictions.json", "pictures") if (output / name).exists()]
+        if taken and not overwrite:
+            raise ValueError(f"{output}: holds {taken[0]} already; give --overwrite or another output")
+        _remove_pictures(output)
         with pictures as write:
             for (image, name), prediction in tqdm(predictions, total=total, desc="predict", unit="image"):
                 sure = prediction["scores"] >= score
@@ -105,10 +103,21 @@ Source = tuple[int, Iterator[tuple[Tensor, str]], AbstractContextManager[Callabl
 """How many images there are, the images with their names, and what writes the drawn ones."""
 
 
+def _remove_pictures(output: Path) -> None:
+    """Removes what former predictions have drawn, and nothing else: it may be of other images."""
+    former = output / "predictions.json"
+    for entry in read_json(former)["images"] if former.exists() else ():
+        name = safe_name(entry["file_name"], former)
+        (output / "pictures" / _picture_name(name)).unlink(missing_ok=True)
+        if (video := PurePosixPath(name).parent).name:
+            (output / "pictures" / f"{video.stem}.mp4").unlink(missing_ok=True)
+
+
 def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:
     folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
-    if output.resolve().is_relative_to(folder.resolve()):  # our own pictures are no photos
-        drawn = f"{output.resolve().relative_to(folder.resolve()).as_posix()}/"
+    pictures = (output / "pictures").resolve()
+    if pictures.is_relative_to(folder.resolve()):  # our own pictures are no photos
+        drawn = f"{pictures.relative_to(folder.resolve()).as_posix()}/"
         files = [name for name in files if not name.startswith(drawn)]
         if not files:
             raise ValueError(f"{images}: holds no image but those in {output}")

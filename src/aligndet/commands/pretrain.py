@@ -17,7 +17,6 @@ from aligndet.detectors.build import build_pretrainable, family_of, training_def
 from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
 from aligndet.files import accepts_strings
 from aligndet.launch import data_summary
-from aligndet.momentum import decay_for
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.storage import read_proposals
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
@@ -198,7 +197,7 @@ def pretrain(
             steps=total,
             temperature=temperature,
             gather_keys=gather_keys,
-            decay=decay_for(total) if decay is None else decay,
+            decay=decay,
             contrast_weight=contrast_weight,
             box_weight=box_weight,
             train_trunk=train_trunk,
@@ -213,7 +212,9 @@ def pretrain(
         if clip == "default":
             run["clip"] = defaults["clip"]
         counts = f"{len(table)} images with {len(table.boxes)} proposals"
-        data = data_summary(counts, table.file_names, [table.boxes, table.offsets])
+        masks = () if table.masks is None else (table.masks[0].numpy(), table.masks[1])
+        clusters = () if table.clusters is None else (table.clusters,)
+        data = data_summary(counts, table.file_names, [table.boxes, table.offsets, *masks, *clusters])
         if fit(module, dataset, data=data, steps=total, checkpoint=checkpoint, **run):
             manifest = {
                 "kind": "pre-trained parts",

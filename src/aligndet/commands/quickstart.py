@@ -125,7 +125,7 @@ def quickstart(
                 min_size=(128, 192),  # within max_size, so that the two views differ in scale
                 max_proposals=20,
                 warmup_steps=10,
-                temperature=0.1,  # with the next: for short runs, see the design page
+                temperature=0.1,  # with the next: as the benchmarks
                 decay=0.9,
                 resume=pretrained.is_dir(),
                 **model,

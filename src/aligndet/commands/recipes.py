@@ -57,19 +57,21 @@ def section_of(source: str, command: str) -> dict[str, Any]:
     else:
         name, section = _split(source)
         content = _content(Path(name))
-        if not section and not isinstance(content.get(command), dict):
+        if not section and not isinstance(content.get(command, 0), dict | None):
             return content
     section = section.replace("-", "_") or command
-    if not isinstance(content.get(section), dict):
+    if not isinstance(content.get(section, 0), dict | None):
         raise ValueError(
             f"--config {source}: no section {section!r}; there are: {', '.join(map(str, content))}"
         )
-    return _by_functions_names(content[section])
+    return content[section] or {}
 
 
-def _by_functions_names(content: dict[Any, Any]) -> dict[str, Any]:
-    """Sections or options, with dashes or underscores, by the names that functions and arguments have."""
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+def _by_functions_names(content: Any) -> Any:
+    """Sections and options, with dashes or underscores, by the names that functions and arguments have."""
+    if not isinstance(content, dict):
+        return content
+    return {str(name).replace("-", "_"): _by_functions_names(value) for name, value in content.items()}
 
 
 def _texts() -> dict[str, str]:
@@ -98,7 +100,7 @@ def _split(source: str) -> tuple[str, str]:
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or no date
         raise ValueError(f"--config {path}: no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: holds no options (NAME: VALUE, one a line)")

@@ -22,15 +22,16 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-READ = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif"})
-_OTHERS = frozenset({".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
+_AVIF = find_spec("PIL.AvifImagePlugin") is not None
+READ = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+READ |= {".avif"} if _AVIF else set()
+_OTHERS = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"} - READ
 SUFFIXES = (
     READ | _OTHERS
 )  # these are images, too, which are missed unless they are skipped, counted and named
 # Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
-_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-if find_spec("PIL.AvifImagePlugin"):
-    _FORMATS += ("AVIF",)
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", *(["AVIF"] if _AVIF else []))
+_NOT_READ = "this format is not read; save it as JPEG or PNG"
 MIN_SIDE = 8
 MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB, one of 16 bits a pixel 2.4 GB
 
@@ -120,8 +121,8 @@ def walk(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             places += [path for name in folders if (path := Path(root, name)).is_symlink()]
             for path in (Path(root, name) for name in files):
-                # a link to nothing is a missing image
-                if is_listed(PurePath(path.name), suffixes) and (path.is_file() or path.is_symlink()):
+                missing = path.is_symlink() and path.suffix.lower() in SUFFIXES  # an image that is named
+                if is_listed(PurePath(path.name), suffixes) and (path.is_file() or missing):
                     yield path.relative_to(folder).as_posix()
 
 
@@ -147,6 +148,34 @@ def list_images(folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(READ))})")
     return names
+
+
+def first_images(folder: Path, count: int) -> list[tuple[str, Tensor]]:
+    """The first images of a folder that can be read.
+
+    Args:
+        folder: As of `list_images`.
+        count: How many at most.
+
+    Returns:
+        Names, and images as of `read_image`.
+
+    Raises:
+        ValueError: As of `list_images`.
+        ImageError: If none can be read: of the first.
+    """
+    found: list[tuple[str, Tensor]] = []
+    problems: list[ImageError] = []
+    for name in list_images(folder):
+        try:
+            found.append((name, read_image(folder / name)))
+        except ImageError as error:
+            problems.append(error)
+        if len(found) >= count:
+            break
+    if not found:
+        raise problems[0]
+    return found
 
 
 def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
@@ -283,6 +312,8 @@ def _opened(path: Path | StoredImage) -> Iterator[ImageFile.ImageFile]:
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
             source = path if isinstance(path, Path) else io.BytesIO(path.content)
             with Image.open(source, formats=_FORMATS) as file:
+                if file.format == "TIFF" and _is_other(path):  # raw photos begin with a small preview
+                    raise ImageError(f"{path}: {_NOT_READ}")
                 _check_size(path, file.size)
                 yield file
     except ImageError:
@@ -319,13 +350,17 @@ def _check_size(path: Path | StoredImage, size: tuple[int, int]) -> None:
         raise ImageError(f"{path}: {size[0]}x{size[1]} pixels is too large; scale it down first")
 
 
+def _is_other(path: Path | StoredImage) -> bool:
+    return PurePath(str(path)).suffix.lower() in _OTHERS
+
+
 def _reason(path: Path | StoredImage, error: Exception) -> str:
     if isinstance(path, Path) and path.is_dir():
         return "is a folder, not an image"
-    if (path.stat().st_size if isinstance(path, Path) else len(path.content)) == 0:
+    if path.is_file() and not path.stat().st_size if isinstance(path, Path) else not path.content:
         return "is empty"
-    if PurePath(str(path)).suffix.lower() in _OTHERS:
-        return "this format is not read; save it as JPEG or PNG"
+    if _is_other(path):
+        return _NOT_READ
     if isinstance(error, UnidentifiedImageError):
         return "is no image that Pillow knows"
     return f"broken or truncated image ({error})"

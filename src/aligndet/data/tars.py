@@ -13,7 +13,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from aligndet.data.addresses import open_file, path_at, patiently
-from aligndet.data.images import is_listed
+from aligndet.data.images import SUFFIXES, is_listed
 from aligndet.files import safe_name, whole_file
 
 _SCHEMA = pa.schema([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -145,7 +145,8 @@ def update_index(root: str, tar: str) -> None:
     known = patiently(address, lambda: files.info(path))
     # what every way of asking tells, and every copy has: S3 tells more of one file than of a folder's
     told = next((key for key in _VERSIONS if known.get(key) is not None), None)
-    fingerprint = str((known.get("size"), known[told]) if told else sorted(known.items()))
+    version = (known.get("size"), known[told]) if told else sorted(known.items())
+    fingerprint = f"{version}, {' '.join(sorted(SUFFIXES))}"
     try:
         if TarIndex(index).fingerprint == fingerprint:
             return

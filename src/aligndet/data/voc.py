@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from aligndet.data.document import Document
-from aligndet.data.images import ImageError, find_files, read_image_size, walk
+from aligndet.data.images import READ, ImageError, find_files, read_image_size, walk
 from aligndet.files import safe_name
 
 
@@ -124,7 +124,7 @@ def _document(
 def _index_images(folder: Path) -> dict[str, list[str]]:
     """Relative paths of all images by stem."""
     index: dict[str, list[str]] = {}
-    for name in find_files(folder):
+    for name in find_files(folder, READ):
         index.setdefault(PurePosixPath(name).stem, []).append(name)
     return index
 

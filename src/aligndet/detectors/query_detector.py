@@ -276,16 +276,21 @@ def _normalised(norm: FrozenBatchNorm2d | FrozenBatchNormAct2d, x: Tensor) -> Te
     return F.batch_norm(x, *statistics, training=False, eps=norm.eps)
 
 
+def _saves_input(x: Tensor) -> bool:
+    """Whether the one kernel would keep for the backward pass what the libraries' several do not."""
+    return x.requires_grad and x.dtype == torch.float32
+
+
 class _FrozenNorm(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises by the running statistics."""
-        return _normalised(self, x)
+        return super().forward(x) if _saves_input(x) else _normalised(self, x)
 
 
 class _FrozenNormAct(FrozenBatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises by the running statistics, and activates."""
-        return self.act(self.drop(_normalised(self, x)))
+        return super().forward(x) if _saves_input(x) else self.act(self.drop(_normalised(self, x)))
 
 
 _ONE_KERNEL = {FrozenBatchNorm2d: _FrozenNorm, FrozenBatchNormAct2d: _FrozenNormAct}

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from aligndet.comparison import BASELINE
 from aligndet.data.coco import CocoDataset
-from aligndet.data.images import list_images, read_image
+from aligndet.data.images import first_images
 from aligndet.detectors.weights import load_detector
 from aligndet.evaluation.drawing import draw_detections, draw_labelled, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -81,8 +81,7 @@ def draw_sides(
     Raises:
         ValueError: Naming the folder without images, the broken image, or the weights that cannot be read.
     """
-    names = list_images(images)[:count]
-    pixels = [read_image(images / name) for name in names]
+    names, pixels = zip(*first_images(images, count), strict=True)
     fitted = [fit(image) for image in pixels]
     columns = {}
     if labelled is not None and (drawn := _draw_labels([images / name for name in names], fitted, labelled)):

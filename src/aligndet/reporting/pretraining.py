@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from aligndet.data.coco import CocoDataset
-from aligndet.data.images import list_images, read_image
+from aligndet.data.images import first_images, read_image
 from aligndet.data.sources import ImageSource
 from aligndet.evaluation.centers import predicted_centers
 from aligndet.evaluation.drawing import draw_boxes, draw_centers, to_jpeg
@@ -82,8 +82,7 @@ def center_pictures(name: str, run: Path, images: Path, *, count: int) -> Pictur
     """
     pair, device = load_untuned(run), resolve_device("auto")
     rows = []
-    for file_name in list_images(images)[:count]:
-        image = read_image(images / file_name)
+    for file_name, image in first_images(images, count):
         shown, scale = fit(image)
         points = [predicted_centers(side, image, count=_CENTERS, device=device).numpy() for side in pair]
         drawn = tuple(to_jpeg(draw_centers(shown, found * scale)) for found in points)
