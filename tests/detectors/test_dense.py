@@ -136,6 +136,22 @@ def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any],
     return theirs, adapter(images, boxes).losses
 
 
+@pytest.mark.parametrize("name", ["fcos", "retinanet"])
+def test_norms_of_towers_have_the_precision_of_autocast(name: str) -> None:
+    """torch keeps them, and with them the towers' maps, in float32 on GPUs."""
+    for detector in (
+        build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=64),
+        build_pretrainable(name, trunk="resnet18", fpn_channels=64),
+    ):
+        norms = [module for module in detector.modules() if isinstance(module, nn.GroupNorm)]
+        assert len(norms) == 8
+        for norm in norms:
+            x = torch.randn(2, 64, 3, 5)
+            torch.testing.assert_close(norm(x), nn.GroupNorm.forward(norm, x))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert norm(x).dtype == torch.bfloat16
+
+
 def test_fcos_keeps_torchvisions_box_losses() -> None:
     plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False)
     theirs, ours = box_losses_of_torchvision(

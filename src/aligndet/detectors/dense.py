@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.fast_norm import fast_group_norm
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
@@ -22,9 +23,17 @@ from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, 
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
+
+class _GroupNorm(nn.GroupNorm):
+    """In the precision of its input on GPUs as well as on CPUs; autocast would keep float32 maps on GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fast_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 # The head of torchvision's second RetinaNet. Without norms, as in its first one, features start so small that
 # a short run, of pre-training as of fine-tuning, is over before they have grown.
-_RETINANET_NORM = partial(nn.GroupNorm, 32)
+_RETINANET_NORM = partial(_GroupNorm, 32)
 _RETINANET_BOX_LOSS = "giou"
 _RETINANET_ANCHORS = 9  # a location: torchvision's own three sizes and three shapes
 
@@ -85,7 +94,8 @@ class _ContrastiveHead(nn.Module):
         chosen = sample_boxes(proposal_ids, self.max_boxes)
         location = chosen // self.projection_head.num_anchors
         anchor = chosen % self.projection_head.num_anchors
-        embeddings = self.projection_head(class_features.flatten(0, 1)[location], anchor)
+        locations = class_features.shape[1]  # not flattened: that would copy the features of all
+        embeddings = self.projection_head(class_features[location // locations, location % locations], anchor)
         return {"embeddings": embeddings, "proposal_ids": proposal_ids[chosen]}
 
 
@@ -175,7 +185,7 @@ class FcosPretraining(_DensePretraining):
     ) -> None:
         super().__init__()
         head = _FcosHead(backbone.out_channels, 1, embedding_dim, max_boxes)
-        self.detector = _at_objects(FCOS(backbone, num_classes=1, head=head, _skip_resize=True, **transform))
+        self.detector = _fcos(backbone, num_classes=1, head=head, _skip_resize=True, **transform)
 
     @staticmethod
     def plain(backbone: Backbone, num_classes: int, **transform: Any) -> FCOS:
@@ -183,16 +193,21 @@ class FcosPretraining(_DensePretraining):
         torchvision's way.
         """
         # torchvision reports boxes above 0.2 only, fit for pictures; average precision wants the tail as well
-        return _at_objects(FCOS(backbone, num_classes, **{"score_thresh": 0.05, **transform}))
+        return _fcos(backbone, num_classes, **{"score_thresh": 0.05, **transform})
 
 
-def _at_objects(detector: FCOS) -> FCOS:
-    """Starts the box branch at 4 strides: objects of a level lie 4 to 8 away.
+def _fcos(*args: Any, **settings: Any) -> FCOS:
+    """torchvision's, with norms of our precision, and its box branch started at 4 strides.
 
-    A rectifier ends torchvision's branch, which starts at distances around 0: there it passes no gradient for
-    half of them, and a few large steps silence it for good. Pre-trained or not, short runs live by it.
+    Objects of a level lie 4 to 8 away. A rectifier ends torchvision's branch, which starts at distances
+    around 0: there it passes no gradient for half of them, and a few large steps silence it for good.
+    Pre-trained or not, short runs live by it.
     """
+    detector = FCOS(*args, **settings)
     nn.init.constant_(detector.head.regression_head.bbox_reg.bias, 4.0)
+    for module in detector.head.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = _GroupNorm
     return detector
 
 
