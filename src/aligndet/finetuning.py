@@ -62,9 +62,19 @@ class Finetuning(TrainingModule):
 
     def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:
         """Collects predictions."""
-        if self.evaluator is not None and batch:
-            images = [image.float() / 255 for image, _ in batch]
-            self.evaluator.update(self.detector(images), [target for _, target in batch])
+        if self.evaluator is None or not batch:
+            return
+        # masks of images of full size, so one after another
+        parts = [[item] for item in batch] if self.evaluator.masks else [batch]
+        for part in parts:
+            found = self.detector([image.to(self.device).float() / 255 for image, _ in part])
+            self.evaluator.update(found, [target for _, target in part])
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leaves validation's on the CPU: labels are wanted there, and images are moved part by part."""
+        if self.trainer.validating:
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Logs average precision."""
