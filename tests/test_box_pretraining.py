@@ -88,6 +88,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
         ours.training_step([item._replace(file_name="00000.jpg") for item in batch], 0)
 
 
+def test_a_loss_that_is_not_finite_stops_all_processes(
+    batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligndet.training.mean_over_processes", lambda value: value + float("inf"))
+    with pytest.raises(FloatingPointError, match=r"not finite in another process \(contrast \d"):
+        module().training_step(batch, 0)
+
+
 class Known(nn.Module):
     """Two stages whose embeddings are made of the image's colour and the proposals, which they stand for."""
 
@@ -265,3 +273,29 @@ def test_the_trunk_has_a_part_of_the_learning_rate_and_the_pyramid_its_norms() -
     norms = [m for m in detector.backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     assert all(norm.training and norm.weight.requires_grad for norm in norms)
+
+
+@pytest.mark.parametrize(("masks", "together"), [(False, [2]), (True, [1, 1])])
+def test_masks_are_validated_image_by_image(masks: bool, together: list[int]) -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Module()
+            self.backbone.body = nn.Conv2d(3, 3, 1)
+            self.seen: list[int] = []
+
+        def forward(self, images: list[Tensor]) -> list[str]:
+            self.seen.append(len(images))
+            return [f"{image.max():g}" for image in images]
+
+    measured: list[tuple[str, str]] = []
+
+    def update(predictions: list[str], targets: list[str]) -> None:
+        measured.extend(zip(predictions, targets, strict=True))
+
+    evaluator: Any = SimpleNamespace(masks=masks, update=update)
+    ours = Finetuning(detector := Detector(), steps=10, evaluator=evaluator)
+    batch: Any = [(torch.full((3, 4, 4), 255 * value, dtype=torch.uint8), f"{value}") for value in (0, 1)]
+    ours.validation_step(batch, 0)
+    assert detector.seen == together
+    assert measured == [("0", "0"), ("1", "1")]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from aligndet.data.images import read_image_size
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
 from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
+from aligndet.training import steps_done
 from tests.commands.test_kill import (
     FEW_QUERIES,
     assert_same_weights,
@@ -253,6 +255,27 @@ def test_two_processes_gather_keys(sample: Path, two_boxes: Path, tmp_path: Path
     assert not (killed / "pretrained").exists()
     finish(*gathering, f"--output={killed}", "--resume")
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
+
+
+@pytest.mark.slow
+def test_two_processes_are_terminated_together(sample: Path, two_boxes: Path, tmp_path: Path) -> None:
+    command = ["pretrain", str(sample / "train"), f"--proposals={two_boxes}", *SMALL, "--steps=5000"]
+    several = [*command, "--devices=2", "--strategy=ddp", "--checkpoint-every=3"]
+    process = start(*several, f"--output={tmp_path / 'run'}")
+    kept = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not kept.is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be terminated"
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert steps_done(kept) >= 3
+    deadline = time.monotonic() + 30
+    with suppress(ProcessLookupError):  # none is left of the group
+        while os.killpg(process.pid, 0) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 @pytest.mark.slow

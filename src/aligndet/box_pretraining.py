@@ -55,11 +55,11 @@ class BoxPretraining(TrainingModule):
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
         names = [item.file_name for item in batch]
-        with self.naming(names):
-            online: PretrainOutput = self.online(**_inputs([item.online for item in batch], self.needs))
-        with torch.no_grad():
+        with torch.no_grad():  # first: nothing of it stays in memory beside the online view's graph
             views = [item.momentum for item in batch]
             momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
+        with self.naming(names):
+            online: PretrainOutput = self.online(**_inputs([item.online for item in batch], self.needs))
         contrast = torch.stack(
             [self._contrast(stage, keys) for stage, keys in zip(online.stages, momentum.stages, strict=True)]
         ).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -153,6 +154,7 @@ def fit(
             ValidateLast(),
             *callbacks,
             last,  # has the state of all others in it
+            Termination(),
         ],
         plugins=[p for p in (WholeCheckpointIO(), SyncBatchNorms() if synchronised else None, started) if p],
         use_distributed_sampler=False,
@@ -192,6 +194,8 @@ def fit(
             persistent_workers=workers > 0,
             **worker_settings(workers),
         )
+    if on_gpus:
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
     if channels_last:
         module.to(memory_format=torch.channels_last)  # convolutions hand on the format of their weights
     if compile:
@@ -206,7 +210,11 @@ def fit(
             kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
             print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
         raise SystemExit(128 + signal.SIGTERM) from None
-    except torch.cuda.OutOfMemoryError as error:
+    except Exception as error:
+        if trainer.strategy.launcher is not None:  # on GPUs, the others would wait for half an hour
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
         raise ValueError(
             f"the GPU has not enough memory for {batch_size} images at a time: try a part of --batch-size and"
             f" as many times --accumulate, --precision bf16-mixed, or smaller images ({error})"
@@ -329,6 +337,39 @@ class ValidateLast(Callback):
         """Says that the run is at its end: Lightning validates before it stops."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
+
+
+class Termination(Callback):
+    """Ends a run that is told to (SIGTERM) after a step, in all processes after the same one.
+
+    Lightning's own handler asks the other processes wherever this one happens to be, amid other questions of
+    theirs.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Takes the signal over; Lightning gives it back at the end."""
+
+        def told(number: int, _: Any) -> None:
+            if not self._told and trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(number)
+            self._told = True
+
+        if threading.current_thread() is threading.main_thread():  # which signals go to
+            signal.signal(signal.SIGTERM, told)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks whether any process has been told.
+
+        Raises:
+            SIGTERMException: If so.
+        """
+        if trainer.strategy.reduce_boolean_decision(self._told, all=False):
+            raise SIGTERMException
 
 
 class Progress(TQDMProgressBar):

@@ -265,12 +265,13 @@ class TrainingModule(LightningModule):
             FloatingPointError: Naming the step, the losses and the images.
         """
         total = torch.stack(tuple(losses.values())).sum()
-        with self.naming(names):
-            if not torch.isfinite(total):
-                values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-                raise FloatingPointError(f"the loss is not finite ({values})")
         # once for all of them: Lightning would wait for the other processes with each
         means = mean_over_processes(torch.stack([*losses.values(), total]).detach())
+        with self.naming(names):
+            if not torch.isfinite(means[-1]):  # in all processes at once: none is left waiting
+                values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+                where = " in another process" if torch.isfinite(total) else ""
+                raise FloatingPointError(f"the loss is not finite{where} ({values})")
         for name, mean in zip([*losses, "total"], means, strict=True):
             self.log(f"loss/{name}", mean, prog_bar=len(losses) <= 3 or name == "total")
         return total
