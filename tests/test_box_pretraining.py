@@ -91,9 +91,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(batch: lis
 def test_a_loss_that_is_not_finite_stops_all_processes(
     batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And all name the images of the one where it is."""
+    told: list[Any] = []
+
+    def gather(own: list[Any]) -> list[Any]:
+        told.extend(own)
+        return [*own, ("contrast nan", ["theirs.jpg"])]
+
     monkeypatch.setattr("aligndet.training.mean_over_processes", lambda value: value + float("inf"))
-    with pytest.raises(FloatingPointError, match=r"not finite in another process \(contrast \d"):
+    monkeypatch.setattr("aligndet.training.from_all_processes", gather)
+    with pytest.raises(FloatingPointError, match=r"not finite \(contrast nan\) on the images theirs\.jpg"):
         module().training_step(batch, 0)
+    assert not told
 
 
 class Known(nn.Module):

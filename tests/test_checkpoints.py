@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -186,6 +187,19 @@ def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         train(Terminated(), tmp_path, 1)
     assert stop.value.code == 143
+
+
+@pytest.mark.parametrize(("told_in", "kept"), [(3, 4), (4, 4), (7, 8)])
+def test_what_is_due_is_kept_before_a_run_ends(told_in: int, kept: int, tmp_path: Path) -> None:
+    class Terminated(Counting):
+        def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
+            if self.global_step == told_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    with nullcontext() if kept == 8 else pytest.raises(SystemExit):  # the last step is the end anyway
+        train(Terminated(), tmp_path, 1, validated=False)
+    assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == kept
 
 
 def test_more_devices_than_images_for_validation(tmp_path: Path) -> None:

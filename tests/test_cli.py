@@ -123,6 +123,7 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         ("sample-data:\n  train-imagez: 3\n", "'train_imagez' is no option"),
         ("train_images: [\n", "no YAML"),
         ("output: 2024-02-30\n", "no YAML"),
+        ("a: &a {b: *a}\n", "no YAML"),
         ("- 3\n", "holds no options"),
         ("", "holds no options"),
     ],

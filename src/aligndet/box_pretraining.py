@@ -55,7 +55,8 @@ class BoxPretraining(TrainingModule):
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
         names = [item.file_name for item in batch]
-        with torch.no_grad():  # first: nothing of it stays in memory beside the online view's graph
+        # first: nothing of it stays in memory beside the online view's graph
+        with self.naming(names), torch.no_grad():
             views = [item.momentum for item in batch]
             momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
         with self.naming(names):

@@ -99,6 +99,7 @@ class SameStart(Callback):
         if before != self.data:
             raise ValueError(
                 f"{self.output}: began with {before}; there are {self.data} now; resume with the former data"
+                " and the version of aligndet that it began with"
             )
 
     def state_dict(self) -> dict[str, str]:

@@ -17,9 +17,10 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
@@ -30,6 +31,7 @@ from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import ValidationDataset, collate_readable
 from aligndet.files import print_skipped
 from aligndet.launch import SameStart, environment
+from aligndet.processes import mean_over_processes
 from aligndet.training import StepSampler, compile_networks, steps_done
 from aligndet.workers import cores, worker_settings
 
@@ -129,7 +131,7 @@ def fit(
     ]
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
-    started = environment()
+    started, ending = environment(), Termination()
     if validation is not None and len(validation) < devices * nodes:
         raise ValueError(f"{len(validation)} images for validation are too few for {devices * nodes} devices")
     samples = len(dataset)  # type: ignore[arg-type]
@@ -154,7 +156,7 @@ def fit(
             ValidateLast(),
             *callbacks,
             last,  # has the state of all others in it
-            Termination(),
+            ending,
         ],
         plugins=[p for p in (WholeCheckpointIO(), SyncBatchNorms() if synchronised else None, started) if p],
         use_distributed_sampler=False,
@@ -205,14 +207,16 @@ def fit(
         print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:  # a success to whoever asks for the exit status
-        if trainer.is_global_zero:
-            kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
-            print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except Exception as error:
-        if trainer.strategy.launcher is not None:  # on GPUs, the others would wait for half an hour
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+    except (Exception, SIGTERMException) as error:
+        terminated = ending.told or isinstance(error, SIGTERMException)
+        if not terminated and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # on GPUs, the others would wait for half an hour
+        forget_processes(trainer)
+        if terminated:  # which is a success to whoever asks for the exit status, and loaders may die of
+            if trainer.is_global_zero:
+                kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
+                print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
+            raise SystemExit(128 + signal.SIGTERM) from None
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise ValueError(
@@ -339,23 +343,33 @@ class ValidateLast(Callback):
             trainer.should_stop = True
 
 
-class Termination(Callback):
+def forget_processes(trainer: Trainer) -> None:
+    """Lets the processes that Lightning has started end as they will; it would kill this one for it.
+
+    Args:
+        trainer: That started them, if anybody did.
+    """
+    if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+        launcher.procs.clear()
+
+
+class Termination(Checkpoint):
     """Ends a run that is told to (SIGTERM) after a step, in all processes after the same one.
 
     Lightning's own handler asks the other processes wherever this one happens to be, amid other questions of
-    theirs.
+    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self.told = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Takes the signal over; Lightning gives it back at the end."""
 
         def told(number: int, _: Any) -> None:
-            if not self._told and trainer.strategy.launcher is not None:
+            if not self.told and trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(number)
-            self._told = True
+            self.told = True
 
         if threading.current_thread() is threading.main_thread():  # which signals go to
             signal.signal(signal.SIGTERM, told)
@@ -363,12 +377,25 @@ class Termination(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks whether any process has been told.
+        """Asks after a step whether any process has been told.
 
         Raises:
             SIGTERMException: If so.
         """
-        if trainer.strategy.reduce_boolean_decision(self._told, all=False):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps:
+            return
+        told = torch.tensor(float(self.told), device=module.device if trainer.world_size > 1 else "cpu")
+        if mean_over_processes(told) > 0:
+            forget_processes(trainer)
+            raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: Trainer, *call: Any) -> None:
+        """Does not wait for the rest of a validation, where there is nobody to ask.
+
+        Raises:
+            SIGTERMException: If this process has been told.
+        """
+        if self.told and trainer.world_size == 1:
             raise SIGTERMException
 
 

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 
-from aligndet.processes import mean_over_processes
+from aligndet.processes import from_all_processes, mean_over_processes
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -267,11 +267,12 @@ class TrainingModule(LightningModule):
         total = torch.stack(tuple(losses.values())).sum()
         # once for all of them: Lightning would wait for the other processes with each
         means = mean_over_processes(torch.stack([*losses.values(), total]).detach())
-        with self.naming(names):
-            if not torch.isfinite(means[-1]):  # in all processes at once: none is left waiting
-                values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-                where = " in another process" if torch.isfinite(total) else ""
-                raise FloatingPointError(f"the loss is not finite{where} ({values})")
+        if not torch.isfinite(means[-1]):  # in all processes at once: none is left waiting
+            values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+            found = from_all_processes([] if torch.isfinite(total) else [(values, list(names))])
+            values, names = found[0] if found else (values, names)
+            with self.naming(names):
+                raise FloatingPointError(f"the loss is not finite ({values})")
         for name, mean in zip([*losses, "total"], means, strict=True):
             self.log(f"loss/{name}", mean, prog_bar=len(losses) <= 3 or name == "total")
         return total

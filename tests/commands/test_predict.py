@@ -164,6 +164,20 @@ def test_pictures_of_other_images_are_not_left(images: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in (output / "pictures").iterdir()) == ["b.jpg", "mine.jpg"]
 
 
+def test_photos_of_others_stay(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "pictures").mkdir(parents=True)
+    (output / "pictures" / "a.jpg").write_bytes(b"mine")
+    predict(Path("model"), images, output=output, draw=False)  # draws nothing, so that nothing is in its way
+    for _ in range(2):
+        predict(Path("model"), images, output=output, draw=False, overwrite=True)
+        assert (output / "pictures" / "a.jpg").read_bytes() == b"mine"
+    for other in ("{}", "no JSON"):
+        (output / "predictions.json").write_text(other)
+        predict(Path("model"), images, output=output, draw=False, overwrite=True)
+        assert len(json.loads((output / "predictions.json").read_text())["images"]) == 3
+
+
 def test_a_folder_of_pictures_that_is_there_is_not_drawn_into(images: Path) -> None:
     (images / "pictures").mkdir()
     (images / "pictures" / "a.jpg").write_bytes((images / "a.jpg").read_bytes() + b"mine")

@@ -167,6 +167,8 @@ def test_a_photo_that_is_not_read_is_no_voc_image(tmp_path: Path) -> None:
     put(tmp_path, "a.xml", xml(("cat", (1, 1, 11, 11)), head="<filename>a</filename>"), "a.jpg")
     (tmp_path / "a.HEIC").write_bytes(b"ftypheic")
     assert read_labelled(tmp_path).file_names == ["a.jpg"]
+    (tmp_path / "a.jpg").rename(tmp_path / "a.HEIC")  # as some phones export
+    assert read_labelled(tmp_path).file_names == ["a.HEIC"]
 
 
 def test_names_in_voc_lists_may_end_in_numbers(tmp_path: Path) -> None:

@@ -266,11 +266,13 @@ def test_a_batch_without_boxes_has_a_gradient_for_every_weight(name: str) -> Non
     assert without[1] == without[0]
 
 
-def test_boxes_that_are_not_finite_are_told_so() -> None:
+@pytest.mark.parametrize("learns", [True, False])
+def test_boxes_that_are_not_finite_are_told_so(learns: bool) -> None:
     adapter = build("detr", objectness=True)
     with torch.no_grad():
         adapter.detector.network.bbox_predictor.layers[-1].bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the predicted boxes are not finite"):
+    message = "the predicted boxes are not finite"
+    with torch.set_grad_enabled(learns), pytest.raises(FloatingPointError, match=message):
         adapter(IMAGES, [boxes(3), boxes(2)])
 
 

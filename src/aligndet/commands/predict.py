@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,7 @@ def predict(
     if images.resolve().is_relative_to((output / "pictures").resolve()):
         raise ValueError(f"{output}: drawn pictures would replace {images}; give another output")
     broken: list[str] = []
+    drawn: dict[str, None] = {}  # in order, and once
     total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
@@ -76,7 +77,8 @@ def predict(
             module.score_thresh = max(module.score_thresh, score)
     predictions = predict_images(detector, source, device=resolve_device(device), batch_size=batch_size)
     with locked(output):
-        taken = [name for name in ("predictions.json", "pictures") if (output / name).exists()]
+        ours = ("predictions.json", *(["pictures"] if draw else []))
+        taken = [name for name in ours if (output / name).exists()]
         if taken and not overwrite:
             raise ValueError(f"{output}: holds {taken[0]} already; give --overwrite or another output")
         _remove_pictures(output)
@@ -86,10 +88,11 @@ def predict(
                 prediction = {key: value[sure] for key, value in prediction.items()}
                 _add(document, name, image, prediction, manifest["category_ids"])
                 if draw:
+                    drawn[f"{images.stem}.mp4" if is_video(images) else _picture_name(name)] = None
                     write(name, draw_detections(image.permute(1, 2, 0).numpy(), prediction, names))
         if not document["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
-        atomic_write(output / "predictions.json", json.dumps(document))
+        atomic_write(output / "predictions.json", json.dumps({**document, "pictures": list(drawn)}))
     print_skipped(broken)
     print(
         f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
@@ -106,11 +109,13 @@ Source = tuple[int, Iterator[tuple[Tensor, str]], AbstractContextManager[Callabl
 def _remove_pictures(output: Path) -> None:
     """Removes what former predictions have drawn, and nothing else: it may be of other images."""
     former = output / "predictions.json"
-    for entry in read_json(former)["images"] if former.exists() else ():
-        name = safe_name(entry["file_name"], former)
-        (output / "pictures" / _picture_name(name)).unlink(missing_ok=True)
-        if (video := PurePosixPath(name).parent).name:
-            (output / "pictures" / f"{video.stem}.mp4").unlink(missing_ok=True)
+    try:
+        drawn = read_json(former).get("pictures") if former.exists() else None
+    except ValueError:  # not ours
+        drawn = None
+    for name in drawn if isinstance(drawn, list) else ():
+        (output / "pictures" / safe_name(name, former)).unlink(missing_ok=True)
+    former.unlink(missing_ok=True)
 
 
 def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:

@@ -99,9 +99,9 @@ def _split(source: str) -> tuple[str, str]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = _by_functions_names(yaml.safe_load(path.read_bytes()))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or no date
         raise ValueError(f"--config {path}: no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: holds no options (NAME: VALUE, one a line)")
-    return _by_functions_names(content)
+    return content

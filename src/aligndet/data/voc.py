@@ -124,7 +124,7 @@ def _document(
 def _index_images(folder: Path) -> dict[str, list[str]]:
     """Relative paths of all images by stem."""
     index: dict[str, list[str]] = {}
-    for name in find_files(folder, READ):
+    for name in find_files(folder):
         index.setdefault(PurePosixPath(name).stem, []).append(name)
     return index
 
@@ -137,10 +137,10 @@ def _find_image(xml: Path, file_name: str, root: Path, available: dict[str, list
     candidates = available.get(xml.stem) or available.get(Path(file_name).stem, [])
     home = xml.relative_to(root).parts[:-1]
 
-    def distance(candidate: str) -> tuple[int, int, str]:
-        parts = Path(candidate).parts[:-1]
-        exact = Path(candidate).name == Path(file_name).name
-        return -len(set(home) & set(parts)), 0 if exact else 1, candidate
+    def distance(candidate: str) -> tuple[int, bool, bool, str]:
+        path = Path(candidate)
+        exact = path.name == Path(file_name).name
+        return -len(set(home) & set(path.parts[:-1])), not exact, path.suffix.lower() not in READ, candidate
 
     return min(candidates, key=distance, default=None)
 

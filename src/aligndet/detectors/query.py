@@ -153,6 +153,8 @@ class QueryPretraining(Adapter):
         """Of each query (B * Q,): the proposal that the family's own matcher gives it."""
         logits = layer["logits"].float()
         boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
+        if not torch.isfinite(boxes).all():  # the matcher does not say what is wrong
+            raise FloatingPointError("the predicted boxes are not finite")
         ids = torch.full(logits.shape[:2], BACKGROUND)
         first = 0
         for image, (queries, targets) in enumerate(
