@@ -42,8 +42,9 @@ def predict(
         model: Folder of `aligndet finetune`.
         images: An image, a folder that is searched with its subfolders, or a video.
         output: Folder for predictions.json (COCO: images, categories, and annotations with scores, and
-            segmentation if the detector finds masks; frames of a video are images, named VIDEO/NUMBER) and
-            pictures/. From Python, aligndet.read_detections reads them as supervision's detections.
+            segmentation if the detector finds masks; frames of a video are images, named VIDEO/NUMBER;
+            beside them the names of the pictures) and pictures/. From Python, aligndet.read_detections reads
+            them as supervision's detections.
         score: Boxes below are left out.
         batch_size: Images at a time; one by one where masks are found, which are large.
         device: "auto", "cpu", "cuda", "cuda:1", ...
