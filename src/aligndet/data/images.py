@@ -26,9 +26,7 @@ _AVIF = find_spec("PIL.AvifImagePlugin") is not None
 READ = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 READ |= {".avif"} if _AVIF else set()
 _OTHERS = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"} - READ
-SUFFIXES = (
-    READ | _OTHERS
-)  # these are images, too, which are missed unless they are skipped, counted and named
+SUFFIXES = READ | _OTHERS  # what is not read is skipped, counted and named
 # Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", *(["AVIF"] if _AVIF else []))
 _NOT_READ = "this format is not read; save it as JPEG or PNG"
