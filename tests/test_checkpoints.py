@@ -190,15 +190,26 @@ def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("told_in", "kept"), [(3, 4), (4, 4), (7, 8)])
-def test_what_is_due_is_kept_before_a_run_ends(told_in: int, kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("in_validation", [True, False])
+def test_what_is_due_is_kept_before_a_run_ends(
+    told_in: int, kept: int, validated: bool, in_validation: bool, tmp_path: Path
+) -> None:
     class Terminated(Counting):
         def training_step(self, batch: list[Item], batch_idx: int) -> Tensor:
-            if self.global_step == told_in:
+            if self.global_step == told_in and not in_validation:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().training_step(batch, batch_idx)
 
-    with nullcontext() if kept == 8 else pytest.raises(SystemExit):  # the last step is the end anyway
-        train(Terminated(), tmp_path, 1, validated=False)
+        def validation_step(self, batch: list[Item], batch_idx: int) -> None:
+            if self.global_step == kept and in_validation:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    never = in_validation and not validated
+    # the last step is the end anyway
+    with nullcontext() if kept == 8 or never else pytest.raises(SystemExit):
+        train(Terminated(), tmp_path, 1, validated=validated)
+    kept = 8 if never else kept
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == kept
 
 

@@ -131,7 +131,8 @@ def fit(
     ]
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
-    started, ending = environment(), Termination()
+    ending = Termination(validate_every if validation is not None else None)
+    started = environment()
     if validation is not None and len(validation) < devices * nodes:
         raise ValueError(f"{len(validation)} images for validation are too few for {devices * nodes} devices")
     samples = len(dataset)  # type: ignore[arg-type]
@@ -208,11 +209,13 @@ def fit(
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     except (Exception, SIGTERMException) as error:
-        terminated = ending.told or isinstance(error, SIGTERMException)
-        if not terminated and trainer.strategy.launcher is not None:
+        agreed = isinstance(error, SIGTERMException)
+        if not agreed and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # on GPUs, the others would wait for half an hour
         forget_processes(trainer)
-        if terminated:  # which is a success to whoever asks for the exit status, and loaders may die of
+        if (
+            agreed or ending.told
+        ):  # which is a success to whoever asks for the exit status, and loaders may die of
             if trainer.is_global_zero:
                 kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
                 print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
@@ -357,11 +360,17 @@ class Termination(Checkpoint):
     """Ends a run that is told to (SIGTERM) after a step, in all processes after the same one.
 
     Lightning's own handler asks the other processes wherever this one happens to be, amid other questions of
-    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before.
+    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before, after a validated
+    step behind its validation.
     """
 
-    def __init__(self) -> None:
-        self.told = False
+    def __init__(self, validated_every: int | None) -> None:
+        """Waits to be told.
+
+        Args:
+            validated_every: Steps between validations; None: there are none.
+        """
+        self.told, self._validated_every = False, validated_every
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Takes the signal over; Lightning gives it back at the end."""
@@ -377,25 +386,26 @@ class Termination(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks after a step whether any process has been told.
+        """Asks after a step that is not validated."""
+        every = self._validated_every
+        if not (batch_idx + 1) % trainer.accumulate_grad_batches and (
+            every is None or trainer.global_step % every
+        ):
+            self._ask(trainer, module)
 
-        Raises:
-            SIGTERMException: If so.
-        """
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Asks after the others."""
+        self._ask(trainer, module)
+
+    def _ask(self, trainer: Trainer, module: LightningModule) -> None:
+        """Ends the run if any process has been told; after the last step it ends anyway."""
+        if trainer.global_step >= trainer.max_steps:
             return
-        told = torch.tensor(float(self.told), device=module.device if trainer.world_size > 1 else "cpu")
-        if mean_over_processes(told) > 0:
+        told = self.told
+        if trainer.world_size > 1:
+            told = bool(mean_over_processes(torch.tensor(float(told), device=module.device)) > 0)
+        if told:
             forget_processes(trainer)
-            raise SIGTERMException
-
-    def on_validation_batch_end(self, trainer: Trainer, *call: Any) -> None:
-        """Does not wait for the rest of a validation, where there is nobody to ask.
-
-        Raises:
-            SIGTERMException: If this process has been told.
-        """
-        if self.told and trainer.world_size == 1:
             raise SIGTERMException
 
 

@@ -163,8 +163,9 @@ def test_the_protocols_of_voc(tmp_path: Path) -> None:
     assert stems(split="all") == ["1", "2", "3", "4", "5"]
 
 
-def test_a_photo_that_is_not_read_is_no_voc_image(tmp_path: Path) -> None:
-    put(tmp_path, "a.xml", xml(("cat", (1, 1, 11, 11)), head="<filename>a</filename>"), "a.jpg")
+@pytest.mark.parametrize("name", ["a", "a.HEIC"])
+def test_a_photo_that_is_not_read_is_no_voc_image(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.xml", xml(("cat", (1, 1, 11, 11)), head=f"<filename>{name}</filename>"), "a.jpg")
     (tmp_path / "a.HEIC").write_bytes(b"ftypheic")
     assert read_labelled(tmp_path).file_names == ["a.jpg"]
     (tmp_path / "a.jpg").rename(tmp_path / "a.HEIC")  # as some phones export

@@ -137,10 +137,10 @@ def _find_image(xml: Path, file_name: str, root: Path, available: dict[str, list
     candidates = available.get(xml.stem) or available.get(Path(file_name).stem, [])
     home = xml.relative_to(root).parts[:-1]
 
-    def distance(candidate: str) -> tuple[int, bool, bool, str]:
+    def distance(candidate: str) -> tuple[bool, int, bool, str]:
         path = Path(candidate)
         exact = path.name == Path(file_name).name
-        return -len(set(home) & set(path.parts[:-1])), not exact, path.suffix.lower() not in READ, candidate
+        return path.suffix.lower() not in READ, -len(set(home) & set(path.parts[:-1])), not exact, candidate
 
     return min(candidates, key=distance, default=None)
 
