@@ -213,9 +213,7 @@ def fit(
         if not agreed and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # on GPUs, the others would wait for half an hour
         forget_processes(trainer)
-        if (
-            agreed or ending.told
-        ):  # which is a success to whoever asks for the exit status, and loaders may die of
+        if agreed or ending.told:  # a success to whoever asks for the exit status; loaders may die of it
             if trainer.is_global_zero:
                 kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
                 print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
@@ -360,8 +358,8 @@ class Termination(Checkpoint):
     """Ends a run that is told to (SIGTERM) after a step, in all processes after the same one.
 
     Lightning's own handler asks the other processes wherever this one happens to be, amid other questions of
-    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before, after a validated
-    step behind its validation.
+    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before; of a step that
+    is validated, after that.
     """
 
     def __init__(self, validated_every: int | None) -> None:
