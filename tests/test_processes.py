@@ -271,7 +271,8 @@ def test_two_processes_are_terminated_together(sample: Path, two_boxes: Path, tm
     assert process.returncode == 143
     deadline = time.monotonic() + 30
     with suppress(ProcessLookupError):  # none is left of the group
-        while os.killpg(process.pid, 0) is None:
+        while True:
+            os.killpg(process.pid, 0)
             assert time.monotonic() < deadline
             time.sleep(0.1)
 

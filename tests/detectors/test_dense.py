@@ -139,10 +139,11 @@ def box_losses_of_torchvision(plain: Any, adapter: Any) -> tuple[dict[str, Any],
 @pytest.mark.parametrize("name", ["fcos", "retinanet"])
 def test_norms_of_towers_have_the_precision_of_autocast(name: str) -> None:
     """torch keeps them, and with them the towers' maps, in float32 on GPUs."""
-    for detector in (
+    detectors: list[Any] = [
         build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=64),
         build_pretrainable(name, trunk="resnet18", fpn_channels=64),
-    ):
+    ]
+    for detector in detectors:
         norms = [module for module in detector.modules() if isinstance(module, nn.GroupNorm)]
         assert len(norms) == 8
         for norm in norms:
