@@ -113,11 +113,9 @@ def fit(
     )
     warnings.filterwarnings("ignore", "|".join(f".*{text}" for text in expected))
     validate_every = min(steps, validate_every or max(1, steps // 10))
-    last = LastCheckpoint(
-        output / "checkpoints",
-        min(steps, checkpoint_every or min(500, max(1, steps // 10))),
-        validate_every if validation is not None else None,
-    )
+    validated = validate_every if validation is not None else None
+    checkpoint_every = min(steps, checkpoint_every or min(500, max(1, steps // 10)))
+    last, ending = LastCheckpoint(output / "checkpoints", checkpoint_every, validated), Termination(validated)
     first = steps_done(checkpoint)
     start = SameStart(output, first, data)
     if checkpoint is not None:
@@ -131,7 +129,6 @@ def fit(
     ]
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     synchronised = sync_batch_norm and devices * nodes > 1 and on_gpus
-    ending = Termination(validate_every if validation is not None else None)
     started = environment()
     if validation is not None and len(validation) < devices * nodes:
         raise ValueError(f"{len(validation)} images for validation are too few for {devices * nodes} devices")

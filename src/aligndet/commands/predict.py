@@ -68,7 +68,8 @@ def predict(
         raise ValueError(f"{output}: drawn pictures would replace {images}; give another output")
     broken: list[str] = []
     drawn: dict[str, None] = {}  # in order, and once
-    total, source, pictures = (_video if is_video(images) else _images)(images, output, strict, broken)
+    video = is_video(images)
+    total, source, pictures = (_video if video else _images)(images, output, strict, broken)
     categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
     document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
     modules: Iterator[Any] = detector.modules()
@@ -89,7 +90,7 @@ def predict(
                 prediction = {key: value[sure] for key, value in prediction.items()}
                 _add(document, name, image, prediction, manifest["category_ids"])
                 if draw:
-                    drawn[f"{images.stem}.mp4" if is_video(images) else _picture_name(name)] = None
+                    drawn[f"{images.stem}.mp4" if video else _picture_name(name)] = None
                     write(name, draw_detections(image.permute(1, 2, 0).numpy(), prediction, names))
         if not document["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
