@@ -40,7 +40,7 @@ _DESCRIPTION = f"""aligndet {__version__}: pre-train every module of an object d
 
   aligndet propose images/ --output proposals                            1. boxes, no labels (once)
   aligndet pretrain images/ --proposals proposals --output pretrained    2. neck and heads learn
-  aligndet finetune train.json --init-from pretrained --output tuned     3. your labels
+  aligndet finetune train.json --init-from pretrained --output tuned     3. your labels (few: --steps 1000)
   aligndet evaluate tuned val.json                                       4. average precision
   aligndet predict tuned new_images/ --output predictions                5. boxes and pictures
 

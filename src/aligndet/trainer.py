@@ -219,7 +219,8 @@ def fit(
             raise
         raise ValueError(
             f"the GPU has not enough memory for {batch_size} images at a time: try a part of --batch-size and"
-            f" as many times --accumulate, --precision bf16-mixed, or smaller images ({error})"
+            " as many times --accumulate, --precision bf16-mixed, or smaller images (--min-size, --max-size):"
+            f" {error}"
         ) from error
     return trainer.is_global_zero
 

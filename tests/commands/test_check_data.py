@@ -12,7 +12,9 @@ from aligndet.commands.check_data import check_data
 from aligndet.data.formats import read_labelled
 
 
-def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
+def test_a_good_set_and_a_bare_folder(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = check_data(sample / "train.json")
     assert report["problems"] == {}
     coco = read_labelled(sample / "train.json")
@@ -20,6 +22,11 @@ def test_a_good_set_and_a_bare_folder(sample: Path, tmp_path: Path) -> None:
     assert report["boxes"] == sum(report["classes"].values()) == sum(map(len, coco.boxes))
     assert sum(report["box_sizes"].values()) == report["boxes"]
     assert cli.main(["check-data", str(sample / "train")]) == 0
+    assert "data.yaml" not in capsys.readouterr().out
+    shutil.copytree(sample / "train", tmp_path / "yolo")
+    (tmp_path / "yolo" / "00001.txt").write_text("0 0.5 0.5 0.2 0.2")
+    assert cli.main(["check-data", str(tmp_path / "yolo")]) == 0
+    assert "has text files but no data.yaml" in capsys.readouterr().out
     assert cli.main(["check-data", str(tmp_path / "none")]) == 2
 
 

@@ -57,6 +57,8 @@ def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Pat
         ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),
+        ({"unlabelled": Path("nowhere")}, "nowhere: no such folder of images"),
+        ({"unlabelled": Path("s3://bucket/images")}, "only a local folder is taken here"),
         ({"detectors": ("fcos", "fcos")}, "detectors must be different names"),
         ({"detectors": ("fcos", "retinanet"), "finetuning": {"fcos": {"stepz": 3}}}, "'stepz' cannot be set"),
     ],
@@ -202,6 +204,7 @@ def test_resumed_refused_and_in_parts(
     assert not any("details" in cell["figures"] for cell in results["cells"])
     assert all("details" in json.loads(path.read_text()) for path in whole.glob("cells/*/result.json"))
     assert len(list((whole / "pretrained").iterdir())) == 1  # shared by the fractions
+    assert not list(whole.glob("cells/*/checkpoints"))  # of what is finished, the weights are enough
     with (whole / "results.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == ["scratch", "aligndet"] * 2
     assert "4 of 4 cells finished" in (whole / "table.md").read_text()

@@ -62,12 +62,14 @@ def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     assert sorted([*train.file_names, *val.file_names]) == read_labelled(sample / "train.json").file_names
     assert train.categories == val.categories
     assert fold.file_names == train.file_names
+    for part, name in ((train, "train.txt"), (val, "val.txt")):
+        assert (output / name).read_text().split() == part.file_names
     assert json.loads((output / "manifest.json").read_text())["val"]["images"] == 3
     assert "--val-annotations val.json" in (output / "README.txt").read_text()
     with pytest.raises(ValueError, match=r"train\.json: would be overwritten"):
         split(output / "train.json", images=sample / "train", output=output, overwrite=True)
     split(sample / "train.json", output=output, overwrite=True)
-    assert not (output / "val.json").exists()
+    assert not [path for name in ("val.json", "val.txt", "train.txt") if (path := output / name).exists()]
     (output / "train.json").write_text("mine")
     split(sample / "train.json", output=output, overwrite=True)
     assert (output / "train.json").read_text() == "mine"

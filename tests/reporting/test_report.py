@@ -213,12 +213,14 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 32], "area": 1024, "iscrowd": 0}
     labels = {**info, "annotations": [box], "categories": [{"id": 1, "name": "cup"}]}
     write(tmp_path / "images.json", labels)
+    (tmp_path / "splits").mkdir()
+    write(tmp_path / "splits" / "val.json", labels)  # images are beside neither it nor its folder
     page = _Page(
         report(
             runs,
             output=tmp_path / "page.html",
             images=tmp_path / "images",
-            annotations=tmp_path / "images.json",
+            annotations=tmp_path / "splits" / "val.json",
         )
     )
     shown = [str(attrs["alt"]) for tag, attrs in page.tags if tag == "img" and "jpeg" in str(attrs["src"])]

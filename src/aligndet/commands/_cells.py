@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -155,6 +156,7 @@ class Bench:
                 )
             result = folder / "result.json"
             evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # three times the size of the weights
 
     def _start(self, cell: Cell) -> Path | None:
         """What a cell is fine-tuned from; a pre-training is made once for each seed."""

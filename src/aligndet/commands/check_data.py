@@ -10,7 +10,7 @@ from typing import Any
 from aligndet.data.checks import check_boxes, check_images, labelled_size, statistics
 from aligndet.data.document import Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
-from aligndet.data.images import ImageError, list_images, read_image_size
+from aligndet.data.images import ImageError, list_images, read_image_size, walk
 from aligndet.files import accepts_strings, atomic_write, contents, locked
 
 
@@ -49,6 +49,11 @@ def check_data(
         _refuse_taken(fix)
     bare = is_bare_folder(path)
     labels = _bare(path) if bare else load_labelled(path, images, split)
+    if bare and next(walk(path, {".txt"}), None) is not None:
+        print(
+            f"{path}: has text files but no data.yaml; if they are YOLO's labels, write one with"
+            " `names: [cat, dog]`"
+        )
     sizes, findings, duplicates = check_images(labels, path)
     kept, wrong = check_boxes(labels, sizes)
     if sizes and not bare and all(entry.get("iscrowd") for entry in kept):

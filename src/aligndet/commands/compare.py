@@ -16,9 +16,11 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import part_of, plan
 from aligndet.data.coco import build_dataset, image_files
 from aligndet.data.formats import load_labelled, read_labelled
+from aligndet.data.sources import ImageSource
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
 from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json
+from aligndet.proposals.storage import read_proposals
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
@@ -123,6 +125,11 @@ def compare(
     measured = frozenset(image_files(held_out.folder, held_out.file_names))
     if seen := len(measured.intersection(image_files(coco.folder, coco.file_names))):
         print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
+    if any(ARMS.get(name) is not None for name in names):  # a wrong folder is told before cells are tuned
+        source = ImageSource(unlabelled or labels.folder)
+        source.check_here()
+        if proposals is not None:
+            source.prepare(read_proposals(proposals).file_names, proposals)
     benches = []
     for detector, (model, before, after) in stages.items():
         recipe = training_defaults(detector, after.get("optimizer", "adamw"))

@@ -43,6 +43,7 @@ def evaluate(
         annotations: COCO JSON, PASCAL VOC or YOLO (file or folder), with the classes of the detector.
         images: Folder of the images; by default looked for beside the JSON.
         output: JSON file for the figures, and for what was left out or clipped.
+            Named RUN.json beside the folder RUN, `aligndet report RUN` shows them.
         masks: Measure masks if the detector finds them; false for labels without masks.
         details: Of boxes at IoU 0.5, by class: precision, recall and F1 at --score and at the best score; how
             many errors there are of each kind and what they cost (TIDE); which classes are taken for which.

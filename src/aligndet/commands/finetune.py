@@ -138,10 +138,9 @@ def finetune(
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        batch_norm: Of the trunk: "frozen", "trained", or "sync": trained, over all processes (the paper's
-            choice; without GPUs the same as "trained"). Those of a pyramid are trained, unless with "trained"
-            over all processes.
-            Query-based detectors have frozen ones.
+        batch_norm: Of the trunk: "frozen"; "trained", by each process for itself; "sync": trained over all
+            GPUs (the paper's choice; on CPUs the same as "trained"). Those of a pyramid always are trained,
+            over all GPUs unless this is "trained". Query-based detectors have frozen ones.
         ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
         validate_every: Steps between evaluations on the way; by default a tenth of the run.
         patience: Stop after so many evaluations without a better average precision; null to go on to the end.

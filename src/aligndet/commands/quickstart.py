@@ -30,8 +30,8 @@ from aligndet.files import accepts_strings, atomic_write, contents
 _NEXT = """The same on your own images:
 
   aligndet propose IMAGES --output proposals
-  aligndet pretrain IMAGES --proposals proposals --output pretrained
-  aligndet finetune train.json --init-from pretrained --val-annotations val.json --output tuned
+  aligndet pretrain IMAGES --proposals proposals --output pretrained --temperature 0.1
+  aligndet finetune train.json --init-from pretrained --val-annotations val.json --steps 1000 --output tuned
   aligndet evaluate tuned val.json
   aligndet predict tuned IMAGES --output predictions
 """

@@ -59,7 +59,14 @@ def report(
     if output.is_dir():
         raise ValueError(f"{output}: is a folder; give the name of an HTML file")
     comparisons, single = read_folders([Path(folder) for folder in runs])
-    labelled = None if annotations is None else read_labelled(annotations)
+    labelled = None
+    if annotations is not None:
+        try:
+            labelled = read_labelled(annotations)
+        except ValueError:  # its images are not where they are looked for
+            if images is None:
+                raise
+            labelled = read_labelled(annotations, images)
     given: dict[str, Any] = {"images": images, "labelled": labelled, "count": count, "score": score}
     sections = []
     for index, comparison in enumerate(comparisons, 1):

@@ -23,8 +23,8 @@ Train on one with: aligndet finetune foldK/train_Ppct.json --images {folder} --o
 
 
 _HELD_OUT = """
-val.json     COCO JSON of the images that were held out
-train.json   of all others, which the splits below are drawn from
+val.json     COCO JSON of the images that were held out (val.txt: their file names)
+train.json   of all others, which the splits below are drawn from (train.txt: their file names)
 Train with: aligndet finetune train.json --val-annotations val.json --output ...
     --images {folder} --val-images {folder}
 """
@@ -49,7 +49,7 @@ def split(
 
     Args:
         annotations: Of the labelled images: COCO JSON, PASCAL VOC or YOLO (file or folder).
-        output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json.
+        output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json (and .txt).
         images: Folder of the images; by default looked for.
         percents: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
         counts: Sizes in images, beside the percents.
@@ -99,6 +99,8 @@ def split(
         for name, chosen_entries in whole.items():
             part = _part(labels, chosen_entries)
             atomic_write(output / f"{name}.json", json.dumps(part))
+            listed = [entry["file_name"] for entry in chosen_entries]
+            atomic_write(output / f"{name}.txt", "\n".join(listed) + "\n")
             manifest[name] = {"images": len(chosen_entries), "objects": len(part["annotations"])}
         for fold, chosen in enumerate(subsets):
             for name, positions in zip(sizes, chosen, strict=True):
@@ -135,7 +137,9 @@ def _clear(output: Path, overwrite: bool, annotations: Path) -> None:
     made = read_json(manifest) if manifest.is_file() else {}
     if "splits" not in made:
         raise ValueError(f"{output}: holds {used[0]!r} and no splits; it is not overwritten")
-    whole = [output / f"{name}.json" for name in ("train", "val") if name in made]
+    whole = [
+        output / f"{name}{end}" for name in ("train", "val") if name in made for end in (".json", ".txt")
+    ]
     if annotations.resolve() in [path.resolve() for path in whole]:
         raise ValueError(f"{annotations}: would be overwritten; give another output")
     for path in [*output.glob("fold*/train_*.json"), *output.glob("fold*/train_*.txt"), *whole]:

@@ -66,7 +66,10 @@ def load_labelled(path: Path, images: Path | None = None, split: Split = "all") 
     if is_voc(path):
         return load_voc(path, images, split)
     if path.is_dir():
-        raise ValueError(f"{path}: holds no COCO JSON, no VOC XML and no data.yaml")
+        raise ValueError(
+            f"{path}: holds no COCO JSON, no VOC XML and no data.yaml (YOLO's labels need one that lists the"
+            " classes: `names: [cat, dog]`)"
+        )
     return load_document(path, images)
 
 

@@ -44,7 +44,10 @@ class ImageSource:
         """
         self.place, self.is_local = str(place), "://" not in str(place)
         if isinstance(place, Path) and re.match(r"[a-z0-9+]{2,}:/", self.place) and not place.exists():
-            raise ValueError(f"{place}: a Path keeps one slash only; give an address as a string")
+            raise ValueError(
+                f"{place}: only a local folder is taken here (from Python, give an address as a string: Paths"
+                " keep one slash only)"
+            )
         if not self.is_local:
             self.place = self.place.rstrip("/") if not self.place.endswith("://") else self.place
             file_system(self.place)
