@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from aligndet.boxes import BACKGROUND
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
+from aligndet.detectors.query import proposal_ids
 from aligndet.detectors.query_families import from_transformers, with_first_prediction
 from aligndet.detectors.weights import save_detector
 from aligndet.momentum import momentum_copy, update_momentum
@@ -65,7 +66,7 @@ def test_a_query_stands_for_the_proposal_that_it_predicts(name: str) -> None:
     wanted = torch.tensor([7, 2, 10])
     layer = {"logits": torch.zeros(1, 12, 2), "pred_boxes": predicted}
     labels = [{"boxes": predicted[0, wanted], "class_labels": torch.zeros(3, dtype=torch.int64)}]
-    ids = adapter._proposal_ids(layer, labels)
+    (ids,) = proposal_ids([adapter._match(layer, labels)], labels, 12)
     assert ids[wanted].tolist() == [0, 1, 2]
     assert (ids == BACKGROUND).sum() == 9
 
@@ -336,11 +337,16 @@ def test_without_gradient_predicts_the_same_and_has_no_losses(name: str) -> None
     calm = {"dropout": 0.0} if "dropout" in family_of(name).shared_options() else {}
     adapter = build(name, objectness=True, **calm)
     proposals = [boxes(4), boxes(5)]
+    with torch.no_grad():
+        for head in adapter.detector.prediction_heads:
+            for parameter in head.parameters():
+                parameter.add_(torch.randn_like(parameter))  # so that layers match differently
     learning = adapter(IMAGES, proposals)
     with torch.no_grad():
         quiet = adapter(IMAGES, proposals)
     assert learning.losses
     assert not quiet.losses
+    assert len({tuple(stage.proposal_ids.tolist()) for stage in learning.stages}) == 3
     for ours, theirs in zip(quiet.stages, learning.stages, strict=True):
         assert torch.equal(ours.proposal_ids, theirs.proposal_ids)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings)
@@ -366,21 +372,24 @@ def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:
 def test_the_embeddings_of_a_layer_go_with_what_it_predicts(name: str) -> None:
     adapter = build(name, objectness=True)
     states: list[torch.Tensor] = []
-    adapter.projection_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    embed = adapter._embeddings
+    adapter._embeddings = lambda given, ids: states.append(given) or embed(given, ids)
     layers: list[torch.Tensor] = []
-    matched = adapter._proposal_ids
+    matched = adapter._match
 
-    def watched(layer: Any, labels: Any) -> torch.Tensor:
+    def watched(layer: Any, labels: Any) -> Any:
         layers.append(layer["logits"])
         return matched(layer, labels)
 
-    adapter._proposal_ids = watched
-    adapter(IMAGES, [boxes(3), boxes(2)])
+    adapter._match = watched
+    with torch.no_grad():
+        stages = adapter(IMAGES, [boxes(3), boxes(2)]).stages
     parts = dict(adapter.detector.network.named_modules())
     head = parts[
         next(n for n in ("class_labels_classifier", "class_embed", "model.decoder.class_embed") if n in parts)
     ]
     heads = list(head) if isinstance(head, nn.ModuleList) else [head] * 3
-    for layer, state, logits in zip(heads, states[0].unflatten(0, (3, 2, 12)), layers, strict=True):
-        torch.testing.assert_close(layer(state), logits)
+    for stage, layer, state, logits in zip(stages, heads, states[0], layers, strict=True):
+        torch.testing.assert_close(layer(state).unflatten(0, (2, 12)), logits)
+        torch.testing.assert_close(stage.embeddings, adapter.projection_head(state))
     assert not torch.allclose(layers[0], layers[-1])

@@ -8,12 +8,13 @@ beside the class layer embeds the queries (paper section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput
 from aligndet.detectors.backbones import PyramidNorm
@@ -25,6 +26,9 @@ from aligndet.detectors.query_detector import (
     relative_targets,
 )
 from aligndet.detectors.query_families import Family, from_transformers, settings_of
+
+Matches: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Of each image: which queries stand for which of its proposals, on the CPU."""
 
 
 class QueryPretraining(Adapter):
@@ -129,15 +133,32 @@ class QueryPretraining(Adapter):
         labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
         network, learns = self.detector.network, torch.is_grad_enabled()
         # the momentum detector's losses are not used
-        with decoder_states(network.model) as recorded, nullcontext() if learns else without_losses(network):
+        with (
+            decoder_states(network.model) as recorded,
+            matches(network, type(self.matcher)) if learns else without_losses(network) as found,
+        ):
             outputs = self.detector.run(images, labels)
-        states = recorded[0].movedim(self.family.layer_dim, 0)  # (L, B, Q, C)
-        embeddings = self.projection_head(states.flatten(0, 2)).unflatten(0, states.shape[:3]).flatten(1, 2)
-        stages = [
-            BoxPredictions(embedding, self._proposal_ids(layer, labels))
-            for embedding, layer in zip(embeddings, self._layers(outputs, len(states)), strict=True)
-        ]
+        states = recorded[0].movedim(self.family.layer_dim, 0).flatten(1, 2)  # (L, B * Q, C)
+        if learns:  # the loss has matched the last layer, then the others in order
+            last, *others = found[: len(states)]
+            found = [*others, last]
+        else:
+            found = [self._match(layer, labels) for layer in self._layers(outputs, len(states))]
+        ids = proposal_ids(found, labels, states.shape[1])  # (L, B * Q)
+        stages = map(BoxPredictions, self._embeddings(states, ids), ids.to(states.device))
         return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels) if learns else {})
+
+    def _embeddings(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Of all queries, (L, B * Q, D); a gradient flows through those that stand for a proposal, the only
+        ones from which the loss has any.
+        """
+        stands = (ids != BACKGROUND).to(states.device)
+        own = self.projection_head(states[stands])
+        with torch.no_grad():
+            background = self.projection_head(states[~stands])
+        embeddings = own.new_zeros(*stands.shape, own.shape[1])
+        embeddings[stands], embeddings[~stands] = own, background
+        return embeddings
 
     def _layers(self, outputs: Any, count: int) -> list[Any]:
         """Class scores and boxes after each of the decoder's layers."""
@@ -148,21 +169,14 @@ class QueryPretraining(Adapter):
         boxes = outputs.intermediate_reference_points.unbind(1)[-count:]
         return [{"logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
 
-    @torch.no_grad()
-    def _proposal_ids(self, layer: Any, labels: list[dict[str, Tensor]]) -> Tensor:
-        """Of each query (B * Q,): the proposal that the family's own matcher gives it."""
+    def _match(self, layer: Any, labels: list[dict[str, Tensor]]) -> Matches:
+        """Which queries of each image the family's own matcher gives to which of its proposals."""
         logits = layer["logits"].float()
         boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
         if not torch.isfinite(boxes).all():  # the matcher does not say what is wrong
             raise FloatingPointError("the predicted boxes are not finite")
-        ids = torch.full(logits.shape[:2], BACKGROUND)
-        first = 0
-        for image, (queries, targets) in enumerate(
-            self.matcher({"logits": logits, "pred_boxes": boxes}, labels)
-        ):
-            ids[image, queries] = first + targets
-            first += len(labels[image]["boxes"])
-        return ids.flatten().to(logits.device)
+        found: Matches = self.matcher({"logits": logits, "pred_boxes": boxes}, labels)
+        return found
 
 
 def query_pretraining(family: Family) -> Any:
@@ -201,12 +215,68 @@ def decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+def proposal_ids(found: Sequence[Matches], labels: list[dict[str, Tensor]], queries: int) -> Tensor:
+    """The proposal that each query stands for.
+
+    Args:
+        found: Of each layer, on the CPU.
+        labels: transformers' targets.
+        queries: Of the batch.
+
+    Returns:
+        (L, queries) int64 on the CPU; a proposal of the batch or BACKGROUND.
+    """
+    ids = torch.full((len(found), len(labels), queries // len(labels)), BACKGROUND)
+    for layer, matched in zip(ids, found, strict=True):
+        first = 0
+        for image, (query, target), label in zip(layer, matched, labels, strict=True):
+            image[query] = first + target
+            first += len(label["boxes"])
+    return ids.flatten(1)
+
+
 @contextmanager
-def without_losses(network: Any) -> Iterator[None]:
+def matches(network: Any, matcher: type[nn.Module]) -> Iterator[list[Matches]]:
+    """What transformers' losses match in one call: to match once more would take as long.
+
+    Args:
+        network: transformers' model; called with labels inside.
+        matcher: Class of its losses' matcher.
+
+    Yields:
+        A list that the call will add to: the last layer's matches, then those of the others in order.
+    """
+    found: list[Matches] = []
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, matcher):
+            found.append(output)
+
+    def watched(*call: Any, **others: Any) -> Any:
+        hook = register_module_forward_hook(
+            keep
+        )  # the loss makes itself a matcher, of which nothing else is known
+        try:
+            return own(*call, **others)
+        finally:
+            hook.remove()
+
+    own, network.loss_function = network.loss_function, watched
+    try:
+        yield found
+    finally:
+        network.loss_function = own
+
+
+@contextmanager
+def without_losses(network: Any) -> Iterator[list[Matches]]:
     """Lets transformers predict from every layer, which it does for its losses alone, without these.
 
     Args:
         network: transformers' model; called with labels inside.
+
+    Yields:
+        No matches.
     """
 
     def predictions(*call: Any, **_: Any) -> tuple[None, dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -216,6 +286,6 @@ def without_losses(network: Any) -> Iterator[None]:
 
     own, network.loss_function = network.loss_function, predictions
     try:
-        yield
+        yield []
     finally:
         network.loss_function = own
