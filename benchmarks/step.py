@@ -6,9 +6,10 @@
 
 (a) bare network: the trunk twice without gradient, momentum neck and heads forward, online neck and heads
     forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on;
-    query-based detectors predict boxes from the last layer
+    query-based detectors predict classes and boxes from every layer
 (b) torchvision's or transformers' own fine-tuning step: its detector with 91 classes and three trainable
-    layers of the trunk, all losses, backward, AdamW (cascades, which it lacks: ours, built of its parts)
+    layers of the trunk, all losses, backward, AdamW, fused as ours is (cascades, which it lacks: ours, built
+    of its parts)
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum
 
@@ -36,7 +37,8 @@ from torch import Tensor, nn
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
-from aligndet.detectors.query import QueryPretraining, decoder_states
+from aligndet.detectors.query import QueryPretraining, decoder_states, without_losses
+from aligndet.detectors.query_detector import relative_targets
 from aligndet.detectors.roi import mask_features
 from aligndet.detectors.weights import MODULES, network_of
 from aligndet.momentum import update_momentum
@@ -126,20 +128,28 @@ def one_branch(adapter: Any, pyramid: dict[str, Tensor], calls: Calls) -> list[T
     return outputs
 
 
-def query_network(adapter: Any, images: Tensor) -> list[Tensor]:
-    with decoder_states(adapter.detector.network.model) as states:
-        outputs = adapter.detector.run(list(images))
-    return [states[0], outputs.logits, outputs.pred_boxes]
+def query_network(adapter: Any, images: Tensor, labels: list[dict[str, Tensor]]) -> list[Tensor]:
+    network = adapter.detector.network
+    with decoder_states(network.model) as states, without_losses(network):
+        outputs = adapter.detector.run(list(images), labels)
+    count = states[0].shape[adapter.family.layer_dim]
+    layers = [layer[name] for layer in adapter._layers(outputs, count) for name in ("logits", "pred_boxes")]
+    others = [outputs.get(f"enc_topk_{name}") for name in ("logits", "bboxes")]
+    return [states[0], *layers, *(other for other in others if other is not None)]
 
 
 def bare(detector: str, args: argparse.Namespace) -> Step:
     module = pretraining(detector, args)
     images = torch.rand(args.batch, 3, args.size, args.size)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
     if isinstance(module.online, QueryPretraining):
+        labels = [
+            relative_targets(i.online.image, i.online.proposals, i.online.clusters) for i in batch(args)
+        ]
         networks = [
-            lambda: query_network(module.momentum, images),
-            lambda: query_network(module.online, images),
+            lambda: query_network(module.momentum, images, labels),
+            lambda: query_network(module.online, images, labels),
         ]
     elif hasattr(module.online, "stages"):
         items = batch(args)
@@ -156,7 +166,7 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
                 networks[0]()
             outputs = networks[1]()
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        for parameter in module.parameters():
+        for parameter in trained:
             parameter.grad = None
 
     return step
@@ -172,7 +182,7 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
     model = prepared(model, args)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     items = batch(args)
     images = [item.online.image.float() / 255 for item in items]
     targets = [
@@ -203,6 +213,7 @@ def silently(module: BoxPretraining) -> BoxPretraining:
 def ours(detector: str, args: argparse.Namespace) -> Step:
     module = silently(pretraining(detector, args, learning_rate=1e-6))
     optimizer: torch.optim.Optimizer = module.configure_optimizers()["optimizer"]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     items = batch(args)
 
     def step() -> None:
@@ -210,7 +221,7 @@ def ours(detector: str, args: argparse.Namespace) -> Step:
             loss = module.training_step(items, 0)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
         optimizer.step()
         update_momentum(module.online, module.momentum, 0.996)
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,12 +27,10 @@ def momentum_copy(online: Module, shared: nn.Module | None = None) -> Module:
         The copy, in the same train or eval mode. torchvision's dense detectors ignore targets in eval mode,
         so the copy has to stay in train mode.
     """
-    memo = {id(shared): shared} if shared is not None else {}
-    momentum = copy.deepcopy(online, memo)
-    kept = {id(p) for p in shared.parameters()} if shared is not None else set()
-    for parameter in momentum.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
+    momentum = copy.deepcopy(online, {} if shared is None else {id(shared): shared})
+    for source, target in zip(online.parameters(), momentum.parameters(), strict=True):
+        if target is not source:
+            target.requires_grad_(False)
     return momentum
 
 
@@ -83,4 +82,4 @@ def update_momentum(
             averaged[0].append(target)
             averaged[1].append(source)
     if averaged[0]:
-        torch._foreach_lerp_(averaged[0], averaged[1], 1.0 - decay)
+        get_ema_multi_avg_fn(decay)(*averaged, 0)
