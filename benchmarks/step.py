@@ -144,9 +144,8 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
     if isinstance(module.online, QueryPretraining):
-        labels = [
-            relative_targets(i.online.image, i.online.proposals, i.online.clusters) for i in batch(args)
-        ]
+        classes = torch.zeros(args.proposals, dtype=torch.int64)
+        labels = [relative_targets(i.online.image, i.online.proposals, classes) for i in batch(args)]
         networks = [
             lambda: query_network(module.momentum, images, labels),
             lambda: query_network(module.online, images, labels),

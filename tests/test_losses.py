@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,36 +71,17 @@ ids = st.lists(st.integers(BACKGROUND, 4), max_size=9)
 
 
 @settings(max_examples=60, deadline=None)
+@example(l1=[], l2=[], tau=0.5, seed=0)  # no boxes
+@example(l1=[0, 1], l2=[], tau=0.5, seed=0)  # no keys
+@example(l1=[], l2=[0, 1], tau=0.5, seed=0)  # no queries
+@example(l1=[-1, -1], l2=[-1], tau=0.5, seed=0)  # background alone
+@example(l1=[0], l2=[0], tau=0.5, seed=0)  # one pair
+@example(l1=[0, 0], l2=[0, 0, 0], tau=0.5, seed=0)  # one proposal
+@example(l1=[0, 1], l2=[2, 3], tau=0.5, seed=0)  # none in both
+@example(l1=[0, -1], l2=[0, 1], tau=0.5, seed=0)  # one in both
 @given(l1=ids, l2=ids, tau=st.sampled_from([0.1, 0.5, 1.0]), seed=st.integers(0, 1000))
 def test_equals_the_formula(l1: list[int], l2: list[int], tau: float, seed: int) -> None:
     compare(l1, l2, tau, seed)
-
-
-@pytest.mark.parametrize(
-    ("l1", "l2"),
-    [
-        ([], []),
-        ([0, 1], []),
-        ([], [0, 1]),
-        ([-1, -1], [-1]),
-        ([0], [0]),
-        ([0, 0], [0, 0, 0]),
-        ([0, 1], [2, 3]),
-        ([0, -1], [0, 1]),
-    ],
-    ids=[
-        "no boxes",
-        "no keys",
-        "no queries",
-        "background",
-        "one pair",
-        "one proposal",
-        "none in both",
-        "one in both",
-    ],
-)
-def test_edge_cases(l1: list[int], l2: list[int]) -> None:
-    compare(l1, l2, 0.5, seed=0)
 
 
 def test_a_known_value() -> None:

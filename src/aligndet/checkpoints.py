@@ -14,6 +14,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from aligndet.files import whole_file
 
 
+def is_validated(trainer: Trainer) -> bool:
+    """Whether a validation follows the step that has just ended; one follows the last.
+
+    Args:
+        trainer: Of `aligndet.trainer.fit`.
+    """
+    every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches
+    step = trainer.global_step
+    return trainer.enable_validation and (step % every == 0 or step >= trainer.max_steps)
+
+
 class _Checkpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on in a folder that has been moved, too; Lightning would forget the best score."""
@@ -27,14 +38,12 @@ class LastCheckpoint(_Checkpoint):
     checkpoint is from before of, so its score would be lost.
     """
 
-    def __init__(self, folder: Path, every: int, validated_every: int | None) -> None:
+    def __init__(self, folder: Path, every: int) -> None:
         """Of a run.
 
         Args:
             folder: Of its checkpoints.
             every: Steps between two.
-            validated_every: Steps between validations, of which one follows the last step; None: there is
-                none.
         """
         super().__init__(
             folder,
@@ -44,7 +53,6 @@ class LastCheckpoint(_Checkpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
-        self._validated_every = validated_every
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Remembers that the step it goes on from is saved: the next batch may be but a part of the next."""
@@ -53,8 +61,7 @@ class LastCheckpoint(_Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *batch: Any) -> None:
         """Saves now if no validation follows."""
-        step, every = trainer.global_step, self._validated_every
-        if every is None or (step % every and step < trainer.max_steps):
+        if not is_validated(trainer):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -6,14 +6,15 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from aligndet.data.splits import held_out_positions, nested_subsets
+from aligndet.data.splits import held_out_positions, in_order, nested_subsets, with_images
 
 BASELINE = "scratch"
+LEVEL = 0.05  # of significance
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +26,11 @@ class Cell:
     seed: int
     fold: int
     arm: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Cell:
+        """The cell of an entry of results.json."""
+        return cls(*(entry[field.name] for field in fields(cls)))
 
     def name(self, rate: float) -> str:
         """The name of its run folder at a learning rate."""
@@ -93,18 +99,17 @@ def labelled_subset(document: Mapping[str, Any], fraction: float, fold: int) -> 
     Returns:
         The same JSON with fewer images.
     """
-    images = sorted(document["images"], key=lambda image: (image["file_name"], image["id"]))
+    images = in_order(document)
     count = max(1, round(fraction * len(images)))
     (chosen,) = nested_subsets(len(images), [count], folds=fold + 1, seed=0)[fold]
-    return _with_images(document, [images[i] for i in chosen])
+    return with_images(document, [images[i] for i in chosen])
 
 
-def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits labelled images for a search of learning rates.
+def hold_out(document: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits labelled images for a search of learning rates: a fifth, rounded, is held out, at least one.
 
     Args:
         document: COCO JSON of `labelled_subset`.
-        share: Of the images that is held out, rounded, at least one.
 
     Returns:
         The part to train on, and the part to choose by.
@@ -116,16 +121,10 @@ def hold_out(document: Mapping[str, Any], share: float = 0.2) -> tuple[dict[str,
     if len(images) < 2:
         raise ValueError("a search of learning rates needs two labelled images at least; give one rate alone")
     train, held_out = (
-        _with_images(document, [images[i] for i in chosen])
-        for chosen in held_out_positions(len(images), share, seed=1)
+        with_images(document, [images[i] for i in chosen])
+        for chosen in held_out_positions(len(images), 0.2, seed=1)
     )
     return train, held_out
-
-
-def _with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
-    kept = {image["id"] for image in images}
-    annotations = [a for a in document["annotations"] if a["image_id"] in kept]
-    return {**document, "images": images, "annotations": annotations}
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -199,10 +198,8 @@ def summarise(
         }
         baseline = groups.get((fraction, steps, BASELINE), {})
         both = [key for key in values if key in baseline]
-        lists = {
-            key: [choice.get(Cell(fraction, steps, *key, name)) for name in (arm, BASELINE)] for key in both
-        }
-        alike = [key for key, (ours, theirs) in lists.items() if ours == theirs or None in (ours, theirs)]
+        lists = ([choice.get(Cell(fraction, steps, *key, name)) for name in (arm, BASELINE)] for key in both)
+        alike = [key for key, (ours, theirs) in zip(both, lists, strict=True) if ours == theirs]
         differences = [values[key] - baseline[key] for key in alike]
         if len(alike) < len(both):
             row["unlike"] = len(both) - len(alike)
@@ -228,14 +225,13 @@ def _spread(values: Iterable[float]) -> float | None:
     return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
-def sentence(row: Mapping[str, Any], level: float = 0.05) -> str:
+def sentence(row: Mapping[str, Any]) -> str:
     """What a row of `summarise` says, in words; empty for scratch itself.
 
     Args:
         row: One arm at one number of labels and steps.
-        level: Of significance.
     """
-    said = [_verdict(row, level)] if "difference" in row else []
+    said = [_verdict(row)] if "difference" in row else []
     if "unlike" in row:
         said.append(
             f"{row['arm']}: {row['unlike']} of its cells are not compared, as their learning rates come from"
@@ -244,15 +240,15 @@ def sentence(row: Mapping[str, Any], level: float = 0.05) -> str:
     return " ".join(said)
 
 
-def _verdict(row: Mapping[str, Any], level: float) -> str:
+def _verdict(row: Mapping[str, Any]) -> str:
     pairs, difference, p = row["pairs"], row["difference"], row["p"]
     where = f"{row['labels']} labelled images and {row['steps']} steps"
     spread = row["difference_spread"]
     amount = f"{difference:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
     evidence = f"(n = {pairs}, p = {p:.2g})"
-    if p > level:
+    if p > LEVEL:
         text = f"{row['arm']}: {amount} AP at {where} cannot be told apart from noise {evidence}"
-        if 2 / 2**pairs > level:
+        if 2 / 2**pairs > LEVEL:
             text += "; so few pairs never can, give more seeds or folds"
         return text + "."
     if difference < 0:

@@ -186,14 +186,13 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "this folder cannot be written to", str(folder))
 
 
-def print_skipped(messages: Collection[str], most: int = 10) -> None:
-    """Prints the files that a command has left out: the first ones, and how many more there are.
+def print_skipped(messages: Collection[str]) -> None:
+    """Prints the files that a command has left out: the first ten, and how many more there are.
 
     Args:
         messages: One a file.
-        most: Files to name.
     """
-    for message in islice(messages, most):
+    for message in islice(messages, 10):
         print(f"skipped: {message}")
-    if len(messages) > most:
-        print(f"skipped: {len(messages) - most} more")
+    if len(messages) > 10:
+        print(f"skipped: {len(messages) - 10} more")

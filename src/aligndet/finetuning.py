@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a plain torchvision detector (paper section 4.1)."""
+"""Supervised fine-tuning of a plain detector (paper section 4.1)."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class ImagePretraining(TrainingModule):
         """Logs how often the nearest neighbours are of the same class, and how often the largest class is."""
         seen = from_all_processes(self._seen)
         self._seen.clear()
-        if seen:
+        if len(seen) > 1:
             rows, classes = zip(*seen, strict=True)
             features = torch.stack(rows).to(self.device)
             labels = torch.tensor(classes, device=self.device)

@@ -219,7 +219,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.steps, self.seed = steps, seed
         self.optimizer_settings = optimizer, learning_rate, weight_decay
-        self.schedule_settings = schedule, steps, warmup_steps
+        self.schedule_settings = schedule, steps, min(warmup_steps, steps // 4)
 
     def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
         """What is trained, each group with the factor of its learning rate."""

@@ -16,8 +16,6 @@ from torchvision.models import get_model
 import aligndet
 from aligndet import cli
 from aligndet.detectors.backbones import build_trunk
-from aligndet.detectors.build import build_detector
-from aligndet.detectors.weights import save_weights
 from tests.commands.test_flow import asked_of, recipe_of
 
 SMALL: dict[str, Any] = {
@@ -82,6 +80,8 @@ def test_box_pretraining_of_a_trunk_without_labels(
     ours, trunk = (load_file(p / "model.safetensors") for p in (exported, run / "trunk"))
     assert all(torch.equal(ours[f"backbone.body.{name}"], value) for name, value in trunk.items())
     assert aligndet.load_detector(exported)[1]["architecture"]["fpn_norm"] == "batch"
+    with pytest.raises(ValueError, match=r"manifest\.json: is of no detector"):
+        aligndet.export(run / "trunk", output=tmp_path / "of_a_trunk", num_classes=2)
     tuned = aligndet.finetune(
         sample / "train.json",
         init_from=output,
@@ -95,13 +95,6 @@ def test_box_pretraining_of_a_trunk_without_labels(
         batch_norm="trained",
     )
     assert aligndet.load_detector(tuned)[1]["architecture"]["fpn_norm"] == "batch"  # taken over
-
-
-def test_a_manifest_of_before_the_pyramid_had_norms(tmp_path: Path) -> None:
-    architecture: dict[str, Any] = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64}
-    architecture["num_classes"] = 2
-    save_weights(tmp_path, build_detector(**architecture).state_dict(), {"architecture": architecture})
-    aligndet.load_detector(tmp_path)
 
 
 def test_broken_images_do_not_end_a_run(

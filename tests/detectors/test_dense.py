@@ -153,27 +153,18 @@ def test_norms_of_towers_have_the_precision_of_autocast(name: str) -> None:
                 assert norm(x).dtype == torch.bfloat16
 
 
-def test_fcos_keeps_torchvisions_box_losses() -> None:
-    plain = build_detector("fcos", num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False)
-    theirs, ours = box_losses_of_torchvision(
-        plain, build_pretrainable("fcos", trunk="resnet18", fpn_channels=64)
-    )
-    assert isinstance(plain, FCOS)
-    assert set(ours) == {"bbox_regression", "bbox_ctrness"}
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name])
-
-
-def test_retinanet_keeps_torchvisions_box_loss() -> None:
-    plain = build_detector(
-        "retinanet", num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False
-    )
-    theirs, ours = box_losses_of_torchvision(
-        plain, build_pretrainable("retinanet", trunk="resnet18", fpn_channels=64)
-    )
-    assert isinstance(plain, RetinaNet)
-    assert set(ours) == {"bbox_regression"}
-    torch.testing.assert_close(ours["bbox_regression"], theirs["bbox_regression"])
+@pytest.mark.parametrize(
+    ("name", "kind", "losses"),
+    [("fcos", FCOS, {"bbox_regression", "bbox_ctrness"}), ("retinanet", RetinaNet, {"bbox_regression"})],
+)
+def test_torchvisions_box_losses_are_kept(name: str, kind: type, losses: set[str]) -> None:
+    plain = build_detector(name, num_classes=1, trunk="resnet18", fpn_channels=64, resize_in_training=False)
+    adapter = build_pretrainable(name, trunk="resnet18", fpn_channels=64)
+    theirs, ours = box_losses_of_torchvision(plain, adapter)
+    assert isinstance(plain, kind)
+    assert set(ours) == losses
+    for loss, value in ours.items():
+        torch.testing.assert_close(value, theirs[loss])
 
 
 @pytest.mark.parametrize("detector", ["fcos", "retinanet"])

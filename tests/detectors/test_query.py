@@ -372,16 +372,18 @@ def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:
 def test_the_embeddings_of_a_layer_go_with_what_it_predicts(name: str) -> None:
     adapter = build(name, objectness=True)
     states: list[torch.Tensor] = []
-    embed = adapter._embeddings
-    adapter._embeddings = lambda given, ids: states.append(given) or embed(given, ids)
     layers: list[torch.Tensor] = []
-    matched = adapter._match
+    embedded, matched = adapter._embeddings, adapter._match
+
+    def recorded(given: torch.Tensor, ids: torch.Tensor) -> Any:
+        states.append(given)
+        return embedded(given, ids)
 
     def watched(layer: Any, labels: Any) -> Any:
         layers.append(layer["logits"])
         return matched(layer, labels)
 
-    adapter._match = watched
+    adapter._embeddings, adapter._match = recorded, watched
     with torch.no_grad():
         stages = adapter(IMAGES, [boxes(3), boxes(2)]).stages
     parts = dict(adapter.detector.network.named_modules())

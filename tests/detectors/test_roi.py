@@ -175,10 +175,9 @@ def test_the_region_proposal_network_can_be_shown_objects_alone() -> None:
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn"])
 def test_a_batch_without_proposals_has_losses(detector: str) -> None:
-    for options in ({}, {"rpn_positives": True}):
-        adapter: Any = build_pretrainable(detector, **SMALL, options=options)
-        losses = adapter([torch.rand(3, 128, 128)] * 2, [BOXES[0][:0]] * 2).losses
-        assert all(torch.isfinite(loss) for loss in losses.values())
+    adapter: Any = build_pretrainable(detector, **SMALL, options={"rpn_positives": True})
+    losses = adapter([torch.rand(3, 128, 128)] * 2, [BOXES[0][:0]] * 2).losses
+    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_the_stages_of_a_cascade_have_their_own_iou() -> None:

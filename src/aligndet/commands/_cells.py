@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +235,11 @@ class Bench:
             if (figures := self.figures(cell)) is not None
         ]
         before = read_json(path)["cells"] if path.is_file() else []
-        entries = [entry for entry in before if _cell(entry) not in cells] + found
+        entries = [entry for entry in before if Cell.of(entry) not in cells] + found
         rows = summarise(
-            {_cell(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
+            {Cell.of(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
             {entry["fraction"]: entry["labels"] for entry in entries},
-            {_cell(entry): entry.get("searched") for entry in entries},
+            {Cell.of(entry): entry["searched"] for entry in entries},
         )
         table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
         atomic_write(self.output / "table.md", table)
@@ -252,11 +252,6 @@ class Bench:
             writer.writerow({**entry["figures"], **entry})
         atomic_write(self.output / "results.csv", text.getvalue())
         return table
-
-
-def _cell(entry: dict[str, Any]) -> Cell:
-    cell = Cell(*(entry[field.name] for field in fields(Cell)))
-    return cell if cell.fraction < 1 else replace(cell, fold=0)  # all labels are the same in every fold
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

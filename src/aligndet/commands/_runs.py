@@ -99,16 +99,3 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(images, str) and "://" not in images:  # a folder is the same with a slash behind it
         plain["images"] = str(Path(images))
     return plain
-
-
-def steps_of(steps: int | None, otherwise: float) -> int:
-    """The length of a run in optimizer steps.
-
-    Args:
-        steps: As asked, or None.
-        otherwise: What epochs or a schedule come to.
-    """
-    total = max(1, round(otherwise)) if steps is None else steps
-    if total < 1:
-        raise ValueError(f"steps must be at least 1, not {total}")
-    return total

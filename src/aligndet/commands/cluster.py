@@ -125,7 +125,7 @@ def cluster(
             "clusters": group.clusters,
             "components": group.components,
             "skipped": broken,
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+            "settings": settings,
             **provenance(),
         },
     )

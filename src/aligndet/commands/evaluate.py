@@ -41,7 +41,7 @@ def evaluate(
     Args:
         model: Folder of `aligndet finetune`.
         annotations: COCO JSON, PASCAL VOC or YOLO (file or folder), with the classes of the detector.
-        images: Folder of the images; by default looked for beside the JSON.
+        images: Folder of the images; by default looked for.
         output: JSON file for the figures, and for what was left out or clipped.
             Named RUN.json beside the folder RUN, `aligndet report RUN` shows them.
         masks: Measure masks if the detector finds them; false for labels without masks.
@@ -58,7 +58,7 @@ def evaluate(
         The figures in 0..1.
 
     Raises:
-        ValueError: If the detector's classes are not those of the JSON, the JSON has no masks to measure
+        ValueError: If the detector's classes are not those of the labels, these have no masks to measure
             those of the detector by, score is not from 0 to 1, or a file is missing or broken.
     """
     detector, manifest = load_detector(model)

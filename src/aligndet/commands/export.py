@@ -68,13 +68,11 @@ def export(
     state, source = load_weights(run)
     if "num_classes" in source["architecture"]:
         raise ValueError(f"{run}: is a whole detector already; there is nothing to export but --format onnx")
-    architecture = {k: source["architecture"][k] for k in ("detector", "trunk", "fpn_channels", "fpn_norm")}
-    if "options" in source["architecture"]:
-        architecture["options"] = source["architecture"]["options"]
+    size = {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}
+    architecture = {**source["architecture"], **size}
     own = family_of(architecture["detector"]).weights_format
     if format not in (None, own):
         raise ValueError(f"{run}: {architecture['detector']} is a detector of {own}, there is no {format}")
-    architecture |= {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}
     seed_everything(seed, verbose=False)
     detector = build_detector(**architecture)
     modules = initialise(detector, state)

@@ -1,4 +1,4 @@
-"""`aligndet finetune`: supervised training on COCO JSON."""
+"""`aligndet finetune`: supervised training on labelled images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
-from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
 from aligndet.data.coco import CocoDataset, CocoDetection, image_files
 from aligndet.data.formats import read_labelled
@@ -192,7 +192,7 @@ def finetune(
                 f"{annotations}: has no object in any of its {len(coco)} images: nothing to learn"
             )
         passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
-        total = steps_of(steps, SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step)
+        total = steps or max(1, round(SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step))
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
         if options:
             architecture["options"] = options
@@ -235,7 +235,7 @@ def finetune(
             learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
             weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
             schedule=lr_schedule,
-            warmup_steps=min(warmup_steps, total // 4),
+            warmup_steps=warmup_steps,
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS}
@@ -259,7 +259,7 @@ def finetune(
             checkpoint=checkpoint,
             # the pyramid's norms always learn; frozen ones of the trunk are in eval mode
             sync_batch_norm=batch_norm == "sync"
-            or (batch_norm == "frozen" and architecture.get("fpn_norm") == "batch"),
+            or (batch_norm == "frozen" and architecture["fpn_norm"] == "batch"),
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),

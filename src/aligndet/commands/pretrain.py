@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
-from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
@@ -191,7 +191,7 @@ def pretrain(
         source.prepare(table.file_names, proposals)
         images_a_step = batch_size * accumulate * devices * nodes
         defaults = training_defaults(detector, optimizer, learning_rate=5e-4)
-        total = steps_of(steps, epochs * len(dataset) / images_a_step)
+        total = steps or max(1, round(epochs * len(dataset) / images_a_step))
         module = BoxPretraining(
             adapter,
             steps=total,
@@ -205,7 +205,7 @@ def pretrain(
             learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
             weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
             schedule=lr_schedule,
-            warmup_steps=min(warmup_steps, total // 4),
+            warmup_steps=warmup_steps,
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
@@ -222,7 +222,7 @@ def pretrain(
                 "trunk": {"weights": trunk_weights, "trained": train_trunk},
                 "left_out": list(module.online.prediction_layers),
                 "modules": list(MODULES),
-                "pretraining": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+                "pretraining": settings,
                 **provenance(),
             }
             save_weights(output / "pretrained", pretrained_state(module.online), manifest)

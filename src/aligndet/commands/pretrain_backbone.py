@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning import seed_everything
 
-from aligndet.commands._runs import run_folder, steps_of
+from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
 from aligndet.data.labelled import ValidationDataset
@@ -155,7 +155,7 @@ def pretrain_backbone(
             whole = ClassifiedDataset(source, classes, size=crop_size, mean=mean, std=std)
             validation = ValidationDataset(whole, strict=strict)
         images_a_step = batch_size * accumulate * processes
-        total = steps_of(steps, epochs * len(file_names) / images_a_step)
+        total = steps or max(1, round(epochs * len(file_names) / images_a_step))
         own: dict[str, Any] = {"temperature": temperature, "decay": decay, "queue": queue}
         rate = kind.sgd_learning_rate if optimizer == "sgd" else 5e-4
         module = kind(
@@ -166,7 +166,7 @@ def pretrain_backbone(
             learning_rate=learning_rate or rate * images_a_step / 256,
             weight_decay=weight_decay,
             schedule=lr_schedule,
-            warmup_steps=min(warmup_steps, total // 4),
+            warmup_steps=warmup_steps,
             seed=seed,
             **(own | {"processes": processes} if method == "moco" else {}),
         )
@@ -187,7 +187,7 @@ def pretrain_backbone(
                 "architecture": {"trunk": trunk},
                 "names": "torchvision's ResNet, or timm's with features_only=True",
                 "images": len(file_names),
-                "pretraining": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+                "pretraining": settings,
                 **provenance(),
             }
             save_weights(output / "trunk", module.encoder.trunk.state_dict(), manifest)

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aligndet.data.document import Document
 from aligndet.data.formats import load_labelled
-from aligndet.data.splits import held_out_positions, nested_subsets
+from aligndet.data.splits import held_out_positions, in_order, nested_subsets, with_images
 from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
 
 _EXPLANATION = """Splits of `aligndet split`.
@@ -73,7 +72,7 @@ def split(
     if hold_out is not None and not 0 < hold_out < 100:
         raise ValueError(f"hold_out must be above 0 and below 100 per cent, not {hold_out}")
     labels = load_labelled(annotations, images, "train")
-    entries = sorted(labels.content["images"], key=lambda entry: (entry["file_name"], entry["id"]))
+    entries = in_order(labels.content)
     whole: dict[str, list[dict[str, Any]]] = {}
     if hold_out is not None:
         if len(entries) < 2:
@@ -97,14 +96,14 @@ def split(
     with locked(output):
         _clear(output, overwrite, annotations)
         for name, chosen_entries in whole.items():
-            part = _part(labels, chosen_entries)
+            part = with_images(labels.content, chosen_entries)
             atomic_write(output / f"{name}.json", json.dumps(part))
             listed = [entry["file_name"] for entry in chosen_entries]
             atomic_write(output / f"{name}.txt", "\n".join(listed) + "\n")
             manifest[name] = {"images": len(chosen_entries), "objects": len(part["annotations"])}
         for fold, chosen in enumerate(subsets):
             for name, positions in zip(sizes, chosen, strict=True):
-                part = _part(labels, [entries[position] for position in positions])
+                part = with_images(labels.content, [entries[position] for position in positions])
                 path = output / f"fold{fold}" / f"{name}.json"
                 atomic_write(path, json.dumps(part))
                 listed = [entry["file_name"] for entry in part["images"]]
@@ -119,12 +118,6 @@ def split(
         print(f"{len(whole['val'])} images are held out, in {output / 'val.json'}")
     print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
     return output
-
-
-def _part(labels: Document, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    ids = {entry["id"] for entry in entries}
-    objects = [entry for entry in labels.content["annotations"] if entry["image_id"] in ids]
-    return {"images": entries, "annotations": objects, "categories": labels.content["categories"]}
 
 
 def _clear(output: Path, overwrite: bool, annotations: Path) -> None:

@@ -34,7 +34,6 @@ class CocoDataset:
 
     folder: Path
     file_names: list[str]
-    image_ids: list[int]
     sizes: npt.NDArray[np.int32]  # (images, 2) width, height
     categories: tuple[Category, ...]  # sorted by id
     boxes: list[npt.NDArray[np.float32]]  # (n, 4) xyxy pixels
@@ -139,7 +138,6 @@ def build_dataset(
     return CocoDataset(
         folder,
         [entries[key]["file_name"] for key in present],
-        present,
         np.array([(entries[key]["width"], entries[key]["height"]) for key in present], np.int32),
         found,
         [np.array([row[0] for row in rows[key]], np.float32).reshape(-1, 4) for key in present],
@@ -179,7 +177,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.coco)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,), image_id ()
+        """Returns the image, (3, H, W) uint8, and its boxes (n, 4), labels, iscrowd, area (n,)
         and, if the data set has them, masks (n, H, W) uint8; raises ImageError if the image is broken or not
         of the size that its boxes refer to.
         """
@@ -198,7 +196,6 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             "labels": torch.from_numpy(coco.labels[index][kept]),
             "iscrowd": torch.from_numpy(coco.iscrowd[index][kept]).long(),
             "area": torch.from_numpy(coco.areas[index][kept]),
-            "image_id": torch.tensor(coco.image_ids[index]),
         }
         if coco.masks is not None:
             chosen = [coco.masks[index][i] for i in np.flatnonzero(kept).tolist()]

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+
+def in_order(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The images of a COCO JSON in the order that draws count in.
+
+    Args:
+        document: COCO JSON.
+    """
+    return sorted(document["images"], key=lambda image: (image["file_name"], image["id"]))
+
+
+def with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+    """A COCO JSON of some of its images and what they show.
+
+    Args:
+        document: COCO JSON.
+        images: Of it.
+    """
+    kept = {image["id"] for image in images}
+    annotations = [a for a in document["annotations"] if a["image_id"] in kept]
+    return {**document, "images": images, "annotations": annotations}
 
 
 def nested_subsets(

@@ -66,7 +66,7 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
     available = _index_images(folder)
     chosen = None if not years else _chosen(years, split, chosen_list)
     notes: list[str] = []
-    rows: list[tuple[Path, str, tuple[int, int], list[_Object]]] = []
+    rows: list[tuple[str, tuple[int, int], list[_Object]]] = []
     names: set[str] = set()
     lowest = math.inf
     for xml in found:
@@ -89,7 +89,7 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
         except ImageError as error:
             notes.append(f"image {error}")
         else:
-            rows.append((xml, image, size, objects))
+            rows.append((image, size, objects))
     missing = sorted((chosen or set()) - {xml.with_suffix("") for xml in found})
     notes += [f"{place}.xml: is in a list, but not there" for place in missing]
     if not rows:
@@ -98,12 +98,12 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
 
 
 def _document(
-    rows: list[tuple[Path, str, tuple[int, int], list[_Object]]], names: list[str], shift: float
+    rows: list[tuple[str, tuple[int, int], list[_Object]]], names: list[str], shift: float
 ) -> dict[str, Any]:
     category = {name: index + 1 for index, name in enumerate(names)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, (_, file_name, (width, height), objects) in enumerate(rows, 1):
+    for number, (file_name, (width, height), objects) in enumerate(rows, 1):
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         for item in objects:
             left, top, right, bottom = item.corners
@@ -174,8 +174,6 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int], list[_Object], list[str
         parser = ElementTree.XMLParser(target=_NoDoctype())
         parser.feed(path.read_bytes())
         tree = parser.close()
-    except ElementTree.ParseError:
-        raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     file_name = (tree.findtext("filename") or "").strip()

@@ -143,7 +143,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
         tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
     atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n")
 
 
 def save_detector(folder: Path, detector: nn.Module, manifest: dict[str, Any]) -> None:
@@ -187,9 +187,9 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except SafetensorError as error:
         raise ValueError(f"{folder / 'model.safetensors'}: broken weights: {error}") from error
-    if not isinstance(manifest.get("architecture"), dict):
-        raise ValueError(f"{folder / 'manifest.json'}: does not say the architecture")
-    manifest["architecture"].setdefault("fpn_norm", "none")  # written before there was a choice
+    architecture = manifest.get("architecture")
+    if not isinstance(architecture, dict) or "detector" not in architecture:
+        raise ValueError(f"{folder / 'manifest.json'}: is of no detector (a trunk goes to --trunk-weights)")
     return state, manifest
 
 

@@ -112,9 +112,7 @@ class CocoEvaluator:
         if self.masks:
             for item, prediction in zip(found, predictions, strict=True):
                 item["masks"] = binary_masks(prediction["masks"].detach()).cpu()
-        self._metric.update(
-            found, [{k: v.detach().cpu() for k, v in target.items() if k != "image_id"} for target in targets]
-        )
+        self._metric.update(found, [{k: v.detach().cpu() for k, v in target.items()} for target in targets])
         self.images += len(predictions)
 
     def compute(self) -> CocoResult:

@@ -93,7 +93,7 @@ def write_clusters(
     """
     rows = np.split(clusters, table.offsets[1:-1])
     manifest = {**parameters, "proposals": _digest(table)}
-    schema = _SCHEMA.with_metadata({_MANIFEST: json.dumps(manifest).encode()})
+    schema = _SCHEMA.with_metadata({_MANIFEST: json.dumps(manifest, default=str).encode()})
     columns = {"file_name": table.file_names, "clusters": rows}
     path = clusters_file(proposals)
     with whole_file(path) as file:

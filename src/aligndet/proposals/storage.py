@@ -322,7 +322,7 @@ def _read_coco(path: Path, masks: bool) -> list[ImageProposals]:
         for annotation in document["annotations"]:
             found[annotation["image_id"]].append(annotation)
         return [_of_coco(path, image, found[key], masks) for key, image in images.items()]
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         wanted = "proposals with masks" if masks else "proposals"
         raise ValueError(f"{path}: no COCO-style {wanted}: {type(error).__name__}: {error}") from error
 

@@ -34,8 +34,7 @@ class Run:
     @property
     def details(self) -> dict[str, Any] | None:
         """What `aligndet evaluate --details` has found, if it was asked for."""
-        found = self.figures.get("details")
-        return found if found and "precision_at_recall" in found["curves"].get("mean", {}) else None
+        return self.figures.get("details")
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,8 @@ def _read_comparison(folder: Path) -> Comparison:
     try:
         cells = []
         for entry in results["cells"]:
-            cell = Cell(*(entry[name] for name in ("fraction", "steps", "seed", "fold", "arm")))
-            cells.append((entry, read_run(folder / "cells" / cell.name(entry["learning_rate"]))))
+            name = Cell.of(entry).name(entry["learning_rate"])
+            cells.append((entry, read_run(folder / "cells" / name)))
         kept = {name: record.get(name) for name in ("command", "versions", "settings")}
         return Comparison(folder.resolve().name, kept, results["rows"], cells, folder)
     except (KeyError, TypeError) as error:
