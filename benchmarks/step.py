@@ -27,13 +27,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
@@ -72,14 +71,8 @@ def prepared(module: Module, args: argparse.Namespace) -> Module:
     return module.to(memory_format=torch.channels_last if last else torch.preserve_format)
 
 
-@contextmanager
-def in_precision(args: argparse.Namespace) -> Iterator[None]:
-    half = "bf16" in args.variant  # with the attention that `aligndet.trainer.fit` takes then
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=half),
-        sdpa_kernel(SDPBackend.MATH) if half else nullcontext(),
-    ):
-        yield
+def in_precision(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled="bf16" in args.variant)
 
 
 def pretraining(detector: str, args: argparse.Namespace, **settings: Any) -> BoxPretraining:

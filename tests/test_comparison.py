@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,7 @@ def test_labels_by_interpolation() -> None:
     assert labels_for(curve, 41.0) is None
     assert labels_for(curve, 9.0) is None
     assert labels_for({10: 5.0, 50: 3.0, 100: 8.0}, 4.0) is None  # fewer than ten do already
+    assert labels_for({5: 0.0, 20: 0.0, 100: 12.0}, 0.0) == 5
 
 
 def test_all_labels_are_the_same_cell_in_every_fold() -> None:
@@ -150,6 +152,38 @@ def test_few_pairs_prove_nothing_and_a_loss_is_a_loss() -> None:
     single = _results([0.1])[1]
     assert single["spread"] is None
     assert "+10.0 AP" in sentence(single)
+
+
+def test_folds_of_a_seed_are_one_of_several_seeds() -> None:
+    gains = {(0, 0): 1.0, (0, 1): 1.1, (0, 2): 0.9, (1, 0): 0.1, (1, 1): 0.2, (1, 2): 0.15}
+    figures = {Cell(0.1, 5, *key, "scratch"): 0.1 for key in gains}
+    figures |= {Cell(0.1, 5, *key, "aligndet"): 0.1 + gain / 100 for key, gain in gains.items()}
+    row = summarise(figures, {0.1: 10})[1]
+    assert (row["pairs"], row["units"], row["starts"], row["p"]) == (6, 2, 2, 0.5)
+    assert "(n = 6 of 2 seeds, p = 0.5); so few seeds never can" in sentence(row)
+    one = {
+        cell if cell.arm == "scratch" else replace(cell, arm="from-run-1"): f for cell, f in figures.items()
+    }
+    assert summarise(one, {0.1: 10})[1]["starts"] == 1
+    folds = {replace(cell, seed=0, fold=3 * cell.seed + cell.fold): f for cell, f in figures.items()}
+    row = summarise(folds, {0.1: 10})[1]
+    assert (row["units"], row["starts"], row["p"]) == (6, 1, 2 / 64)
+    assert "(n = 6, p = 0.031), all from one pre-training;" in sentence(row)
+
+
+def test_what_a_gain_is_worth_is_of_pairs_too() -> None:
+    figures = {Cell(0.1, 5, seed, 0, "scratch"): 0.2 if seed < 6 else 0.26 for seed in range(12)}
+    figures |= {Cell(0.1, 5, seed, 0, "aligndet"): 0.21 for seed in range(6)}
+    figures |= {Cell(1.0, 5, seed, 0, "scratch"): 0.3 for seed in range(6)}
+    row = summarise(figures, {0.1: 10, 1.0: 100})[1]
+    assert (row["mean"], row["difference"]) == pytest.approx((21, 1))
+    assert row["scratch_labels"] == pytest.approx(10 * 10 ** (1 / 7))  # from 23 to 24 of 30
+
+
+def test_many_tests_are_said_to_be_many() -> None:
+    rows = _results([0.1] * 6)
+    assert "by chance" not in markdown(rows)
+    assert "2 tests, each at 5%, not corrected for their number: 0.1 of them" in markdown([*rows, rows[1]])
 
 
 def test_only_pairs_are_compared() -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from aligndet.files import whole_file
@@ -85,6 +86,13 @@ class BestCheckpoint(_Checkpoint):
             folder: Of its checkpoints.
         """
         super().__init__(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Takes the newer one while no object has been found, where there is nothing to choose by."""
+        best = self.best_model_score
+        if current is not None and best is not None and not (current > 0 or best > 0):
+            return True
+        return super().check_monitor_top_k(trainer, current)
 
 
 class WeightAverage(WeightAveraging):

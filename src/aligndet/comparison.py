@@ -156,6 +156,8 @@ def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
         The fewest such number, or None if the curve begins above the figure or does not reach it.
     """
     points = sorted(curve.items())
+    if points and points[0][1] == figure:
+        return float(points[0][0])
     if not points or points[0][1] > figure:
         return None
     for (few, low), (many, high) in itertools.pairwise(points):
@@ -179,8 +181,9 @@ def summarise(
 
     Returns:
         Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
-        scratch, over the pairs that are finished: pairs, difference, its spread, p, scratch_labels; unlike,
-        if there are any: how many are no pairs as their learning rates were chosen from others.
+        scratch, over the pairs that are finished: pairs, difference, its spread, p, units (seeds, or folds of
+        one seed: what p takes for independent), starts (pre-trainings), scratch_labels; unlike, if there are
+        any: how many are no pairs as their learning rates were chosen from others.
     """
     choice = searched or {}
     groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
@@ -204,6 +207,7 @@ def summarise(
         if len(alike) < len(both):
             row["unlike"] = len(both) - len(alike)
         if arm != BASELINE and differences:
+            units = _independent(dict(zip(alike, differences, strict=True)))
             curve = {
                 labels[f]: statistics.mean(v.values())
                 for (f, s, a), v in groups.items()
@@ -213,11 +217,23 @@ def summarise(
                 "pairs": len(differences),
                 "difference": statistics.mean(differences),
                 "difference_spread": _spread(differences),
-                "p": sign_flip_p(differences),
-                "scratch_labels": labels_for(curve, row["mean"]),
+                "p": sign_flip_p(units),
+                "units": len(units),
+                "starts": 1 if arm.startswith("from-") else len({seed for seed, _ in alike}),
+                "scratch_labels": labels_for(curve, curve[labels[fraction]] + statistics.mean(differences)),
             }
         rows.append(row)
     return sorted(rows, key=lambda row: (row["labels"], row["steps"], row["arm"] != BASELINE, row["arm"]))
+
+
+def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:
+    """What may count as independent of the differences by (seed, fold): folds of a seed share its
+    pre-training, so that of several seeds each is one, averaged over its folds.
+    """
+    by_seed: dict[int, list[float]] = {}
+    for (seed, _), value in differences.items():
+        by_seed.setdefault(seed, []).append(value)
+    return [*map(statistics.mean, by_seed.values())] if len(by_seed) > 1 else [*differences.values()]
 
 
 def _spread(values: Iterable[float]) -> float | None:
@@ -245,12 +261,15 @@ def _verdict(row: Mapping[str, Any]) -> str:
     where = f"{row['labels']} labelled images and {row['steps']} steps"
     spread = row["difference_spread"]
     amount = f"{difference:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
-    evidence = f"(n = {pairs}, p = {p:.2g})"
+    few = f" of {row['units']} seeds" if row["units"] < pairs else ""
+    evidence = f"(n = {pairs}{few}, p = {p:.2g})"
     if p > LEVEL:
         text = f"{row['arm']}: {amount} AP at {where} cannot be told apart from noise {evidence}"
-        if 2 / 2**pairs > LEVEL:
-            text += "; so few pairs never can, give more seeds or folds"
+        if 2 / 2 ** row["units"] > LEVEL:
+            text += f"; so few {'seeds' if few else 'pairs'} never can, give more seeds"
         return text + "."
+    if row["starts"] == 1:
+        evidence += ", all from one pre-training"
     if difference < 0:
         return f"{row['arm']} does not help, it costs: {amount} AP at {where} {evidence}."
     worth = row["scratch_labels"]
@@ -277,7 +296,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         p = f"{row['p']:.2g}" if "p" in row else ""
         cells = [str(row[name]) for name in ("labels", "steps", "arm", "n")]
         lines.append(f"| {' | '.join([*cells, *shown, p])} |")
-    return "\n".join([*lines, "", *filter(None, map(sentence, rows))]) + "\n"
+    return "\n".join([*lines, "", *filter(None, map(sentence, rows)), *_of_many(rows)]) + "\n"
+
+
+def _of_many(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to think of several tests at once."""
+    tests = sum("p" in row for row in rows)
+    said = f"{tests} tests, each at {LEVEL:.0%}, not corrected for their number: {LEVEL * tests:.2g} of them"
+    return [f"{said} would find a difference by chance alone."] if tests > 1 else []
 
 
 def _points(value: float | None) -> str:

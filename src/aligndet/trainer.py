@@ -7,7 +7,6 @@ import os
 import signal
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,6 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
@@ -203,14 +201,11 @@ def fit(
         module.to(memory_format=torch.channels_last)  # convolutions hand on the format of their weights
     if compile:
         compile_networks(module)
-    # attention's fused backward pass on a CPU takes many times as long in bfloat16 as its matrix products do
-    fused = on_gpus or precision != "bf16-mixed"
     images = batch_size * accumulate * devices * nodes
     if trainer.is_global_zero:
         print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
     try:
-        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
-            trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     except (Exception, SIGTERMException) as error:
         agreed = isinstance(error, SIGTERMException)
         if not agreed and trainer.strategy.launcher is not None:
@@ -225,8 +220,8 @@ def fit(
             raise
         raise ValueError(
             f"the GPU has not enough memory for {batch_size} images at a time: try a part of --batch-size and"
-            " as many times --accumulate, --precision bf16-mixed, or smaller images (--min-size, --max-size):"
-            f" {error}"
+            " as many times --accumulate, --precision bf16-mixed, or smaller images (--min-size, --max-size,"
+            f" --crop-size): {error}"
         ) from error
     return trainer.is_global_zero
 

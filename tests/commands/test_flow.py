@@ -93,24 +93,6 @@ def test_the_seed_decides(run: Path, sample: Path, proposals: Path, tmp_path: Pa
     assert losses(half) != pytest.approx(losses(run), rel=1e-6)
 
 
-@pytest.mark.parametrize(("precision", "fused"), [("32", True), ("bf16-mixed", False)])
-def test_half_precision_on_a_cpu_is_without_fused_attention(
-    precision: str,
-    fused: bool,
-    sample: Path,
-    proposals: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[bool] = []
-    enabled = torch.backends.cuda.flash_sdp_enabled  # means the CPU's, too
-    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: seen.append(enabled()))
-    settings: dict[str, Any] = {**SMALL, "precision": precision, "output": tmp_path / "run"}
-    aligndet.pretrain(sample / "train", proposals=proposals, **settings)
-    assert seen == [fused]
-    assert enabled()
-
-
 def test_an_export_says_what_is_new(run: Path, tmp_path: Path) -> None:
     output = aligndet.export(run, output=tmp_path / "exported", num_classes=5)
     manifest = json.loads((output / "manifest.json").read_text())

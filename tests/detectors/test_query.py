@@ -17,7 +17,7 @@ from aligndet.boxes import BACKGROUND
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.query import proposal_ids
 from aligndet.detectors.query_families import from_transformers, with_first_prediction
-from aligndet.detectors.weights import save_detector
+from aligndet.detectors.weights import initialise, pretrained_state, save_detector
 from aligndet.momentum import momentum_copy, update_momentum
 
 FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
@@ -95,6 +95,23 @@ def test_the_momentum_detector_has_the_online_queries(name: str) -> None:
         assert torch.equal(theirs[copied], ours[copied])
     weight = "projection_head.hidden.weight"
     torch.testing.assert_close(theirs[weight], ours[weight] - 0.9)
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_what_chooses_queries_goes_on_as_it_is(name: str) -> None:
+    adapter = build(name, objectness=True)
+    with torch.no_grad():
+        adapter.detector.network.model.enc_score_head.bias.normal_()
+    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
+    detector: Any = build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=32, options=few)
+    origins = initialise(detector, pretrained_state(adapter))
+    assert origins["model.enc_score_head"] == "pre-trained"
+    assert origins["class_embed.0"] == "new"
+    ours, theirs = (part.network.model.enc_score_head for part in (detector, adapter.detector))
+    for parameter in ("weight", "bias"):
+        for row in getattr(ours, parameter):  # of each class
+            assert torch.equal(row, getattr(theirs, parameter)[0])
+    assert "model.enc_score_head" in build(name).prediction_layers  # with clusters, as all class layers
 
 
 def test_noise_rests_in_pretraining_alone() -> None:
@@ -351,6 +368,21 @@ def test_without_gradient_predicts_the_same_and_has_no_losses(name: str) -> None
         assert torch.equal(ours.proposal_ids, theirs.proposal_ids)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings)
     assert adapter(IMAGES, proposals).losses
+
+
+@pytest.mark.parametrize(
+    ("half", "learns", "fused"), [(False, True, True), (True, False, True), (True, True, False)]
+)
+def test_attention_that_learns_in_bfloat16_on_a_cpu_is_not_fused(
+    half: bool, learns: bool, fused: bool
+) -> None:
+    adapter, seen = build("detr", objectness=True), []
+    enabled = torch.backends.cuda.flash_sdp_enabled  # means the CPU's, too
+    adapter.detector.network.register_forward_pre_hook(lambda *_: seen.append(enabled()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(learns):
+        adapter(IMAGES, [boxes(4), boxes(5)])
+    assert seen == [fused]
+    assert enabled()
 
 
 def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from aligndet.data.coco import Category
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.evaluation.details import DetailsEvaluator, _ap50
-from aligndet.evaluation.matching import KINDS, assign, join, match, without_crowds
+from aligndet.evaluation.matching import KINDS, assign, join, match, surest, without_crowds
 
 CAT, DOG = 1, 2
 Box = tuple[int, int, int, int]
@@ -152,6 +152,50 @@ def test_boxes_in_a_crowd_are_no_errors() -> None:
     evaluator = DetailsEvaluator(["cat", "dog"], score=0.3)
     evaluator.update(prediction, target)
     assert evaluator.compute().confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+
+
+def test_a_crowd_excuses_a_box_whose_object_another_has() -> None:
+    target = _target(((0, 0, 100, 100), CAT), ((500, 0, 600, 100), CAT), ((0, 0, 400, 400), CAT), crowd=1)
+    prediction = _prediction(
+        ((0, 0, 100, 90), CAT, 0.8), ((0, 0, 100, 100), CAT, 0.9), ((500, 0, 600, 100), CAT, 0.7)
+    )
+    coco, details = CocoEvaluator([Category(1, "cat")]), DetailsEvaluator(["cat"], score=0.0)
+    area = (target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1)
+    coco.update([prediction], [{**target, "area": area}])
+    details.update(prediction, target)
+    assert coco.compute().figures["AP50"] == pytest.approx(1)
+    assert _ap50(join(details._matches)) == pytest.approx(1)
+
+
+def test_a_hundred_boxes_of_a_class_are_looked_at_as_in_coco() -> None:
+    rows = [((10 * n, 0, 10 * n + 9, 9), CAT, 1 - n / 200) for n in range(120)]
+    prediction = _prediction(*rows[60:], ((0, 90, 9, 99), DOG, 0.001), *rows[:60])
+    kept = surest(prediction)
+    assert kept["labels"].tolist() == [CAT] * 100 + [DOG]
+    assert kept["scores"].tolist() == pytest.approx([1 - n / 200 for n in range(100)] + [0.001])
+    details = DetailsEvaluator(["cat", "dog"], score=0.0)
+    details.update(prediction, _target(*(row[:2] for row in rows)))
+    assert _ap50(join(details._matches)) == pytest.approx(84 / 101)  # recall 100 of 120
+
+
+def test_costs_by_hand() -> None:
+    """Of two boxes that mean one object, the surer alone is put right; a class that is missed whole has AP 0
+    while there is a box of it.
+    """
+    details = DetailsEvaluator(["cat", "dog"], score=0.0)
+    details.update(
+        _prediction(((0, 0, 100, 100), DOG, 0.9), ((0, 0, 100, 40), CAT, 0.8)),
+        _target(((0, 0, 100, 100), CAT)),
+    )
+    errors = details.compute().errors
+    assert (errors["class"]["AP50_lost"], errors["location"]["AP50_lost"]) == (1, 0)
+    details = DetailsEvaluator(["cat", "dog"], score=0.0)
+    details.update(
+        _prediction(((0, 0, 100, 100), CAT, 0.9), ((600, 0, 700, 100), DOG, 0.5)),
+        _target(((0, 0, 100, 100), CAT), ((200, 0, 300, 100), CAT), ((400, 0, 500, 100), DOG)),
+    )
+    half = 51 / 101
+    assert details.compute().errors["missed"]["AP50_lost"] == pytest.approx(1 / 2 - half / 2)
 
 
 def test_images_without_boxes_or_objects() -> None:

@@ -90,6 +90,15 @@ class Bench:
             if self.run(cell):
                 seconds.append(time.monotonic() - begun)
 
+    def pretrains(self, cells: Sequence[Cell]) -> bool:
+        """Whether a cell that is not finished wants a pre-training that is not there."""
+        return any(
+            ARMS.get(cell.arm) is not None
+            and self.figures(cell) is None
+            and not (self._pretrained(cell) / "pretrained" / "manifest.json").is_file()
+            for cell in cells
+        )
+
     def run(self, cell: Cell) -> bool:
         """Runs a cell and whatever it needs; False if it is finished already."""
         if self.figures(cell) is not None:
@@ -127,7 +136,7 @@ class Bench:
         folder = self._folder(cell, rate, search=search)
         with locked(self.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
             if _read(folder) is not None:
-                return
+                return _without_checkpoints(folder)
             subset = labelled_subset(self.document, cell.fraction, cell.fold)
             train, measured = subset, self.validation
             labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
@@ -156,7 +165,7 @@ class Bench:
                 )
             result = folder / "result.json"
             evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # three times the size of the weights
+            _without_checkpoints(folder)
 
     def _start(self, cell: Cell) -> Path | None:
         """What a cell is fine-tuned from; a pre-training is made once for each seed."""
@@ -165,8 +174,7 @@ class Bench:
         settings = ARMS[cell.arm]
         if settings is None:
             return None
-        kind = cell.arm if settings else "aligndet"
-        folder = self.output / "pretrained" / f"{kind}_seed{cell.seed}"
+        folder = self._pretrained(cell)
         with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
             if not (folder / "pretrained" / "manifest.json").is_file():
                 proposals = self._proposed()
@@ -180,6 +188,9 @@ class Bench:
                     **{**self.model, **self.pretraining, **settings},
                 )
         return folder
+
+    def _pretrained(self, cell: Cell) -> Path:
+        return self.output / "pretrained" / f"{cell.arm if ARMS[cell.arm] else 'aligndet'}_seed{cell.seed}"
 
     def _unseen(self, proposals: Path) -> Path | None:
         """A list of the images for pre-training without those that cells are measured on, if it has any."""
@@ -252,6 +263,11 @@ class Bench:
             writer.writerow({**entry["figures"], **entry})
         atomic_write(self.output / "results.csv", text.getvalue())
         return table
+
+
+def _without_checkpoints(folder: Path) -> None:
+    """Leaves a finished cell its weights; checkpoints are three times as large."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from aligndet.comparison import part_of, plan
 from aligndet.data.coco import build_dataset, image_files
 from aligndet.data.formats import load_labelled, read_labelled
 from aligndet.data.sources import ImageSource
+from aligndet.data.splits import with_images
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
 from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json
+from aligndet.launch import data_summary
 from aligndet.proposals.storage import read_proposals
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
@@ -75,8 +78,8 @@ def compare(
             same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export).
         fractions: Shares of the labelled images, above 0 and up to 1 (0.05 is 5 %), nested within a fold.
         folds: Numbers of the draws of labelled images; all labels (1.0) are one fold.
-        seeds: Of pre-training and fine-tuning; pairs share seed and fold, and a paired test of fewer than six
-            pairs cannot reach 5 %.
+        seeds: Of pre-training and fine-tuning; pairs share seed and fold. The test takes seeds for
+            independent, and of fewer than six cannot reach 5 %.
         steps: Budgets of fine-tuning.
         learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
             each arm takes its own best, for each fraction and budget: on the first seed and fold, a fifth of
@@ -123,19 +126,23 @@ def compare(
     coco = build_dataset(labels, annotations)
     held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
     measured = frozenset(image_files(held_out.folder, held_out.file_names))
+    if all(crowds.all() for crowds in held_out.iscrowd):
+        raise ValueError(f"{val_annotations}: has no object to measure by")
     if seen := len(measured.intersection(image_files(coco.folder, coco.file_names))):
         print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
-    if any(ARMS.get(name) is not None for name in names):  # a wrong folder is told before cells are tuned
-        source = ImageSource(unlabelled or labels.folder)
-        source.check_here()
-        if proposals is not None:
-            source.prepare(read_proposals(proposals).file_names, proposals)
+    readable = set(coco.file_names)
+    present = [image for image in labels.content["images"] if image["file_name"] in readable]
+    classes = [category.name for category in coco.categories]
+    settings["data"] = [
+        data_summary(f"{len(part)} images", chain(classes, part.file_names), part.arrays())
+        for part in (coco, held_out)
+    ]
     benches = []
     for detector, (model, before, after) in stages.items():
         recipe = training_defaults(detector, after.get("optimizer", "adamw"))
         bench = Bench(
             output=output / detector if len(detectors) > 1 else output,
-            document=labels.content,
+            document=with_images(labels.content, present),
             images=labels.folder,
             validation=(val_annotations, val_images),
             measured=measured,
@@ -150,9 +157,16 @@ def compare(
             finetuning=after,
             first=(seeds[0], folds[0]),
         )
-        own = {"detector": detector, "pretraining": before or None, "finetuning": after or None}
-        _record(bench.output, settings | own)
         benches.append(bench)
+    if any(bench.pretrains(mine) for bench in benches):  # a wrong folder is told before cells are tuned
+        source = ImageSource(unlabelled or labels.folder)
+        source.check_here()
+        if proposals is not None:
+            source.prepare(read_proposals(proposals).file_names, proposals)
+    for bench in benches:
+        own = {"detector": bench.model["detector"]}
+        own |= {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
+        _record(bench.output, settings | own)
     tables = []
     for detector, bench in zip(detectors, benches, strict=True):
         bench.run_all(mine)
@@ -238,7 +252,7 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
         if record.is_file() and begun:
             before = read_json(record).get("settings", {})
             for name, value in plain.items():
-                if before.get(name) != value:
+                if before.get(name) != value and (name != "data" or name in before):
                     raise ValueError(
                         f"{output}: was started with {name}={before.get(name)!r}, now {value!r}; go on with"
                         " the former or give another --output"

@@ -14,11 +14,11 @@ from aligndet.data.coco import Category, CocoDetection
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import family_of
-from aligndet.detectors.weights import load_detector
+from aligndet.detectors.weights import load_detector, weights_folder
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, print_skipped
+from aligndet.files import accepts_strings, atomic_write, fingerprint, print_skipped
 
 
 @accepts_strings
@@ -96,7 +96,13 @@ def evaluate(
     remarks = f", {len(coco.warnings)} remarks on the labels (see above)" if coco.warnings else ""
     print(f"{result.images} images, {len(broken)} skipped{remarks}")
     if output is not None:
-        notes = {"skipped": broken, "warnings": coco.warnings}
+        weights = fingerprint(weights_folder(model) / "model.safetensors")
+        notes = {
+            "skipped": broken,
+            "warnings": coco.warnings,
+            "annotations": str(annotations),
+            "weights": weights,
+        }
         atomic_write(output, json.dumps({**result.to_dict(), **notes}, indent=2) + "\n")
         if result.details is not None:
             _draw(result.details, model, output.with_name(f"{output.stem}_files"))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -15,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDataset, CocoDetection, image_files
+from aligndet.data.coco import CocoDetection, image_files
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.detectors.backbones import PyramidNorm
@@ -253,7 +251,7 @@ def finetune(
             data=data_summary(
                 counts,
                 chain(classes, *(part.file_names for part in read)),
-                chain(*map(_arrays, read)),
+                chain(*(part.arrays() for part in read)),
             ),
             steps=total,
             checkpoint=checkpoint,
@@ -299,15 +297,6 @@ def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) ->
                 " out, or take other weights"
             )
     return {name: architecture[name] for name in asked}
-
-
-def _arrays(coco: CocoDataset) -> Iterator[np.ndarray]:
-    """All that a detector learns of the images."""
-    yield from coco.boxes
-    yield from coco.labels
-    yield from coco.iscrowd
-    for masks in coco.masks or ():
-        yield from (np.frombuffer(mask, np.uint8) for mask in masks)
 
 
 def _callbacks(output: Path, validated: bool, patience: int | None, ema: float | None) -> list[Callback]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,6 +42,14 @@ class CocoDataset:
     areas: list[npt.NDArray[np.float32]]  # (n,) of the masks if there are any, else of the boxes
     warnings: tuple[str, ...]  # what was dropped or clipped, by name
     masks: list[list[bytes]] | None = None  # (n,) compressed run lengths of each image, if asked for
+
+    def arrays(self) -> Iterator[npt.NDArray[Any]]:
+        """All that a detector learns of the images, or is measured by."""
+        yield from self.boxes
+        yield from self.labels
+        yield from self.iscrowd
+        for masks in self.masks or ():
+            yield from (np.frombuffer(mask, np.uint8) for mask in masks)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -106,13 +114,14 @@ def build_dataset(
         image = entries[annotation["image_id"]]
         box, note = clip_box(annotation["bbox"], image["width"], image["height"])
         mask: bytes | None = b""
+        pixels = 0.0 if box is None else (box[2] - box[0]) * (box[3] - box[1])
         if box is not None and masks:
-            mask, flaw = _mask(annotation["segmentation"], int(image["width"]), int(image["height"]))
+            mask, pixels, flaw = _mask(annotation["segmentation"], int(image["width"]), int(image["height"]))
             note = flaw or note
         if note:
             warnings.append(f"annotation {key} of {image['file_name']}: {note}")
         if box is not None and mask is not None:
-            area = _area(annotation.get("area"), box)
+            area = _area(annotation.get("area"), pixels)
             rows[image["id"]].append(
                 (box, label[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area, mask)
             )
@@ -221,10 +230,10 @@ def _categories(
     return found
 
 
-def _area(area: Any, box: Sequence[float]) -> float:
-    """The annotated area (of the mask, if there is one), or the box's own where that makes no sense."""
+def _area(area: Any, pixels: float) -> float:
+    """The annotated area (of the mask, if there is one), or the pixels where that makes no sense."""
     known = isinstance(area, (int, float)) and 0 < area < 2**62  # no image is larger; false for nan, too
-    return float(area) if known else (box[2] - box[0]) * (box[3] - box[1])
+    return float(area) if known else pixels
 
 
 def clip_box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str | None]:
@@ -251,12 +260,11 @@ def clip_box(bbox: Any, width: int, height: int) -> tuple[list[float] | None, st
     return box, f"clipped the box {[x, y, w, h]} (xywh) to the {width}x{height} image" if beyond > 1 else None
 
 
-def _mask(segmentation: Any, width: int, height: int) -> tuple[bytes | None, str | None]:
-    """Compressed run lengths, with a note of what was wrong."""
+def _mask(segmentation: Any, width: int, height: int) -> tuple[bytes | None, float, str | None]:
+    """Compressed run lengths and how many pixels these are, with a note of what was wrong."""
     try:
         counts = read_segmentation(segmentation, width, height)
     except ValueError as error:
-        return None, f"dropped: it {error}"
-    if not areas(EncodedMasks(height, width, [counts]))[0]:
-        return None, "dropped: its mask has no pixel"
-    return counts, None
+        return None, 0.0, f"dropped: it {error}"
+    pixels = float(areas(EncodedMasks(height, width, [counts]))[0])
+    return (counts, pixels, None) if pixels else (None, 0.0, "dropped: its mask has no pixel")

@@ -79,7 +79,9 @@ class QueryPretraining(Adapter):
             image_std=image_std,
             settings={**settings, **no_noise},
         )
-        self.prediction_layers = self.family.class_layers
+        # objects of any class: what chooses the queries among the encoder's places goes on as it is
+        kept = self.family.encoder_score if objectness else None
+        self.prediction_layers = tuple(layer for layer in self.family.class_layers if layer != kept)
         self.copied_parameters = tuple(f"detector.network.{name}" for name in self.family.queries)
         self.projection_head = ProjectionHead(backbone.width, embedding_dim)
         self.matcher = _matcher(self.family, self.detector.network.config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import FrozenBatchNorm2d, box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
 
@@ -150,8 +152,11 @@ class QueryDetector(nn.Module):
             FloatingPointError: If boxes are predicted that no target can be matched to.
         """
         pixels, mask = self._batch(images)
+        # the fused kernel's backward pass on a CPU takes many times as long in bfloat16 as matrix products do
+        slow = pixels.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
         try:
-            return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
+            with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+                return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         except ValueError as error:  # transformers matches before it returns, and does not say what is wrong
             with torch.no_grad():
                 boxes = self.network(pixel_values=pixels, pixel_mask=mask).pred_boxes

@@ -21,6 +21,7 @@ class Family(NamedTuple):
     strides: tuple[int, ...]  # of the trunk's maps
     width: tuple[str, ...]  # settings that hold the width of everything above the trunk
     class_layers: tuple[str, ...]  # what depends on the number of classes
+    encoder_score: str | None = None  # that of them which chooses queries among the encoder's places
     queries: tuple[str, ...] = ()  # learned query embeddings
     own_norm: tuple[str, ...] = ()  # losses that are not divided by the number of boxes
     layer_dim: int = 0  # of the decoder's stacked states, where the layers are
@@ -43,6 +44,7 @@ _RT_DETR: dict[str, Any] = {
         *("class_embed", "model.decoder.class_embed", "model.enc_score_head"),
         "model.denoising_class_embed",
     ),
+    "encoder_score": "model.enc_score_head",
     "own_norm": ("loss_ddf",),
     "layer_dim": 1,
     "square": True,

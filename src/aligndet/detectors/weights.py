@@ -43,7 +43,11 @@ MODULES = {
 """The parts of a detector by the names of the paper's table 9, as prefixes of state dicts: torchvision's, and
 transformers', where the encoder with what leads to it is the neck and the decoder the head.
 """
-_CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}  # rows that serve all classes in pre-training
+_CLASS_AGNOSTIC = {
+    ".bbox_pred.": 4,
+    ".mask_fcn_logits.": 1,
+    ".enc_score_head.": 1,
+}  # rows that serve all classes in pre-training
 
 
 def network_of(detector: nn.Module) -> nn.Module:
@@ -173,8 +177,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: Naming the file that is missing or broken.
     """
-    candidates = [folder, folder / "model", folder / "pretrained"]
-    folder = next((c for c in candidates if (c / "manifest.json").is_file()), folder)
+    folder = weights_folder(folder)
     try:
         manifest = read_json(folder / "manifest.json")
         state = dict(load_file(folder / "model.safetensors"))
@@ -191,6 +194,16 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(architecture, dict) or "detector" not in architecture:
         raise ValueError(f"{folder / 'manifest.json'}: is of no detector (a trunk goes to --trunk-weights)")
     return state, manifest
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where a run or an export has its weights.
+
+    Args:
+        folder: Of either, or of the weights.
+    """
+    candidates = [folder, folder / "model", folder / "pretrained"]
+    return next((c for c in candidates if (c / "manifest.json").is_file()), folder)
 
 
 @accepts_strings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from aligndet.evaluation.matching import (
     Matches,
     join,
     match,
+    surest,
     without_crowds,
 )
 
@@ -72,13 +74,15 @@ class Details:
         ]
         for name, row in self.by_class.items():
             shares = [f"{100 * row[key]:8.1f}" for key in ("precision", "recall", "F1", "best_F1")]
+            best = 1000 * row["best_score"]  # rounded down: the box of this score counts from it on
+            best = math.floor(best) / 1000 if math.isfinite(best) else best
             lines.append(
-                f"{name:<{width}}  "
-                + "  ".join([f"{row['objects']:8.0f}", *shares, f"{row['best_score']:8.2f}"])
+                f"{name:<{width}}  " + "  ".join([f"{row['objects']:8.0f}", *shares, f"{best:8.3f}"])
             )
-        lines += ["", f"{'error':<{width}}  {'count':>8}  {'AP50 lost':>9}"]
+        count, lost = f"from {self.score:g}", "AP50 lost, over all scores"
+        lines += ["", f"{'error':<{width}}  {count:>9}  {lost}"]
         for kind, row in self.errors.items():
-            lines.append(f"{kind:<{width}}  {row['count']:8.0f}  {100 * row['AP50_lost']:9.1f}")
+            lines.append(f"{kind:<{width}}  {row['count']:9.0f}  {100 * row['AP50_lost']:9.1f}")
         names = list(self.by_class)
         mistaken = self.confusion[:-1, :-1] * (1 - np.eye(len(names), dtype=np.int64))
         largest = np.argsort(-mistaken, axis=None, kind="stable")[:10]
@@ -111,7 +115,7 @@ class DetailsEvaluator:
             prediction: As for `aligndet.evaluation.matching.without_crowds`.
             target: Likewise.
         """
-        found, objects = without_crowds(prediction, target)
+        found, objects = without_crowds(surest(prediction), target)
         self._matches.append(match(found, objects))
         boxes = np.column_stack([found["boxes"], found["labels"] - 1, found["scores"]])
         there = np.column_stack([objects["boxes"], objects["labels"] - 1])
@@ -185,11 +189,11 @@ def _errors(matches: Matches, score: float) -> dict[str, dict[str, float]]:
         count = int((sure & (matches.kinds == kind)).sum())
         errors[name] = {"count": float(count), "AP50_lost": _ap50(_corrected(matches, kind)) - base}
     counted = _missed(matches._replace(**{n: getattr(matches, n)[sure] for n in ("kinds", "objects")}))
-    remaining = matches.object_labels[~_missed(matches)]
-    errors["missed"] = {
-        "count": float(counted.sum()),
-        "AP50_lost": _ap50(matches._replace(object_labels=remaining)) - base,
-    }
+    had, remaining = np.unique(matches.object_labels), matches.object_labels[~_missed(matches)]
+    # a class of which no object remains has AP 0, unless there is no box of it either
+    kept = had[np.isin(had, remaining) | np.isin(had, matches.labels)]
+    without = _ap50(matches._replace(object_labels=remaining), kept)
+    errors["missed"] = {"count": float(counted.sum()), "AP50_lost": without - base}
     return errors
 
 
@@ -207,12 +211,13 @@ def _corrected(matches: Matches, kind: int) -> Matches:
     mended = matches.kinds == kind
     if kind not in (CLASS, LOCATION):
         return _chosen(matches, ~mended)
-    # a box is right about an object if it is the first to mean it, and no box was right before
+    # a box is right about an object if it is the first to mean it, with either error, and no box was right
     taken = np.zeros(len(matches.object_labels), np.bool_)
     taken[matches.objects[matches.kinds == CORRECT]] = True
-    positions = np.flatnonzero(mended)
-    _, first = np.unique(matches.objects[positions], return_index=True)
-    right = positions[first][~taken[matches.objects[positions[first]]]]
+    meant = np.flatnonzero(np.isin(matches.kinds, (CLASS, LOCATION)))
+    _, first = np.unique(matches.objects[meant], return_index=True)
+    right = meant[first]
+    right = right[mended[right] & ~taken[matches.objects[right]]]
     kinds, labels = matches.kinds.copy(), matches.labels.copy()
     kinds[right] = CORRECT
     labels[right] = matches.object_labels[matches.objects[right]]
@@ -224,12 +229,13 @@ def _chosen(matches: Matches, kept: Any) -> Matches:
     return matches._replace(**{name: getattr(matches, name)[kept] for name in fields})
 
 
-def _ap50(matches: Matches) -> float:
-    """Mean over the classes that have objects of COCO's average precision at IoU 0.5."""
+def _ap50(matches: Matches, classes: Any = None) -> float:
+    """Mean over classes, by default those that have objects, of COCO's average precision at IoU 0.5."""
     values = []
-    for label in np.unique(matches.object_labels):
+    for label in np.unique(matches.object_labels) if classes is None else classes:
         correct = matches.kinds[matches.labels == label] == CORRECT
-        values.append(_precision_at_recall(correct, int((matches.object_labels == label).sum())).mean())
+        objects = int((matches.object_labels == label).sum())
+        values.append(_precision_at_recall(correct, objects).mean() if objects else 0.0)
     return float(np.mean(values)) if values else float("nan")
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
@@ -53,10 +54,32 @@ def without_crowds(
     corner, opposite = boxes[:, None].maximum(crowds["boxes"]), boxes[:, None].minimum(crowds["boxes"])
     inside = (opposite[..., 2:] - corner[..., :2]).clamp(min=0).prod(-1)  # (P, crowds)
     excused = (same & (inside >= FOUND * box_area(boxes)[:, None])).any(1)
-    own = prediction["labels"][:, None] == objects["labels"][None]
-    found = (own & (box_iou(boxes, objects["boxes"]) >= FOUND)).any(1)
+    order = prediction["scores"].argsort(descending=True, stable=True)
+    own = prediction["labels"][order][:, None] == objects["labels"][None]
+    ious = box_iou(boxes[order].double(), objects["boxes"].double())
+    found = torch.zeros_like(excused)
+    found[order] = torch.from_numpy(assign(torch.where(own & (ious >= FOUND), ious, 0.0).numpy()) >= 0)
     kept = found | ~excused
     return {name: prediction[name][kept] for name in (*names, "scores")}, objects
+
+
+def surest(prediction: Mapping[str, Tensor], limit: int = 100) -> dict[str, Tensor]:
+    """Keeps the boxes that COCO's figures look at.
+
+    Args:
+        prediction: Boxes (P, 4), labels (P,), scores (P,) of an image.
+        limit: Boxes of a class.
+
+    Returns:
+        The same, the highest score first.
+    """
+    order = prediction["scores"].argsort(descending=True, stable=True)
+    order = order[prediction["labels"][order].argsort(stable=True)]  # class by class
+    labels = prediction["labels"][order]
+    rank = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+    order = order[rank < limit]
+    order = order[prediction["scores"][order].argsort(descending=True, stable=True)]
+    return {name: prediction[name][order] for name in ("boxes", "labels", "scores")}
 
 
 def match(prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Matches:

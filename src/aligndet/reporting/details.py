@@ -49,14 +49,16 @@ def detail_plots(
     for label, found in details.items():
         for kind in found[0]["errors"]:
             costs = np.array([item["errors"][kind]["AP50_lost"] for item in found], np.float64)
-            errors.setdefault(kind, {})[label] = 100 * float(costs.mean())
+            if np.isfinite(costs).any():
+                errors.setdefault(kind, {})[label] = 100 * float(np.nanmean(costs))
     note = _upper(f"{start}the gain in AP50 if there were no such error (TIDE).")
     title, x = "What each kind of error costs", "AP50 lost (points)"
     plots.append(draw_bars(f"{prefix}_errors", title, errors, colours, x=x, note=note))
     for number, (label, found) in enumerate(details.items(), 1):
         confusion = found[0]["confusion"]
         counts = np.array([item["confusion"]["counts"] for item in found], np.int64).sum(0)
-        note = f"{start}boxes from score {found[0]['score']:g}; counts, coloured by their share of the row."
+        over = f", summed over {len(found)} fine-tunings" if len(found) > 1 else ""
+        note = f"{start}boxes from score {found[0]['score']:g}; counts{over}, coloured by share of the row."
         title = f"Confusion matrix, {label}"
         axes = {"x": "class of the box", "y": "class of the object"}
         name = f"{prefix}_confusion{number}"

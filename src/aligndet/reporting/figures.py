@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,8 +35,12 @@ def comparison_plots(comparison: Comparison, prefix: str) -> list[Plot]:
             panels = _panels(rows, over, by, panel)
             given: dict[str, Any] = {"x": axis, "y": _AP, "note": _SPREAD, "logarithmic": True}
             plots.append(draw_panels(f"{prefix}_{name}", f"AP against {title}", panels, colours, **given))
-    labels, steps = max((row["labels"], row["steps"]) for row in rows)
-    where = f"{labels} labelled images, {steps} steps"
+    arms: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        arms.setdefault((row["labels"], row["steps"]), []).append(f"{row['arm']} {row['n']}")
+    # the largest of those that have all arms, if there is one
+    labels, steps = max(arms, key=lambda place: (len(arms[place]) == len(comparison.arms), place))
+    where = f"{labels} labelled images, {steps} steps; fine-tunings: {', '.join(arms[labels, steps])}"
     bars = {
         row["class"]: row["AP"]
         for row in class_table(comparison)
@@ -151,7 +156,11 @@ def _panels(rows: Sequence[dict[str, Any]], over: str, by: str, title: str) -> d
         panels.setdefault(row[by], {}).setdefault(row["arm"], []).append(row)
     return {
         title.format(value): [
-            Line(arm, *({row[over]: row[key] or 0.0 for row in group} for key in ("mean", "spread")))
+            Line(
+                arm,
+                {row[over]: row["mean"] for row in group},
+                {row[over]: math.nan if row["spread"] is None else row["spread"] for row in group},
+            )
             for arm, group in panels[value].items()
         ]
         for value in sorted(panels)
@@ -165,7 +174,9 @@ def _mean_line(label: str, curves: Sequence[Curve]) -> Line:
     def each(function: Callable[[list[float]], float]) -> Curve:
         return {step: function(found) for step, found in values.items()}
 
-    return Line(label, each(statistics.fmean), each(lambda v: statistics.stdev(v) if len(v) > 1 else 0.0))
+    return Line(
+        label, each(statistics.fmean), each(lambda v: statistics.stdev(v) if len(v) > 1 else math.nan)
+    )
 
 
 def _losses(

@@ -139,8 +139,9 @@ def _arms(comparison: Comparison) -> Table:
     ]
     note = (
         "AP in points (0 to 100), mean ± standard deviation over n seeds and folds. Differences and p (exact"
-        " sign-flip test) are of pairs with the same seed and fold. The last column: how many labelled images"
-        f" {BASELINE} needs for the same AP, interpolated; empty where that lies outside what was run."
+        " sign-flip test over seeds) are of pairs with the same seed and fold; tests are not corrected for"
+        f" their number. The last column: how many labelled images {BASELINE} needs for the same AP,"
+        " interpolated; empty where that lies outside what was run."
     )
     return Table(heads, rows, note)
 
@@ -160,7 +161,11 @@ def _runs(runs: Sequence[Run]) -> Table:
             ]
         )
     heads = ("run", "kind", "last step", "loss there", "AP", "AP50", "AP75")
-    return Table(heads, rows, "AP in points (0 to 100).")
+    note = (
+        "AP in points (0 to 100), of the weights in model/: those of the best validation if the run had one,"
+        " so that on the same images it is somewhat too high. Runs may be measured on different images."
+    )
+    return Table(heads, rows, note)
 
 
 def _classes(comparison: Comparison) -> Table:

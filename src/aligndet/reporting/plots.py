@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,7 @@ def draw_matrix(
         axes.imshow(shares, cmap=ground, vmin=0, vmax=1)
         if len(names) <= _NUMBERS:
             for row, column in zip(*counts.nonzero(), strict=True):
-                ink = "white" if shares[row, column] > 0.5 else _INK
+                ink = "white" if shares[row, column] > 0.75 else _INK
                 text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
         shown = [_short(label) for label in names]
@@ -240,7 +241,7 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), _POINTS)).round().astype(int))
     places = places[kept]
     values, spread = (
-        np.array([float(curve.get(place, 0.0)) for place in places.tolist()])
+        np.array([float(curve.get(place, math.nan)) for place in places.tolist()])
         for curve in (line.values, line.spread or {})
     )
     if line.spread is not None and len(places) <= _FEW:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aligndet.comparison import Cell
-from aligndet.files import read_json
+from aligndet.files import fingerprint, read_json
 
 Curve = dict[int, float]  # value by step
 
@@ -103,6 +103,10 @@ def read_run(folder: Path) -> Run:
         if not figures and path.is_file():
             document = read_json(path)
             figures = document if "AP" in document else {}
+            weights = folder / "model" / "model.safetensors"
+            if "weights" in figures and weights.is_file() and figures["weights"] != fingerprint(weights):
+                print(f"{path}: is of other weights than those of {folder} are now; left out")
+                figures = {}
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
     return Run(name, folder, record, read_curves(folder / "logs"), figures)
