@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
@@ -47,6 +48,9 @@ def worker_context() -> BaseContext:
     """
     context = _Context()
     if sys.platform == "linux":
+        # images on their way from a loader are open files each, and many systems allow 1,024 by default
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
     return context
 

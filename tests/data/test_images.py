@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from aligndet.data.images import (
     ImageError,
+    Unreachable,
     find_files,
     first_images,
     first_readable,
@@ -211,3 +212,27 @@ def test_a_missing_block_is_not_all_replaced_by_its_neighbour() -> None:
     for length in (1, 2, 12):  # all are tried
         with pytest.raises(ImageError, match=f"none of the {length} images"):
             first_readable(read, length - 1, length, strict=False)
+
+
+def test_an_outage_ends_the_run_and_a_hiccup_does_not() -> None:
+    asked: list[int] = []
+
+    def read(position: int) -> int:
+        asked.append(position)
+        raise Unreachable("s3://bucket/a.jpg: 5 attempts have failed")
+
+    with pytest.raises(Unreachable, match="5 attempts have failed"):
+        first_readable(read, 3, 1000, strict=False)
+    assert len(asked) == 3
+
+    def now_and_then(position: int) -> int:
+        asked.append(position)
+        if len(asked) % 3 == 0:
+            raise ImageError("broken")
+        if len(asked) < 9:
+            raise Unreachable("no answer")
+        return position
+
+    asked.clear()
+    found, position, skipped = first_readable(now_and_then, 3, 1000, strict=False)
+    assert (found, len(asked), len(skipped)) == (position, 10, 9)

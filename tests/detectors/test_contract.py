@@ -201,6 +201,7 @@ def test_boxes_are_exact_in_half_precision(name: str) -> None:
     boxes = prediction["boxes"]
     assert boxes.dtype == torch.float32
     assert (boxes != boxes.bfloat16().float()).float().mean() > 0.2  # a part lies on the image's edge
+    assert prediction.get("masks", boxes).dtype == torch.float32
 
 
 def losses_of(adapter: Any) -> Tensor:

@@ -317,7 +317,11 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], str, Callable[[Tensor], Te
     "mobilenetv2_100": (partial(get_model, "mobilenet_v2"), "features.18", lambda x: x),
     "efficientnet_b0": (partial(get_model, "efficientnet_b0"), "features.8", lambda x: x),
     "convnext_atto": (lambda: ConvNeXt([CNBlockConfig(*s) for s in ATTO]), "avgpool", lambda x: x),
-    SWIN: (partial(get_model, "swin_t"), "norm", lambda x: x.permute(0, 3, 1, 2)),
+    SWIN: (
+        partial(get_model, "swin_t"),
+        "norm",
+        lambda x: nn.functional.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2),
+    ),
     VIT: (
         lambda: VisionTransformer(224, 16, 12, 3, hidden_dim=192, mlp_dim=768),
         "encoder.ln",

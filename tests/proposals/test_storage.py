@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils.data import DataLoader, Dataset
 
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
 from aligndet.proposals.filters import best_proposals, filter_boxes
@@ -25,6 +26,7 @@ from aligndet.proposals.storage import (
     write_coco,
     write_shard,
 )
+from aligndet.workers import worker_settings
 
 
 def rows() -> list[ImageProposals]:
@@ -81,6 +83,43 @@ def test_masks_that_are_written_are_read(form: str, tmp_path: Path) -> None:
         assert (found != grids[[2, 0, 1]]).mean() < 0.02
     assert table.masks_of(1, np.arange(0)).shape == (0, MASK_SIDE, MASK_SIDE)
     assert read_proposals(path).masks is None
+
+
+class Shown(Dataset[Any]):
+    """What a process sees of a table."""
+
+    def __init__(self, table: ProposalTable) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Any:
+        chosen = np.arange(len(self.table.boxes_of(index)))
+        masks, clusters = self.table.masks_of(index, chosen), self.table.clusters_of(index, chosen)
+        return self.table.file_names[index], self.table.boxes_of(index).copy(), masks, clusters
+
+
+def test_processes_share_a_table() -> None:
+    boxes = np.array([[0, 0, 8, 8], [4, 4, 30, 20]], np.float32)
+    grids = np.stack([np.eye(MASK_SIDE, dtype=np.uint8), np.ones((MASK_SIDE, MASK_SIDE), np.uint8)])
+    masks = encode(grids).counts
+    names = ["a.png", "größe/b.png", "c.png"]
+    rows = [ImageProposals(n, 32, 24, boxes[:k], None, masks[:k]) for k, n in enumerate(names)]
+    table = replace(ProposalTable.of(rows), clusters=np.array([4, 5, 6], np.int32))
+    here = [Shown(table)[index] for index in range(3)]
+    seen = list(DataLoader(Shown(table), batch_size=None, **worker_settings(2)))
+    for (name, *arrays), (expected, *others) in zip(seen, here, strict=True):
+        assert name == expected
+        for array, other in zip(arrays, others, strict=True):
+            assert np.array_equal(array, other)
+    *tensors, shared_masks = table._shared
+    assert all(part.is_shared() for part in (*tensors, *shared_masks))
+    assert np.shares_memory(table.boxes, tensors[3].numpy())  # no second copy
+    make, parts = table.__reduce__()
+    received = make(*parts).file_names
+    assert list(received) == received[:] == names
+    assert received[-1] == "c.png"
 
 
 def test_json_carries_masks_at_the_size_of_the_image(tmp_path: Path) -> None:

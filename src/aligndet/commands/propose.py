@@ -120,7 +120,7 @@ def propose(
         ray_address: Of the cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
             one of this machine alone, started for the purpose.
         workers: Processes or tasks at a time; by default one a core.
-        shard_size: Images a Parquet file, which is also what a stopped run loses at most for each process.
+        shard_size: Images a Parquet file, which is also what a stopped run loses at most.
         annotations: COCO JSON, PASCAL VOC or YOLO of the objects in these images, to measure how many the
             boxes find, and how well the masks fit if it has masks.
         strict: A broken image is an error; by default it is skipped, counted and named.
@@ -163,6 +163,8 @@ def propose(
     folder = output.with_name(f".{output.name}.partial") if as_json else output
     with locked(folder):
         _check_folder(folder, parameters, overwrite)
+        for path in folder.glob(".part-*.partial*"):  # of a write that was killed
+            path.unlink(missing_ok=True)
         work = partial(
             propose_image,
             source.absolute(),

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from aligndet.data.images import ImageError
+from aligndet.data.images import ImageError, Unreachable
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further attempt to read, give or take a half."""
@@ -112,7 +112,7 @@ def patiently(what: object, read: Callable[[], Result]) -> Result:
         except Exception as error:  # every file system has errors of its own
             if pause is None:
                 reason = f"{type(error).__name__}: {error}"
-                raise ImageError(f"{what}: {len(PAUSES) + 1} attempts have failed ({reason})") from error
+                raise Unreachable(f"{what}: {len(PAUSES) + 1} attempts have failed ({reason})") from error
             # not all processes at once; and no draw from a generator that training uses
             time.sleep(pause * SystemRandom().uniform(0.5, 1.5))
     raise AssertionError

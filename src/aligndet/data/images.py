@@ -43,6 +43,10 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file and the reason."""
 
 
+class Unreachable(ImageError):
+    """An image whose place does not answer, which is no fault of the image."""
+
+
 class StoredImage:
     """An image that is no local file of its own; see `aligndet.data.sources`."""
 
@@ -195,6 +199,9 @@ def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
         )
 
 
+_UNREACHABLE = 3  # images one after the other, until the place is given up
+
+
 def first_readable(
     read: Callable[[int], Item], index: int, length: int, *, strict: bool
 ) -> tuple[Item, int, tuple[str, ...]]:
@@ -213,16 +220,18 @@ def first_readable(
         What was read, its position, and the messages about the broken ones before it.
 
     Raises:
-        ImageError: If none can be read, or the first with strict.
+        ImageError: If none can be read, or the first with strict, or if their place does not answer.
     """
     skipped: list[str] = []
+    unreachable = 0
     draw = random.Random(index)
     stride = next(s for s in iter(lambda: draw.randrange(1, length + 1), None) if math.gcd(s, length) == 1)
     for position in ((index + turn * stride) % length for turn in range(length)):
         try:
             return read(position), position, tuple(skipped)
         except ImageError as error:
-            if strict:
+            unreachable = unreachable + 1 if isinstance(error, Unreachable) else 0
+            if strict or unreachable == _UNREACHABLE:  # an outage: others would be tried for ever
                 raise
             skipped.append(str(error))
     raise ImageError(f"none of the {length} images can be read; the first: {skipped[0]}")

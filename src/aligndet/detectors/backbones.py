@@ -204,8 +204,16 @@ def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
     if isinstance(features, dict):  # torchvision's
         return list(features.values())
     if getattr(body, "output_fmt", "NCHW") == "NHWC":  # timm's Swin
-        return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+        return [normalised_places(feature).permute(0, 3, 1, 2).contiguous() for feature in features]
     return list(features)
+
+
+def normalised_places(features: Tensor) -> Tensor:
+    """Normalises every place of a map (B, H, W, C) over its channels, as detectors on Swin do.
+
+    Their layer norms have scales and shifts, which a convolution that follows can have as well.
+    """
+    return F.layer_norm(features, features.shape[-1:])
 
 
 def padded(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.models.detection.rpn import RPNHead
 
@@ -186,6 +187,8 @@ def _predict_in_float32(detector: nn.Module) -> None:
     for module in detector.modules() if heads is None else heads:
         if heads is not None or isinstance(module, _PREDICTION_HEADS):
             module.register_forward_hook(_to_float32)
+        elif isinstance(module, MaskRCNNPredictor):
+            module.register_forward_hook(_to_float32_in_eval_mode)
         elif isinstance(module, AnchorGenerator):
             module.register_forward_pre_hook(_as_of_float32)
 
@@ -194,6 +197,11 @@ def _as_of_float32(module: nn.Module, args: Any) -> Any:
     """Shows an anchor generator the same maps as numbers of 32 bits; it looks at sizes, type and device."""
     images, (first, *others) = args
     return images, [first[:1, :1].float(), *others]
+
+
+def _to_float32_in_eval_mode(module: nn.Module, args: Any, output: Any) -> Any:
+    """Of masks: the loss computes in float32 anyway, and would keep a copy of those of all classes."""
+    return output if module.training else _to_float32(module, args, output)
 
 
 def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:

@@ -26,6 +26,7 @@ from aligndet.detectors.backbones import (
     PyramidNorm,
     build_pyramid,
     build_trunk,
+    normalised_places,
     padded,
 )
 from aligndet.detectors.cascade import CascadePretraining, CascadeRCNN, HtcPretraining
@@ -94,11 +95,11 @@ class CompositeBackbone(Backbone):
         assistant, x = [], stem
         for stage in body["assistant"].values():
             x = self._run(stage, x)
-            assistant.append(x)
+            assistant.append(self._normalised(x))
         lead, x = [], stem
         for level, stage in enumerate(body["lead"].values()):
             x = self._run(stage, x + self._connected(level, assistant, x.shape[-2:]))
-            lead.append(x)
+            lead.append(self._normalised(x))
         return assistant, lead
 
     def _connected(self, level: int, assistant: Sequence[Tensor], size: torch.Size) -> Tensor:
@@ -112,6 +113,10 @@ class CompositeBackbone(Backbone):
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         return self._channels_first(stage(x.permute(0, 2, 3, 1) if self.channels_last else x))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """The map as the trunk alone would give it, see `trunk_features`."""
+        return normalised_places(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else x
 
     def _channels_first(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self.channels_last else x

@@ -145,7 +145,9 @@ def refine(
     moved = stage.box_coder.decode(deltas.detach().float(), list(regions)).reshape(-1, 4)  # (sum of M_i, 4)
     parts = list(moved.split([len(boxes) for boxes in regions]))
     if objects is not None:
-        added = [(r[:, None] == o[None]).all(2).any(1) for r, o in zip(regions, objects, strict=True)]
+        added = [
+            (r[:, None] == o[None].to(r.dtype)).all(2).any(1) for r, o in zip(regions, objects, strict=True)
+        ]
         parts = [part[~mask] for part, mask in zip(parts, added, strict=True)]
     return [clip_boxes_to_image(part, size) for part, size in zip(parts, sizes, strict=True)]
 

@@ -123,7 +123,7 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
     try:
         content = pq.read_table(path)
         manifest = read_manifest(path)
-        clusters = content["clusters"].combine_chunks().flatten().to_numpy().astype(np.int64)
+        clusters = content["clusters"].combine_chunks().flatten().to_numpy().astype(np.int32)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: broken clusters ({error}); run `aligndet cluster` again") from error
     if manifest.get("proposals") != _digest(table) or len(clusters) != len(table.boxes):
@@ -148,5 +148,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _digest(table: ProposalTable) -> str:
     """Of the boxes and of whose they are."""
-    names = json.dumps(table.file_names).encode()
-    return hashlib.sha256(names + table.offsets.tobytes() + table.boxes.tobytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(list(table.file_names)).encode())
+    for array in (table.offsets, table.boxes):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,22 +49,58 @@ class ImageProposals(NamedTuple):
     masks: Sequence[bytes] | None = None  # (N,) run lengths on the grid over each box, if known
 
 
+class _Names(Sequence[str]):
+    """Names in two tensors, which processes share; a list would be copied, string by string."""
+
+    def __init__(self, text: Tensor, ends: Tensor) -> None:
+        self._text, self._ends = text.numpy(), ends.numpy()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        begin, end = self._ends[range(len(self))[index] :][:2]
+        return self._text[begin:end].tobytes().decode()
+
+
 @dataclass(frozen=True)
 class ProposalTable:
-    """The proposals of many images in few arrays."""
+    """The proposals of many images in few arrays.
 
-    file_names: list[str]
+    Sent to the processes of a loader, the arrays lie in memory that these share, once for all of them.
+    """
+
+    file_names: Sequence[str]
     sizes: npt.NDArray[np.int32]  # (images, 2) width, height
     boxes: npt.NDArray[np.float32]  # (all boxes, 4) xyxy pixels, in rank order within an image
     offsets: npt.NDArray[np.int64]  # (images + 1,) into boxes
-    # run lengths of all masks (bytes,) uint8, and offsets (all boxes + 1,) into them; a tensor, because
-    # the processes of a loader share it instead of having a copy each
+    # run lengths of all masks (bytes,) uint8, and offsets (all boxes + 1,) into them
     masks: tuple[Tensor, npt.NDArray[np.int64]] | None = None
-    clusters: npt.NDArray[np.int64] | None = None  # (all boxes,) pseudo-classes, see proposals/clusters.py
+    clusters: npt.NDArray[np.signedinteger[Any]] | None = (
+        None  # (all boxes,) pseudo-classes, see proposals/clusters.py
+    )
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.file_names)
+
+    @cached_property
+    def _shared(self) -> tuple[Any, ...]:
+        names = [name.encode() for name in self.file_names]
+        text = np.frombuffer(b"".join(names), np.uint8)
+        ends = _offsets([len(name) for name in names])
+        shared = [torch.tensor(array).share_memory_() for array in (text, ends)]
+        for name in ("sizes", "boxes", "offsets", "clusters"):
+            array = getattr(self, name)
+            shared.append(None if array is None else torch.tensor(array).share_memory_())
+            object.__setattr__(self, name, None if array is None else shared[-1].numpy())  # no second copy
+        masks = None if self.masks is None else (self.masks[0], torch.tensor(self.masks[1]).share_memory_())
+        return *shared, masks
+
+    def __reduce__(self) -> Any:
+        return _received, self._shared
 
     def boxes_of(self, index: int) -> npt.NDArray[np.float32]:
         """The boxes of an image, best first.
@@ -103,7 +140,7 @@ class ProposalTable:
             (N,) from 0 on.
         """
         assert self.clusters is not None
-        return self.clusters[self.offsets[index] + chosen]
+        return self.clusters[self.offsets[index] + chosen].astype(np.int64)
 
     def only(self, names: Collection[str]) -> ProposalTable:
         """The proposals of some images.
@@ -117,14 +154,17 @@ class ProposalTable:
         boxes = np.repeat(kept, counts)  # (all boxes,)
         masks = self.masks
         if masks is not None:
-            lengths = np.diff(masks[1])
-            runs = masks[0][torch.from_numpy(np.repeat(boxes, lengths))]
-            masks = runs, np.cumsum([0, *lengths[boxes]], dtype=np.int64)
+            parts = zip(
+                *(masks[1][ends[kept]].tolist() for ends in (self.offsets[:-1], self.offsets[1:])),
+                strict=True,
+            )
+            runs = torch.cat([masks[0][:0], *(masks[0][begin:end] for begin, end in parts)])
+            masks = runs, _offsets(np.diff(masks[1])[boxes])
         return ProposalTable(
             [name for name in self.file_names if name in wanted],
             self.sizes[kept],
             self.boxes[boxes],
-            np.cumsum([0, *counts[kept]], dtype=np.int64),
+            _offsets(counts[kept]),
             masks,
             None if self.clusters is None else self.clusters[boxes],
         )
@@ -137,18 +177,45 @@ class ProposalTable:
             rows: One an image; their masks are kept if all have them.
         """
         rows = list(rows)
-        boxes = [row.boxes.reshape(-1, 4).astype(np.float32) for row in rows]
+        boxes = [row.boxes.reshape(-1, 4).astype(np.float32, copy=False) for row in rows]
         table = cls(
             [row.file_name for row in rows],
             np.array([(row.width, row.height) for row in rows], np.int32).reshape(-1, 2),
             np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
-            np.cumsum([0, *(len(b) for b in boxes)], dtype=np.int64),
+            _offsets([len(b) for b in boxes]),
         )
         counts = [mask for row in rows for mask in row.masks or ()]
         if len(counts) < len(table.boxes):
             return table
         runs = torch.from_numpy(np.frombuffer(b"".join(counts), np.uint8).copy())
-        return replace(table, masks=(runs, np.cumsum([0, *map(len, counts)], dtype=np.int64)))
+        return replace(table, masks=(runs, _offsets([len(count) for count in counts])))
+
+
+def _received(
+    text: Tensor,
+    ends: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    offsets: Tensor,
+    clusters: Tensor | None,
+    masks: tuple[Tensor, Tensor] | None,
+) -> ProposalTable:
+    """A table out of what was sent."""
+    return ProposalTable(
+        _Names(text, ends),
+        sizes.numpy(),
+        boxes.numpy(),
+        offsets.numpy(),
+        None if masks is None else (masks[0], masks[1].numpy()),
+        None if clusters is None else clusters.numpy(),
+    )
+
+
+def _offsets(lengths: Any) -> npt.NDArray[np.int64]:
+    """Where parts of these lengths begin, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def read_proposals(path: Path, *, masks: bool = False) -> ProposalTable:
@@ -208,38 +275,62 @@ def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
         file = pq.ParquetFile(path)
         if masks and "masks" in file.schema_arrow.names:
             schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
-        rows = file.read(schema.names).select(schema.names).cast(schema).to_pylist()
+        table = file.read(schema.names).select(schema.names).cast(schema)
     except PermissionError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: broken proposals ({error}); delete the file and run `aligndet propose` again"
         ) from error
-    return [_of_row(path, row) for row in rows]
-
-
-def _of_row(path: Path, row: dict[str, Any]) -> ImageProposals:
-    missing = next((key for key in ("file_name", "width", "height", "boxes") if row[key] is None), None)
+    missing = next((key for key in ("file_name", "width", "height", "boxes") if table[key].null_count), None)
     if missing is not None:
         raise ValueError(
             f"{path}: an image has no {missing}; delete the file and run `aligndet propose` again"
         )
-    name, width, height = safe_name(row["file_name"], path), row["width"], row["height"]
-    if len(row["boxes"]) % 4:
-        raise ValueError(f"{path}: the boxes of {name} are not in fours")
-    boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
-    if row["skipped"] is not None:
-        return ImageProposals(name, width, height, boxes[:0], row["skipped"])
-    boxes, kept = _clip(boxes, width, height)
-    masks = row.get("masks")
-    if masks is not None:
-        if row["mask_side"] != MASK_SIDE or len(masks) != len(kept) or None in masks:
+    names = [safe_name(name, path) for name in table["file_name"].to_pylist()]
+    boxes, counts = _flat_boxes(path, table["boxes"], names)
+    widths, heights = (table[key].to_numpy() for key in ("width", "height"))
+    boxes, kept = _clip(boxes, np.stack([widths, heights] * 2, axis=1).repeat(counts, axis=0))
+    found = _masks(path, table, counts, names) if "masks" in schema.names else None
+    rows: list[ImageProposals] = []
+    bounds = zip(names, widths.tolist(), heights.tolist(), table["skipped"].to_pylist(), strict=True)
+    for (name, width, height, skipped), end, count in zip(bounds, counts.cumsum(), counts, strict=True):
+        part = slice(end - count, end if skipped is None else end - count)
+        of_image = None
+        if found is not None and skipped is None and (given := found[len(rows)]) is not None:
+            of_image = [mask for mask, is_kept in zip(given, kept[part].tolist(), strict=True) if is_kept]
+        rows.append(ImageProposals(name, width, height, boxes[part][kept[part]], skipped, of_image))
+    return rows
+
+
+def _flat_boxes(
+    path: Path, column: pa.ChunkedArray, names: Sequence[str]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Boxes of all images (N, 4), and how many each has."""
+    lists = column.combine_chunks()
+    numbers = np.diff(lists.offsets.to_numpy())
+    wrong = np.flatnonzero(numbers % 4)
+    if len(wrong):
+        raise ValueError(f"{path}: the boxes of {names[wrong[0]]} are not in fours")
+    flat = lists.flatten().to_numpy(zero_copy_only=False)  # nan for null
+    return flat.astype(np.float32, copy=False).reshape(-1, 4), numbers // 4
+
+
+def _masks(
+    path: Path, table: pa.Table, counts: npt.NDArray[np.int64], names: Sequence[str]
+) -> list[list[bytes] | None]:
+    """Run lengths of each image's masks, or None."""
+    sides, found = table["mask_side"].to_pylist(), table["masks"].to_pylist()
+    for name, count, side, masks, skipped in zip(
+        names, counts.tolist(), sides, found, table["skipped"].to_pylist(), strict=True
+    ):
+        right = skipped is not None or masks is None
+        if not right and (side != MASK_SIDE or len(masks) != count or None in masks):
             raise ValueError(
-                f"{path}: {name} has {len(kept)} boxes and {len(masks)} masks of side {row['mask_side']};"
-                f" there must be a mask of side {MASK_SIDE} for each box"
+                f"{path}: {name} has {count} boxes and {len(masks)} masks of side {side}; there must be a"
+                f" mask of side {MASK_SIDE} for each box"
             )
-        masks = [mask for mask, is_kept in zip(masks, kept.tolist(), strict=True) if is_kept]
-    return ImageProposals(name, width, height, boxes[kept], None, masks)
+    return found
 
 
 def write_shard(path: Path, rows: Sequence[ImageProposals]) -> None:
@@ -337,7 +428,7 @@ def _of_coco(
         corners = [[x, y, x + w, y + h] for x, y, w, h in (read_box(entry["bbox"]) for entry in annotations)]
     except ValueError as error:
         raise ValueError(f"image {name}: {error}") from error
-    boxes, kept = _clip(np.array(corners, np.float32).reshape(-1, 4), width, height)
+    boxes, kept = _clip(np.array(corners, np.float32).reshape(-1, 4), [width, height] * 2)
     counts = None
     if masks:
         grids = np.zeros((kept.sum(), MASK_SIDE, MASK_SIDE), np.uint8)
@@ -362,14 +453,14 @@ def clean(boxes: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArra
     Returns:
         (M, 4), M <= N, in the same order.
     """
-    clipped, kept = _clip(boxes, width, height)
+    clipped, kept = _clip(boxes, [width, height] * 2)
     return clipped[kept]
 
 
 def _clip(
-    boxes: npt.NDArray[np.float32], width: int, height: int
+    boxes: npt.NDArray[np.float32], limits: Any
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Boxes (N, 4) within the image, and which of them (N,) are of use."""
-    clipped = boxes.clip(0, np.array([width, height, width, height], np.float32))
+    """Boxes (N, 4) within their image (width, height, width, height), and which (N,) are of use."""
+    clipped = boxes.clip(0, np.asarray(limits, np.float32))
     large = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
     return clipped, large & np.isfinite(boxes).all(axis=1)
