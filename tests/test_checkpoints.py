@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from aligndet.checkpoints import WeightAverage
+from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
@@ -307,3 +307,18 @@ def test_the_devices_of_a_machine_share_its_cores(
     with pytest.raises(InterruptedError):
         train(Counting(), tmp_path, 1, validated=False, devices=devices, workers=None)
     assert asked == [workers]
+
+
+@pytest.mark.parametrize(
+    ("best", "now", "taken"),
+    [(0.0, 0.0, True), (math.nan, 0.0, True), (0.0, 0.1, True), (0.1, 0.0, False), (0.2, 0.1, False)],
+)
+def test_the_newest_is_the_best_until_something_is_found(
+    best: float, now: float, taken: bool, tmp_path: Path
+) -> None:
+    checkpoint = BestCheckpoint(tmp_path)
+    checkpoint.best_k_models = {"best.ckpt": torch.tensor(best)}
+    checkpoint.kth_best_model_path = "best.ckpt"
+    checkpoint.best_model_score = torch.tensor(best)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda found: found))
+    assert bool(checkpoint.check_monitor_top_k(trainer, torch.tensor(now))) == taken

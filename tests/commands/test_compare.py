@@ -161,6 +161,49 @@ def test_arms_differ_in_their_start_alone(
     assert {(c["arm"], c["learning_rate"]) for c in found} == set(best.items())
 
 
+def test_a_comparison_stays_with_its_labels(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
+    monkeypatch.setattr(
+        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
+    )
+    shutil.copytree(sample, tmp_path / "data")
+    labels = tmp_path / "data" / "val.json"
+    kept = json.loads(labels.read_text())
+    arms: dict[str, Any] = {"arms": ("scratch",), "fractions": (0.5,)}
+    _compare(tmp_path / "data", proposals, tmp_path / "out", **arms)
+    _compare(tmp_path / "data", proposals, tmp_path / "out", **arms, seeds=(0, 1))
+    labels.write_text(json.dumps(kept | {"annotations": kept["annotations"][1:]}))
+    with pytest.raises(ValueError, match="was started with data="):
+        _compare(tmp_path / "data", proposals, tmp_path / "out", **arms)
+    labels.write_text(json.dumps(kept | {"annotations": []}))
+    with pytest.raises(ValueError, match=r"val\.json: has no object to measure by"):
+        _compare(tmp_path / "data", proposals, tmp_path / "other", **arms)
+
+
+def test_images_that_are_not_there_are_no_labels(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = create_autospec(
+        finetune, side_effect=lambda *_, output, **__: (output / "model").mkdir(parents=True)
+    )
+    monkeypatch.setattr(module, "finetune", tuned)
+    monkeypatch.setattr(
+        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
+    )
+    shutil.copytree(sample, tmp_path / "data")
+    for path in sorted((tmp_path / "data" / "train").iterdir())[:6]:
+        path.unlink()
+    output = _compare(
+        tmp_path / "data", proposals, tmp_path / "out", arms=("scratch",), fractions=(0.5,), seeds=(0,)
+    )
+    (cell,) = json.loads((output / "results.json").read_text())["cells"]
+    assert cell["labels"] == 3
+    images = json.loads(tuned.call_args.args[0].read_text())["images"]
+    assert all((tmp_path / "data" / "train" / image["file_name"]).is_file() for image in images)
+
+
 @pytest.mark.parametrize("folder", [".", "train", "val"])
 def test_what_is_measured_is_not_learnt_from(
     folder: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

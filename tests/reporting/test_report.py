@@ -237,6 +237,20 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
         assert len(drawn.rows[0][1]) == sides
 
 
+def test_figures_of_other_weights_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(tmp_path / "run", {"annotations": "t.json"})
+    weights = run / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"123456789")
+    write(tmp_path / "run.json", {"AP": 0.5, "weights": "cbf43926"})  # CRC-32's check value
+    assert read_run(run).figures["AP"] == 0.5
+    weights.write_bytes(b"others")
+    assert not read_run(run).figures
+    assert "run.json: is of other weights" in capsys.readouterr().out
+    write(tmp_path / "run.json", {"AP": 0.5})  # of before there were fingerprints
+    assert read_run(run).figures["AP"] == 0.5
+
+
 def test_detectors_of_other_classes_are_drawn_where_they_have_them() -> None:
     other = json.loads(json.dumps(DETAILS).replace("5$ and 6$", "cat"))
     plots = detail_plots("d", "", {"one": [DETAILS], "two": [other]}, colours_of(["one", "two"]))
