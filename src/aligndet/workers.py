@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import sys
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess, parent_process
@@ -49,8 +50,11 @@ def worker_context() -> BaseContext:
     context = _Context()
     if sys.platform == "linux":
         # images on their way from a loader are open files each, and many systems allow 1,024 by default
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        if resource.RLIM_INFINITY != soft < wanted:
+            with suppress(OSError, ValueError):  # where a container forbids it
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         context.set_forkserver_preload(["aligndet.commands.propose", "aligndet.data.labelled"])
     return context
 

@@ -62,6 +62,7 @@ def _finds_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (evaluate_module, predict_module):
         monkeypatch.setattr(module, "load_detector", lambda folder: (Oracle(), MANIFEST))
+    monkeypatch.setattr(evaluate_module, "fingerprint", lambda path: f"of {path}")
 
 
 @pytest.fixture
@@ -202,6 +203,7 @@ def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert result.figures["AP"] == pytest.approx(1.0)
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["images"] == 2
+    assert written["weights"] == "of model/model.safetensors"
     assert written["AP_by_class"] == {"bird": None, "fish": pytest.approx(1.0)}
     assert "a.png: is empty" in written["skipped"][0]
     assert "2 images, 1 skipped" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aligndet.commands.export import export
+from aligndet.detectors.backbones import normalised_places
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.onnx import save_onnx
 from aligndet.detectors.weights import save_weights
@@ -78,3 +79,17 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--num-classes: give the number"):
         export(tmp_path / "tuned", output=tmp_path / "out")
     assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+class _Places(torch.nn.Module):
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return normalised_places(maps.permute(0, 2, 3, 1))
+
+
+def test_maps_of_swin_can_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    path, maps = tmp_path / "places.onnx", torch.rand(1, 8, 5, 6)
+    torch.onnx.export(
+        torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), _Places()), (maps,), str(path), dynamo=False
+    )
+    assert path.is_file()

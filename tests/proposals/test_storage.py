@@ -108,8 +108,14 @@ def test_processes_share_a_table() -> None:
     rows = [ImageProposals(n, 32, 24, boxes[:k], None, masks[:k]) for k, n in enumerate(names)]
     table = replace(ProposalTable.of(rows), clusters=np.array([4, 5, 6], np.int32))
     here = [Shown(table)[index] for index in range(3)]
-    seen = list(DataLoader(Shown(table), batch_size=None, **worker_settings(2)))
-    for (name, *arrays), (expected, *others) in zip(seen, here, strict=True):
+    shown = DataLoader(Shown(table), batch_size=None, sampler=[0, 1, 2] + 8 * [1], **worker_settings(1))
+    seen = []
+    for item in shown:
+        seen.append(item)
+        if len(seen) == 3:
+            table.boxes[0] = 7  # of this process's table: the other one sees it
+    assert (seen[-1][1] == 7).all()
+    for (name, *arrays), (expected, *others) in zip(seen[:3], here, strict=True):
         assert name == expected
         for array, other in zip(arrays, others, strict=True):
             assert np.array_equal(array, other)

@@ -101,7 +101,9 @@ class Bench:
 
     def run(self, cell: Cell) -> bool:
         """Runs a cell and whatever it needs; False if it is finished already."""
-        if self.figures(cell) is not None:
+        rate = self.rate(cell)
+        if rate is not None and _read(folder := self._folder(cell, rate)) is not None:
+            _without_checkpoints(folder)  # if it was stopped before that
             return False
         if len(self.rates) > 1:
             for rate in self.rates:
@@ -136,7 +138,7 @@ class Bench:
         folder = self._folder(cell, rate, search=search)
         with locked(self.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
             if _read(folder) is not None:
-                return _without_checkpoints(folder)
+                return
             subset = labelled_subset(self.document, cell.fraction, cell.fold)
             train, measured = subset, self.validation
             labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"

@@ -110,6 +110,8 @@ def patiently(what: object, read: Callable[[], Result]) -> Result:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ImageError(f"{what}: no such file") from error
         except Exception as error:  # every file system has errors of its own
+            if getattr(error, "status", None) in (403, 410, 451):  # an answer: no to this one
+                raise ImageError(f"{what}: is refused ({error})") from error
             if pause is None:
                 reason = f"{type(error).__name__}: {error}"
                 raise Unreachable(f"{what}: {len(PAUSES) + 1} attempts have failed ({reason})") from error

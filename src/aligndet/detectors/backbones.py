@@ -213,7 +213,7 @@ def normalised_places(features: Tensor) -> Tensor:
 
     Their layer norms have scales and shifts, which a convolution that follows can have as well.
     """
-    return F.layer_norm(features, features.shape[-1:])
+    return F.layer_norm(features, (int(features.shape[-1]),))  # a number: ONNX's tracer wants a constant
 
 
 def padded(images: Tensor) -> Tensor:

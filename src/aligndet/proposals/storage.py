@@ -94,13 +94,22 @@ class ProposalTable:
         shared = [torch.tensor(array).share_memory_() for array in (text, ends)]
         for name in ("sizes", "boxes", "offsets", "clusters"):
             array = getattr(self, name)
-            shared.append(None if array is None else torch.tensor(array).share_memory_())
+            shared.append(None if array is None else torch.from_numpy(array).share_memory_())
             object.__setattr__(self, name, None if array is None else shared[-1].numpy())  # no second copy
-        masks = None if self.masks is None else (self.masks[0], torch.tensor(self.masks[1]).share_memory_())
-        return *shared, masks
+        if self.masks is None:
+            return *shared, None
+        ends = torch.from_numpy(self.masks[1]).share_memory_()
+        object.__setattr__(self, "masks", (self.masks[0], ends.numpy()))
+        return *shared, (self.masks[0], ends)
 
     def __reduce__(self) -> Any:
-        return _received, self._shared
+        try:
+            return _received, self._shared
+        except RuntimeError as error:  # /dev/shm is too small: a copy for each process
+            if "shared memory" not in str(error):
+                raise
+            arrays = self.sizes, self.boxes, self.offsets, self.masks, self.clusters
+            return ProposalTable, (list(self.file_names), *arrays)
 
     def boxes_of(self, index: int) -> npt.NDArray[np.float32]:
         """The boxes of an image, best first.

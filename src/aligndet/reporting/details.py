@@ -53,7 +53,8 @@ def detail_plots(
                 errors.setdefault(kind, {})[label] = 100 * float(np.nanmean(costs))
     note = _upper(f"{start}the gain in AP50 if there were no such error (TIDE).")
     title, x = "What each kind of error costs", "AP50 lost (points)"
-    plots.append(draw_bars(f"{prefix}_errors", title, errors, colours, x=x, note=note))
+    if errors:
+        plots.append(draw_bars(f"{prefix}_errors", title, errors, colours, x=x, note=note))
     for number, (label, found) in enumerate(details.items(), 1):
         confusion = found[0]["confusion"]
         counts = np.array([item["confusion"]["counts"] for item in found], np.int64).sum(0)

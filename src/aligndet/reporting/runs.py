@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aligndet.comparison import Cell
+from aligndet.comparison import Cell, summarise
 from aligndet.files import fingerprint, read_json
 
 Curve = dict[int, float]  # value by step
@@ -104,7 +104,13 @@ def read_run(folder: Path) -> Run:
             document = read_json(path)
             figures = document if "AP" in document else {}
             weights = folder / "model" / "model.safetensors"
-            if "weights" in figures and weights.is_file() and figures["weights"] != fingerprint(weights):
+            beside = path.parent != folder  # what `compare` has put into its cells is of them
+            if (
+                beside
+                and "weights" in figures
+                and weights.is_file()
+                and figures["weights"] != fingerprint(weights)
+            ):
                 print(f"{path}: is of other weights than those of {folder} are now; left out")
                 figures = {}
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -162,7 +168,13 @@ def _read_comparison(folder: Path) -> Comparison:
         for entry in results["cells"]:
             name = Cell.of(entry).name(entry["learning_rate"])
             cells.append((entry, read_run(folder / "cells" / name)))
+        entries = {Cell.of(entry): entry for entry in results["cells"]}
+        rows = summarise(  # anew: those of an earlier version may lack what is told of them now
+            {cell: entry["figures"].get("AP") or 0.0 for cell, entry in entries.items()},
+            {entry["fraction"]: entry["labels"] for entry in entries.values()},
+            {cell: entry.get("searched") for cell, entry in entries.items()},
+        )
         kept = {name: record.get(name) for name in ("command", "versions", "settings")}
-        return Comparison(folder.resolve().name, kept, results["rows"], cells, folder)
+        return Comparison(folder.resolve().name, kept, rows, cells, folder)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no result of aligndet compare ({error!r})") from error
