@@ -13,11 +13,12 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from aligndet.boxes import BACKGROUND
+from aligndet.boxes import BACKGROUND, BoxPredictions
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.query import proposal_ids
 from aligndet.detectors.query_families import from_transformers, with_first_prediction
 from aligndet.detectors.weights import initialise, pretrained_state, save_detector
+from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import momentum_copy, update_momentum
 
 FAST = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
@@ -95,6 +96,24 @@ def test_the_momentum_detector_has_the_online_queries(name: str) -> None:
         assert torch.equal(theirs[copied], ours[copied])
     weight = "projection_head.hidden.weight"
     torch.testing.assert_close(theirs[weight], ours[weight] - 0.9)
+
+
+def test_gradients_are_those_of_all_embeddings() -> None:
+    adapter = build("detr", objectness=True)
+    states, ids = torch.randn(3, 24, 32, requires_grad=True), torch.full((3, 24), BACKGROUND)
+    for layer in ids:
+        layer[torch.randperm(24)[:7]] = torch.arange(7)
+    others = torch.cat([torch.arange(5), torch.full((15,), BACKGROUND)])
+    momentum = BoxPredictions(torch.randn(20, 128), others)
+    found, head = [], adapter.projection_head
+    for layers in (adapter._embeddings(states, ids), head(states.flatten(0, 1)).unflatten(0, (3, 24))):
+        losses = [
+            box_contrastive_loss(BoxPredictions(*own), momentum) for own in zip(layers, ids, strict=True)
+        ]
+        inputs = [states, *head.parameters()]
+        found.append(torch.autograd.grad(torch.stack(losses).sum(), inputs))
+    torch.testing.assert_close(*found)
+    assert found[0][0].any()
 
 
 @pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
