@@ -73,6 +73,9 @@ def test_images_are_held_out(sample: Path, tmp_path: Path) -> None:
     (output / "train.json").write_text("mine")
     split(sample / "train.json", output=output, overwrite=True)
     assert (output / "train.json").read_text() == "mine"
+    alone = split(sample / "train.json", output=tmp_path / "alone", hold_out=25.0)
+    assert sorted(path.name for path in alone.glob("*.json")) == ["manifest.json", "train.json", "val.json"]
+    assert not list(alone.glob("fold*"))
     with pytest.raises(ValueError, match="hold_out must be above 0 and below 100 per cent, not 100"):
         split(sample / "train.json", output=tmp_path / "all", hold_out=100.0)
 

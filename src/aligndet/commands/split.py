@@ -35,7 +35,7 @@ def split(
     *,
     output: Path,
     images: Path | None = None,
-    percents: tuple[float, ...] = (1.0, 5.0, 10.0, 20.0),
+    percents: tuple[float, ...] | None = None,
     counts: tuple[int, ...] = (),
     folds: int = 5,
     hold_out: float | None = None,
@@ -50,7 +50,8 @@ def split(
         annotations: Of the labelled images: COCO JSON, PASCAL VOC or YOLO (file or folder).
         output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json (and .txt).
         images: Folder of the images; by default looked for.
-        percents: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one.
+        percents: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one. By
+            default 1,5,10,20, and none with hold_out or counts.
         counts: Sizes in images, beside the percents.
         folds: Number of draws.
         hold_out: Per cent of the images for val.json; the others make train.json, and the splits are of
@@ -64,10 +65,12 @@ def split(
     Raises:
         ValueError: If a size does not fit the images, or output holds something else.
     """
+    if percents is None:
+        percents = () if hold_out is not None or counts else (1.0, 5.0, 10.0, 20.0)
     wrong = next((value for value in percents if not 0 < value <= 100), None)
     if wrong is not None:
         raise ValueError(f"a percentage must be above 0 and at most 100 per cent, not {wrong}")
-    if folds < 1 or not (percents or counts):
+    if folds < 1 or not (percents or counts or hold_out is not None):
         raise ValueError(f"there must be a fold and a percentage or count, not {folds} folds")
     if hold_out is not None and not 0 < hold_out < 100:
         raise ValueError(f"hold_out must be above 0 and below 100 per cent, not {hold_out}")
@@ -116,7 +119,8 @@ def split(
     print_skipped(labels.notes)
     if whole:
         print(f"{len(whole['val'])} images are held out, in {output / 'val.json'}")
-    print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
+    if sizes:
+        print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
     return output
 
 
