@@ -226,6 +226,20 @@ def summarise(
     return sorted(rows, key=lambda row: (row["labels"], row["steps"], row["arm"] != BASELINE, row["arm"]))
 
 
+def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `summarise` of the cells in results.json.
+
+    Args:
+        entries: With the cell, its figures, the number of labels, and the rates its own was chosen from.
+    """
+    cells = [Cell.of(entry) for entry in entries]
+    return summarise(
+        {cell: entry["figures"].get("AP") or 0.0 for cell, entry in zip(cells, entries, strict=True)},
+        {entry["fraction"]: entry["labels"] for entry in entries},
+        {cell: entry.get("searched") for cell, entry in zip(cells, entries, strict=True)},
+    )
+
+
 def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:
     """What may count as independent of the differences by (seed, fold): folds of a seed share its
     pre-training, so that of several seeds each is one, averaged over its folds.

@@ -18,7 +18,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
-from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, summarise
+from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, rows_of
 from aligndet.data.coco import image_files
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
@@ -249,11 +249,7 @@ class Bench:
         ]
         before = read_json(path)["cells"] if path.is_file() else []
         entries = [entry for entry in before if Cell.of(entry) not in cells] + found
-        rows = summarise(
-            {Cell.of(entry): entry["figures"].get("AP") or 0.0 for entry in entries},
-            {entry["fraction"]: entry["labels"] for entry in entries},
-            {Cell.of(entry): entry["searched"] for entry in entries},
-        )
+        rows = rows_of(entries)
         table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
         atomic_write(self.output / "table.md", table)
         atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aligndet.comparison import Cell, summarise
+from aligndet.comparison import Cell, rows_of
 from aligndet.files import fingerprint, read_json
 
 Curve = dict[int, float]  # value by step
@@ -168,12 +168,7 @@ def _read_comparison(folder: Path) -> Comparison:
         for entry in results["cells"]:
             name = Cell.of(entry).name(entry["learning_rate"])
             cells.append((entry, read_run(folder / "cells" / name)))
-        entries = {Cell.of(entry): entry for entry in results["cells"]}
-        rows = summarise(  # anew: those of an earlier version may lack what is told of them now
-            {cell: entry["figures"].get("AP") or 0.0 for cell, entry in entries.items()},
-            {entry["fraction"]: entry["labels"] for entry in entries.values()},
-            {cell: entry.get("searched") for cell, entry in entries.items()},
-        )
+        rows = rows_of(results["cells"])  # anew: those of an earlier version may lack something
         kept = {name: record.get(name) for name in ("command", "versions", "settings")}
         return Comparison(folder.resolve().name, kept, rows, cells, folder)
     except (KeyError, TypeError) as error:
