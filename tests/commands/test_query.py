@@ -236,10 +236,11 @@ def test_padding_changes_nothing(name: str) -> None:
         name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, max_size=160, options=OPTIONS
     )
     wide, high = torch.rand(3, 96, 160), torch.rand(3, 128, 96)
-    with torch.inference_mode():
-        alone, together = detector.eval()([wide])[0], detector([wide, high])[0]
-    torch.testing.assert_close(together["scores"], alone["scores"], rtol=0.0, atol=0.02)
-    assert (together["boxes"] - alone["boxes"]).abs().median() < 2.0
+    with torch.inference_mode():  # query by query: untrained scores are all alike, and no order
+        alone, together = (detector.eval().run(images) for images in ([wide], [wide, high]))
+    scores, boxes = ((getattr(alone, n)[0] - getattr(together, n)[0]).abs() for n in ("logits", "pred_boxes"))
+    assert scores.max() < 0.2
+    assert boxes.median() < 2 / 160
 
 
 @pytest.mark.slow
