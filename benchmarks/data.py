@@ -30,7 +30,7 @@ from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
 from aligndet.data.images import list_images, read_image_size
 from aligndet.data.views import TwoViewDataset
-from aligndet.proposals.storage import ImageProposals, ProposalTable
+from aligndet.proposals.table import ImageProposals, ProposalTable
 
 VIEWS = {"default": ((640, 800), 1333), "quickstart": ((128, 192), 256)}
 

@@ -34,7 +34,8 @@ from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.reading import read_tensors
 from aligndet.files import read_json
 from aligndet.losses import box_contrastive_loss
-from aligndet.proposals.storage import ImageProposals, ProposalTable, clean, read_proposals, write_shard
+from aligndet.proposals.storage import clean, read_proposals, write_shard
+from aligndet.proposals.table import ImageProposals, ProposalTable
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn of what is broken
 

@@ -10,7 +10,8 @@ from PIL import Image
 import aligndet
 from aligndet.data.images import ImageError
 from aligndet.proposals.clusters import with_clusters
-from aligndet.proposals.storage import ImageProposals, read_proposals, write_shard
+from aligndet.proposals.storage import read_proposals, write_shard
+from aligndet.proposals.table import ImageProposals
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "trunk_weights": "none", "device": "cpu", "clusters": 2}
 SMALL |= {"min_size": 128, "max_size": 256}

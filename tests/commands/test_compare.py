@@ -20,7 +20,8 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.data.formats import read_labelled
 from aligndet.proposals.clusters import clusters_file
-from aligndet.proposals.storage import ImageProposals, write_shard
+from aligndet.proposals.storage import write_shard
+from aligndet.proposals.table import ImageProposals
 from aligndet.reporting.runs import read_folders
 
 RUN: dict[str, Any] = {"max_size": 96, "batch_size": 2, "workers": 0, "accelerator": "cpu"}

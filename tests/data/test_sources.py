@@ -26,7 +26,7 @@ from aligndet.data import addresses, tars
 from aligndet.data.images import ImageError, StoredImage, list_images, read_image, read_image_size
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
-from aligndet.proposals.storage import ImageProposals, ProposalTable
+from aligndet.proposals.table import ImageProposals, ProposalTable
 from aligndet.training import StepSampler
 from aligndet.workers import worker_settings
 

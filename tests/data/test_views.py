@@ -22,7 +22,7 @@ from aligndet.data.views import TwoViewDataset, short_sides
 from aligndet.detectors.build import build_detector
 from aligndet.finetuning import Finetuning
 from aligndet.proposals.masks import MASK_SIDE, on_grid
-from aligndet.proposals.storage import ImageProposals, ProposalTable
+from aligndet.proposals.table import ImageProposals, ProposalTable
 from aligndet.training import StepSampler
 from aligndet.workers import worker_settings
 

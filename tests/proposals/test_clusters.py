@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, with_clusters, write_clusters
-from aligndet.proposals.storage import ImageProposals, ProposalTable
+from aligndet.proposals.table import ImageProposals, ProposalTable
 
 
 def table(shift: float = 0.0) -> ProposalTable:

@@ -18,14 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
 from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE
-from aligndet.proposals.storage import (
-    ImageProposals,
-    ProposalTable,
-    clean,
-    read_proposals,
-    write_coco,
-    write_shard,
-)
+from aligndet.proposals.storage import clean, read_proposals, write_coco, write_shard
+from aligndet.proposals.table import ImageProposals, ProposalTable
 from aligndet.workers import worker_settings
 
 

@@ -27,7 +27,8 @@ from aligndet.evaluation.inference import resolve_device
 from aligndet.files import accepts_strings, check_writable, print_skipped
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.engines import Engine, check_engine, run
-from aligndet.proposals.storage import ProposalTable, read_proposals
+from aligndet.proposals.storage import read_proposals
+from aligndet.proposals.table import ProposalTable
 from aligndet.workers import worker_settings
 
 _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them

@@ -30,14 +30,8 @@ from aligndet.proposals.filters import best_proposals, filter_boxes
 from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
 from aligndet.proposals.segments import objectness
 from aligndet.proposals.selective_search import Mode, selective_search
-from aligndet.proposals.storage import (
-    ImageProposals,
-    clean,
-    read_shard,
-    whole_masks,
-    write_coco,
-    write_shard,
-)
+from aligndet.proposals.storage import clean, read_shard, whole_masks, write_coco, write_shard
+from aligndet.proposals.table import ImageProposals
 
 Rank = Literal["straddling", "search"]
 

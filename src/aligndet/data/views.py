@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from aligndet.data.images import check_shape, first_readable, read_image
 from aligndet.data.photometric import recolour
 from aligndet.data.sources import ImageSource
-from aligndet.proposals.storage import ProposalTable
+from aligndet.proposals.table import ProposalTable
 
 
 class View(NamedTuple):

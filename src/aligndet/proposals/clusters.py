@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aligndet.files import whole_file
-from aligndet.proposals.storage import ProposalTable
+from aligndet.proposals.table import ProposalTable
 
 SMALLEST = 10
 """Proposals a cluster on average, at least: fewer would be no class."""
