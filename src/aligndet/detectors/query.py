@@ -255,9 +255,8 @@ def matches(network: Any, matcher: type[nn.Module]) -> Iterator[list[Matches]]:
             found.append(output)
 
     def watched(*call: Any, **others: Any) -> Any:
-        hook = register_module_forward_hook(
-            keep
-        )  # the loss makes itself a matcher, of which nothing else is known
+        # of all modules: the loss makes itself a matcher in each call
+        hook = register_module_forward_hook(keep)
         try:
             return own(*call, **others)
         finally:

@@ -50,6 +50,8 @@ def without_crowds(
     names = ("boxes", "labels")
     crowd = target["iscrowd"].bool() if "iscrowd" in target else target["labels"] < 0
     objects, crowds = ({name: target[name][mask] for name in names} for mask in (~crowd, crowd))
+    if not len(crowds["labels"]):
+        return {name: prediction[name] for name in (*names, "scores")}, objects
     boxes, same = prediction["boxes"], prediction["labels"][:, None] == crowds["labels"][None]
     corner, opposite = boxes[:, None].maximum(crowds["boxes"]), boxes[:, None].minimum(crowds["boxes"])
     inside = (opposite[..., 2:] - corner[..., :2]).clamp(min=0).prod(-1)  # (P, crowds)

@@ -141,8 +141,9 @@ def _masks(
     for name, count, side, masks, skipped in zip(
         names, counts.tolist(), sides, found, table["skipped"].to_pylist(), strict=True
     ):
-        right = skipped is not None or masks is None
-        if not right and (side != MASK_SIDE or len(masks) != count or None in masks):
+        if skipped is not None or masks is None:
+            continue
+        if side != MASK_SIDE or len(masks) != count or None in masks:
             raise ValueError(
                 f"{path}: {name} has {count} boxes and {len(masks)} masks of side {side}; there must be a"
                 f" mask of side {MASK_SIDE} for each box"

@@ -104,13 +104,9 @@ def read_run(folder: Path) -> Run:
             document = read_json(path)
             figures = document if "AP" in document else {}
             weights = folder / "model" / "model.safetensors"
-            beside = path.parent != folder  # what `compare` has put into its cells is of them
-            if (
-                beside
-                and "weights" in figures
-                and weights.is_file()
-                and figures["weights"] != fingerprint(weights)
-            ):
+            # what `compare` has put into its cells is of them
+            known = figures.get("weights") if path.parent != folder else None
+            if known and weights.is_file() and known != fingerprint(weights):
                 print(f"{path}: is of other weights than those of {folder} are now; left out")
                 figures = {}
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
