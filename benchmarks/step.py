@@ -211,6 +211,7 @@ def silently(module: BoxPretraining) -> BoxPretraining:
 
 def ours(detector: str, args: argparse.Namespace) -> Step:
     module = silently(pretraining(detector, args, learning_rate=1e-6))
+    module.on_train_start()
     optimizer: torch.optim.Optimizer = module.configure_optimizers()["optimizer"]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     items = batch(args)

@@ -43,6 +43,29 @@ def test_the_trunk_is_frozen_and_in_eval_mode_from_the_start() -> None:
     assert ours.momentum.detector.backbone.body is ours.trunk
 
 
+def test_a_frozen_trunk_runs_without_batch_norms(batch: list[TwoViews]) -> None:
+    ours, state = module(), module().state_dict()
+    ours.load_state_dict(state)
+    before = ours.training_step(batch, 0)
+    ours.on_train_start()
+    called = []
+    for norm in ours.trunk.modules():
+        norm.register_forward_hook(lambda norm, *_: called.append(norm))
+    torch.testing.assert_close(ours.training_step(batch, 0), before)
+    assert set(called) == {ours.trunk}
+    assert state.keys() == ours.state_dict().keys()
+    assert all(
+        torch.equal(value, state[name]) for name, value in ours.trunk.state_dict(prefix="trunk.").items()
+    )
+
+
+def test_a_trained_trunk_keeps_its_batch_norms(batch: list[TwoViews]) -> None:
+    ours = module(train_trunk=True)
+    ours.on_train_start()
+    ours.training_step(batch, 0).backward()
+    assert all(p.grad is not None for p in ours.trunk.parameters())
+
+
 def test_a_trainable_trunk_has_a_momentum_copy_of_its_own(batch: list[TwoViews]) -> None:
     ours = module(train_trunk=True)
     assert ours.momentum.detector.backbone.body is not ours.trunk

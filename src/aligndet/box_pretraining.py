@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.views import TwoViews, View
+from aligndet.detectors.folding import folded
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, decay_for, momentum_copy, update_momentum
 from aligndet.processes import boxes_elsewhere
@@ -51,6 +52,11 @@ class BoxPretraining(TrainingModule):
         if not self.train_trunk:
             self.trunk.eval()
         return self
+
+    def on_train_start(self) -> None:
+        """Runs the frozen trunk with its batch norms folded; names and weights stay as they are."""
+        if not self.train_trunk:
+            self.trunk.forward = folded(self.trunk).forward
 
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""

@@ -166,7 +166,7 @@ def compile_networks(module: nn.Module) -> None:
 
 def _called(part: nn.Module) -> Iterator[nn.Module]:
     """What is called of a part: the stages, where it is no more than their container (CBNet's trunks)."""
-    if not isinstance(part, nn.ModuleDict):
+    if type(part) is not nn.ModuleDict:  # torchvision's trunks are of a kind of it that can be called
         yield part
         return
     for child in part.values():

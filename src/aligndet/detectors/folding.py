@@ -1,0 +1,77 @@
+"""A frozen trunk, run with its batch norms folded into the convolutions before them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
+
+from aligndet.detectors.backbones import trunk_features
+
+_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
+@torch.no_grad()
+def folded(trunk: nn.Module) -> nn.Module:
+    """Copies a trunk in eval mode, with every batch norm that follows a convolution folded into it.
+
+    Such a norm is a factor and a shift of each channel, which the convolution has at no cost.
+
+    Args:
+        trunk: For `trunk_features`.
+
+    Returns:
+        A network with the same maps, up to rounding; the trunk itself if nothing can be folded, or if it is
+        called part by part (CBNet's).
+    """
+    if type(trunk) is nn.ModuleDict or not any(isinstance(module, _NORMS) for module in trunk.modules()):
+        return trunk
+    example = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    example = example.to(next(trunk.parameters()).device)
+    twin = copy.deepcopy(trunk)
+    pairs = _pairs(twin, example)
+    for conv, norm in pairs:
+        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+    replaced = {norm: _activation(norm) for _, norm in pairs}
+    for parent in list(twin.modules()):
+        for name, child in parent.named_children():
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    # elsewhere than into its norm, a convolution's map may go unfolded: then the network is another one
+    same = all(
+        float((ours - theirs).norm()) <= 1e-2 * float(theirs.norm())
+        for ours, theirs in zip(trunk_features(twin, example), trunk_features(trunk, example), strict=True)
+    )
+    return twin if pairs and same else trunk
+
+
+def _pairs(trunk: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, Any]]:
+    """The convolutions that are called once, each with the norm that is given its map."""
+    maps: list[tuple[Tensor, nn.Conv2d]] = []  # kept, so that no other tensor gets the place of one
+    pairs: list[tuple[nn.Conv2d, Any]] = []
+
+    def made(conv: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
+        maps.append((output, conv))
+
+    def taken(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs.extend((conv, norm) for output, conv in maps if output is inputs[0])
+
+    hooks = [m.register_forward_hook(made) for m in trunk.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [m.register_forward_pre_hook(taken) for m in trunk.modules() if isinstance(m, _NORMS)]
+    trunk_features(trunk, example)
+    for hook in hooks:
+        hook.remove()
+    calls = [conv for _, conv in maps]
+    return [(conv, norm) for conv, norm in pairs if calls.count(conv) == 1]
+
+
+def _activation(norm: Any) -> nn.Module:
+    """What a norm does after it has normalised: timm's activate."""
+    activates = isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d)
+    return norm.act if activates else nn.Identity()
