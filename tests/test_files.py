@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aligndet.files import accepts_strings, atomic_write, locked, read_json, whole_file
+from aligndet.files import accepts_strings, atomic_write, locked, plain_name, read_json, whole_file
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -22,6 +22,20 @@ def fill_up(path: Path) -> None:
     with whole_file(path) as file:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_name_may_be_as_long_as_the_file_system_lets_it(tmp_path: Path) -> None:
+    path = tmp_path / f"{'猫' * 83}.jpg"
+    atomic_write(path, "whole")
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["a/b.jpg", "a\\b.jpg", "{}/a/b.jpg", "{}\\a\\b.jpg"])
+def test_names_as_tools_write_them(name: str, tmp_path: Path) -> None:
+    assert plain_name(name.format(tmp_path), tmp_path) == "a/b.jpg"
+    (tmp_path / "a\\b.jpg").touch()  # as some archives are unpacked
+    assert plain_name("a\\b.jpg", tmp_path) == "a\\b.jpg"
+    assert plain_name("/etc/b.jpg", tmp_path) == "/etc/b.jpg"
 
 
 def test_a_disk_that_fills_up_is_named_and_loses_nothing(tmp_path: Path) -> None:

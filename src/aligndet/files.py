@@ -73,7 +73,8 @@ def whole_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # at random: processes on two machines or in two containers can have the same number
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}")
+    stem = path.stem.encode()[:100].decode(errors="ignore")  # a name may have no more than 255 bytes
+    partial = path.with_name(f".{stem}.{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -161,8 +162,45 @@ def safe_name(name: str, source: object) -> str:
     """
     parts = PurePosixPath(str(name).replace("\\", "/"))
     if not str(name) or parts.is_absolute() or ".." in parts.parts:
-        raise ValueError(f"{source}: refuses the file name {name!r}, which leads out of the folder of images")
+        raise ValueError(
+            f"{source}: refuses the file name {name!r}, which leads out of the folder of images; names have"
+            " to be relative to it"
+        )
     return str(name)
+
+
+def plain_name(name: str, folder: Path) -> str:
+    """The name of an image as `safe_name` takes it, out of what tools write.
+
+    Args:
+        name: With slashes, or with backslashes where no file is called so; relative to the folder, or
+            absolute.
+        folder: Of the images.
+
+    Returns:
+        The name relative to the folder, or as it was if it is not in it.
+    """
+    if "\\" in name and not (folder / name).is_file():
+        name = name.replace("\\", "/")
+    path = Path(name)
+    inside = path.is_absolute() and path.is_relative_to(folder.absolute())
+    return path.relative_to(folder.absolute()).as_posix() if inside else name
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list that are not empty, without the space around them.
+
+    Args:
+        path: UTF-8, with or without a mark.
+
+    Raises:
+        ValueError: Naming the file, if it is no such text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 ({error}); save it as such") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def contents(folder: Path) -> list[str]:

@@ -573,3 +573,11 @@ def test_labels_without_an_object_are_refused(sample: Path, tmp_path: Path) -> N
             aligndet.finetune(
                 tmp_path / "none.json", images=sample / "train", output=tmp_path / "tuned", **SMALL
             )
+        with pytest.raises(ValueError, match=r"none\.json: has no object"):
+            aligndet.finetune(
+                sample / "train.json",
+                val_annotations=tmp_path / "none.json",
+                val_images=sample / "train",
+                output=tmp_path / "tuned",
+                **SMALL,
+            )

@@ -102,6 +102,11 @@ def test_predictions_stand_alone(images: Path, tmp_path: Path, capsys: pytest.Ca
     assert "2 images, 2 boxes, 1 skipped" in printed
 
 
+def test_a_score_is_no_percentage(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--score must be from 0 to 1, not 30"):
+        predict(Path("model"), images, output=tmp_path / "out", score=30.0)
+
+
 def test_a_single_image_without_pictures(images: Path, tmp_path: Path) -> None:
     output = predict(Path("model"), images / "b.jpg", output=tmp_path / "out", draw=False, score=0.05)
     document = json.loads((output / "predictions.json").read_text())
@@ -209,6 +214,10 @@ def test_figures_of_the_oracle(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert "2 images, 1 skipped" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"a\.png: is empty"):
         evaluate(Path("model"), labels, images=images, strict=True)
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps(json.loads(labels.read_text()) | {"annotations": []}))
+    with pytest.raises(ValueError, match=r"nothing\.json: has no object in any of its 3 images"):
+        evaluate(Path("model"), nothing, images=images)
     (images / "b.jpg").unlink()
     evaluate(Path("model"), labels, images=images, output=tmp_path / "figures.json")
     assert "1 images, 1 skipped, 1 remarks on the labels" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -92,6 +93,20 @@ def test_what_the_labels_leave_out_is_named(
     assert "skipped: image " in capsys.readouterr().out
     (note,) = json.loads((tmp_path / "splits" / "manifest.json").read_text())["skipped"]
     assert "00001.jpg" in note
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "error"),
+    [("images", {"id": 2}, "image id 2 occurs twice"), ("annotations", {"image_id": 99}, "is not listed")],
+)
+def test_annotations_are_of_one_image(
+    section: str, changes: dict[str, Any], error: str, sample: Path, tmp_path: Path
+) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    document[section][0] |= changes
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"train\.json: .*{error}"):
+        split(tmp_path / "train.json", images=sample / "train", output=tmp_path / "splits")
 
 
 def test_sizes_that_do_not_fit(sample: Path, tmp_path: Path) -> None:

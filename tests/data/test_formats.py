@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aligndet.data.coco import Category, CocoDetection
-from aligndet.data.formats import read_labelled
+from aligndet.data.formats import is_bare_folder, read_labelled
 from aligndet.data.images import ImageError
 from aligndet.data.yolo import find_yaml, load_yolo
 
@@ -104,6 +104,13 @@ def test_lists_of_yolo_are_relative_to_themselves_or_to_data_yaml(tmp_path: Path
     assert len(data.boxes[0]) == 1
     put(tmp_path, "coco/train.txt", "coco/images/a.jpg\n")
     assert len(read_labelled(tmp_path / "coco.yaml", split="train")) == 1
+    put(tmp_path, "coco/train.txt", "coco\\images\\a.jpg\n")
+    assert len(read_labelled(tmp_path / "coco.yaml", split="train")) == 1
+    put(tmp_path, "coco/train.txt", f"{tmp_path}/coco/images/a.jpg\n")
+    assert len(read_labelled(tmp_path / "coco.yaml", split="train").boxes[0]) == 1
+    (tmp_path / "coco" / "train.txt").write_text("images/a.jpg\n", "utf-16")
+    with pytest.raises(ValueError, match=r"train\.txt: is no text in UTF-8"):
+        read_labelled(tmp_path / "coco.yaml", split="train")
     put(tmp_path, "coco/train.txt", "elsewhere/a.jpg\n")
     with pytest.raises(ValueError, match=r"none of its 0 images .*; the first: .*a\.jpg: no such image"):
         read_labelled(tmp_path / "coco.yaml", split="train")
@@ -138,6 +145,47 @@ def test_xml_as_tools_write_it(tmp_path: Path) -> None:
     assert read.labels[0].tolist() == [2, 1]
     assert read.iscrowd[1].tolist() == [True]
     assert read.sizes.tolist() == [[40, 30], [40, 30]]
+
+
+def test_an_image_is_of_one_xml(tmp_path: Path) -> None:
+    """Also if another folder has lost the image of that name."""
+    for folder in ("one", "two"):
+        put(tmp_path, f"{folder}/1.xml", xml((folder, (1, 1, 9, 9))), f"{folder}/1.jpg")
+    (tmp_path / "one" / "1.jpg").unlink()
+    for _ in range(2):
+        read = read_labelled(tmp_path)
+        assert read.file_names == ["two/1.jpg"]
+        assert [read.categories[label - 1].name for label in read.labels[0].tolist()] == ["two"]
+        assert "one/1.xml: its image is not there; two/1.jpg is that of " in read.warnings[0]
+        (tmp_path / "one").rename(tmp_path / "zzz")  # found after it
+        (tmp_path / "zzz").rename(tmp_path / "one")
+
+
+def test_the_one_list_of_other_tools_is_all_there_is(tmp_path: Path) -> None:
+    year(tmp_path, "", {"default": ["1", "2"]})
+    assert len(read_labelled(tmp_path, split="train")) == len(read_labelled(tmp_path, split="val")) == 2
+    year(tmp_path, "", {"trainval": ["1"]})
+    assert len(read_labelled(tmp_path, split="train")) == 1
+    with pytest.raises(ValueError, match=r"no list .*/val\.txt .*\(default\.txt, trainval\.txt\)") as caught:
+        read_labelled(tmp_path, split="val")
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_xml_of_other_tools_is_no_voc(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg.aux.xml", '<?xml version="1.0"?><!-- <annotation> --><PAMDataset/>', "a.jpg")
+    assert is_bare_folder(tmp_path)
+    put(tmp_path, "a.xml", xml(("cat", (1, 1, 9, 9)), head="<!-- b -->"), "a.jpg")
+    assert not is_bare_folder(tmp_path)
+    assert read_labelled(tmp_path).warnings == ()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "no-such"])
+def test_an_encoding_that_is_not_known_costs_one_xml(encoding: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.xml", xml(("cat", (1, 1, 9, 9))), "a.jpg")
+    put(tmp_path, "b.xml", f'<?xml version="1.0" encoding="{encoding}"?><annotation/>', "b.jpg")
+    read = read_labelled(tmp_path)
+    assert read.file_names == ["a.jpg"]
+    assert "b.xml: is no XML" in read.warnings[0]
 
 
 def test_coordinates_from_zero_are_taken_as_they_are(tmp_path: Path) -> None:

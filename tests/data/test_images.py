@@ -45,6 +45,13 @@ def test_16_bit_is_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
     assert torch.equal(image, expected.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize(("largest", "top"), [(200, 255), (4000, 4095), (4096, 16383), (20000, 65535)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_as_many_bits_count_as_are_used(suffix: str, largest: int, top: int, tmp_path: Path) -> None:
+    Image.fromarray(np.full((12, 20), largest, np.uint16)).save(tmp_path / f"deep.{suffix}")
+    assert read_image(tmp_path / f"deep.{suffix}").unique().tolist() == [round(largest / top * 255)]
+
+
 def test_a_float_image_with_gaps_keeps_the_rest(tmp_path: Path) -> None:
     values = np.tile(np.linspace(0, 50, 16, dtype=np.float32), (16, 1))
     values[0, :3] = np.nan, np.inf, -np.inf
@@ -149,6 +156,9 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("aligndet.data.images.MAX_PIXELS", 100)
     picture().save(tmp_path / "huge.png")
     with pytest.raises(ImageError, match="too large"):
+        read_image(tmp_path / "huge.png")
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)  # Pillow's own bound is half of ours
+    with pytest.raises(ImageError, match=r"huge\.png: is too large; scale it down first"):
         read_image(tmp_path / "huge.png")
 
 

@@ -19,7 +19,7 @@ _AT_LEAST = {
     "trunk_factor": 0,
     "max_aspect_ratio": 1,
 }
-_SHARES = ("nms_iou", "min_area", "max_area", "min_inside", "ema", "decay")
+_SHARES = ("nms_iou", "min_area", "max_area", "min_inside", "ema", "decay", "score")
 _POSITIVE = ("temperature", "learning_rate", "epochs", "clip")
 
 

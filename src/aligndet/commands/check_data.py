@@ -114,11 +114,9 @@ def _write(
 ) -> None:
     with locked(folder):
         _refuse_taken(folder)
-        first: dict[int, dict[str, Any]] = {}
-        for entry in labels.content["images"]:
-            first.setdefault(entry["id"], entry)
         entries = []
-        for key, entry in first.items():
+        for entry in labels.content["images"]:
+            key = entry["id"]
             if key in sizes and sizes[key] == labelled_size(entry, sizes[key]):
                 target = folder / "train" / entry["file_name"]
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from aligndet.data.coco import Category, CocoDetection
+from aligndet.commands._settings import check_bounds
+from aligndet.data.coco import Category, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import family_of
@@ -59,8 +60,10 @@ def evaluate(
 
     Raises:
         ValueError: If the detector's classes are not those of the labels, these have no masks to measure
-            those of the detector by, score is not from 0 to 1, or a file is missing or broken.
+            those of the detector by, or no object at all, score is not from 0 to 1, or a file is missing or
+            broken.
     """
+    check_bounds({"score": score, "batch_size": batch_size})
     detector, manifest = load_detector(model)
     if not manifest.get("class_names"):
         raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
@@ -69,6 +72,7 @@ def evaluate(
     ]
     masks = masks and family_of(manifest["architecture"]["detector"]).masks
     coco = read_labelled(annotations, images, split="val", strict=strict, categories=categories, masks=masks)
+    check_objects(coco, annotations)
     dataset = CocoDetection(coco, crowds=True)
     broken: list[str] = []
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from aligndet.checkpoints import BestCheckpoint, WeightAverage
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDetection, image_files
+from aligndet.data.coco import CocoDetection, check_objects, image_files
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset
 from aligndet.detectors.backbones import PyramidNorm
@@ -185,10 +185,7 @@ def finetune(
             raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
         masks = family_of(kind).masks
         coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
-        if all(crowds.all() for crowds in coco.iscrowd):
-            raise ValueError(
-                f"{annotations}: has no object in any of its {len(coco)} images: nothing to learn"
-            )
+        check_objects(coco, annotations)
         passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
         total = steps or max(1, round(SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step))
         architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
@@ -216,6 +213,7 @@ def finetune(
                 categories=coco.categories,
                 masks=masks,
             )
+            check_objects(held_out, val_annotations)
             read.append(held_out)
             counts += f", {len(held_out)} images for validation"
             files = (image_files(part.folder, part.file_names) for part in read)

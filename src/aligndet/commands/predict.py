@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from tqdm import tqdm
 
+from aligndet.commands._settings import check_bounds
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
@@ -45,7 +46,7 @@ def predict(
             segmentation if the detector finds masks; frames of a video are images, named VIDEO/NUMBER;
             beside them the names of the pictures) and pictures/. From Python, aligndet.read_detections reads
             them as supervision's detections.
-        score: Boxes below are left out.
+        score: From 0 to 1; boxes below are left out.
         batch_size: Images at a time; one by one where masks are found, which are large.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         draw: Write pictures, or a video, with the boxes.
@@ -58,8 +59,9 @@ def predict(
 
     Raises:
         ValueError: If the model is not fine-tuned, no image can be read, the video is broken, or the output
-            is taken or in use.
+            is taken or in use, or score is not from 0 to 1.
     """
+    check_bounds({"score": score, "batch_size": batch_size})
     detector, manifest = load_detector(model)
     names: list[str] | None = manifest.get("class_names")
     if not names:

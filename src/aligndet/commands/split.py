@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aligndet.data.document import check_ids
 from aligndet.data.formats import load_labelled
 from aligndet.data.splits import held_out_positions, in_order, nested_subsets, with_images
 from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
@@ -63,7 +64,8 @@ def split(
         The folder.
 
     Raises:
-        ValueError: If a size does not fit the images, or output holds something else.
+        ValueError: If a size does not fit the images, an annotation could be of several or of none, or output
+            holds something else.
     """
     if percents is None:
         percents = () if hold_out is not None or counts else (1.0, 5.0, 10.0, 20.0)
@@ -75,6 +77,7 @@ def split(
     if hold_out is not None and not 0 < hold_out < 100:
         raise ValueError(f"hold_out must be above 0 and below 100 per cent, not {hold_out}")
     labels = load_labelled(annotations, images, "train")
+    check_ids(labels.content, annotations)
     entries = in_order(labels.content)
     whole: dict[str, list[dict[str, Any]]] = {}
     if hold_out is not None:

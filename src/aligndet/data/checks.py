@@ -28,20 +28,19 @@ def check_images(labels: Document, source: Path) -> tuple[dict[int, tuple[int, i
         source: What it was read from, for the messages.
 
     Returns:
-        Width and height of the readable images by id (the first image of an id), the problems, and the number
-        of exact duplicates.
+        Width and height of the readable images by id (without images that share an id), the problems, and the
+        number of exact duplicates.
     """
     sizes: dict[int, tuple[int, int]] = {}
-    ids: set[int] = set()
+    uses = Counter(entry["id"] for entry in labels.content["images"])
     findings: list[Finding] = []
     seen: dict[str, str] = {}
     duplicates = 0
     for entry in labels.content["images"]:
         name = safe_name(entry["file_name"], source)
-        if entry["id"] in ids:
-            findings.append(("duplicate id", f"{name}: image id {entry['id']} is another image's"))
+        if uses[entry["id"]] > 1:
+            findings.append(("duplicate id", f"{name}: image id {entry['id']} is another image's, too"))
             continue
-        ids.add(entry["id"])
         try:
             height, width = read_image(labels.folder / name).shape[1:]
         except ImageError as error:
@@ -84,7 +83,7 @@ def check_boxes(
     Returns:
         The annotations that can be used, clipped to their images and with an id for each, and the problems.
     """
-    images = {entry["id"]: entry for entry in reversed(labels.content["images"])}  # the first of an id
+    images = {entry["id"]: entry for entry in labels.content["images"]}
     categories = {entry["id"] for entry in labels.content["categories"]}
     kept: list[dict[str, Any]] = []
     findings: list[Finding] = [

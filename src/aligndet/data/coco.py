@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligndet.data.document import Document, image_size, read_box
+from aligndet.data.document import Document, check_ids, image_size, read_box
 from aligndet.data.images import ImageError, read_image
 from aligndet.data.rle import EncodedMasks, areas, decode, read_segmentation
 from aligndet.files import safe_name
@@ -90,12 +90,10 @@ def build_dataset(
         raise ValueError(f"{annotations}: annotation {without_mask} has no mask (segmentation)")
     masks = masks is not False and without_mask is None
 
-    entries: dict[int, dict[str, Any]] = {}
-    for image in document["images"]:
-        if image["id"] in entries:
-            raise ValueError(f"{annotations}: image id {image['id']} occurs twice")
+    check_ids(document, annotations)
+    entries: dict[int, dict[str, Any]] = {image["id"]: image for image in document["images"]}
+    for image in entries.values():
         image_size(image, annotations)
-        entries[image["id"]] = image
     rows: dict[int, list[tuple[list[float], int, bool, float, bytes]]] = {key: [] for key in entries}
     seen: set[Any] = set()
     for annotation in document["annotations"]:
@@ -103,10 +101,6 @@ def build_dataset(
         if key in seen:
             raise ValueError(f"{annotations}: annotation id {key} occurs twice")
         seen.add(key)
-        if annotation["image_id"] not in entries:
-            raise ValueError(
-                f"{annotations}: annotation {key} is of image {annotation['image_id']}, which is not listed"
-            )
         if annotation["category_id"] not in label:
             raise ValueError(
                 f"{annotations}: annotation {key} is of the unknown category {annotation['category_id']}"
@@ -156,6 +150,20 @@ def build_dataset(
         tuple(warnings),
         [[row[4] for row in rows[key]] for key in present] if masks else None,
     )
+
+
+def check_objects(coco: CocoDataset, source: object) -> None:
+    """Refuses labels that there is nothing to learn from or to measure by.
+
+    Args:
+        coco: The data set.
+        source: What it was read from, for the message.
+
+    Raises:
+        ValueError: If it has no object, or crowds alone.
+    """
+    if all(crowds.all() for crowds in coco.iscrowd):
+        raise ValueError(f"{source}: has no object in any of its {len(coco)} images")
 
 
 def image_files(folder: Path, names: Iterable[str]) -> list[str]:

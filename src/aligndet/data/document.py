@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aligndet.files import read_json
+from aligndet.files import plain_name, read_json
 
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
     "images": {"id": (int,), "file_name": (str,), "width": (int, float), "height": (int, float)},
@@ -35,7 +35,33 @@ def load_document(annotations: Path, images: Path | None = None) -> Document:
         ValueError: If it is no COCO JSON; the message names the file and the entry.
     """
     content = _load(annotations)
-    return Document(content, images if images is not None else _guess_folder(annotations, content))
+    folder = images if images is not None else _guess_folder(annotations, content)
+    for image in content["images"]:
+        image["file_name"] = plain_name(image["file_name"], folder)
+    return Document(content, folder)
+
+
+def check_ids(document: Mapping[str, Any], source: object) -> None:
+    """Makes sure that it is clear which image an annotation is of.
+
+    Args:
+        document: COCO JSON.
+        source: What it was read from, for the message.
+
+    Raises:
+        ValueError: If two images have one id, or an annotation is of an image that is not listed.
+    """
+    ids: set[int] = set()
+    for image in document["images"]:
+        if image["id"] in ids:
+            raise ValueError(f"{source}: image id {image['id']} occurs twice")
+        ids.add(image["id"])
+    for annotation in document["annotations"]:
+        if annotation["image_id"] not in ids:
+            raise ValueError(
+                f"{source}: annotation {annotation['id']} is of image {annotation['image_id']}, which is not"
+                " listed"
+            )
 
 
 def image_size(image: Mapping[str, Any], source: object) -> tuple[int, int]:
@@ -112,4 +138,9 @@ def _guess_folder(annotations: Path, content: dict[str, Any]) -> Path:
     ]
     folders = [*(folder for folder in candidates if folder.is_dir()), annotations.parent]
     some = [image["file_name"] for image in content["images"][:20]]
-    return next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])
+    return next((f for f in folders if any(_holds(f, name) for name in some)), folders[0])
+
+
+def _holds(folder: Path, name: str) -> bool:
+    name = plain_name(name, folder)
+    return not Path(name).is_absolute() and (folder / name).is_file()

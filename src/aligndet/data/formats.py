@@ -63,6 +63,8 @@ def load_labelled(path: Path, images: Path | None = None, split: Split = "all") 
         return load_yolo(path, images, split)
     if path.is_dir() and (document := _find_json(path, split)) is not None:
         return load_document(document, images)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ValueError(f"{path}: lists no classes: `names: [cat, dog]`")
     if is_voc(path):
         return load_voc(path, images, split)
     if path.is_dir():

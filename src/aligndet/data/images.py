@@ -240,8 +240,9 @@ def first_readable(
 def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Tensor:
     """Decodes an image to RGB, upright.
 
-    EXIF orientation is applied, transparency is laid on black, 16-bit and float images are scaled to their
-    own range's 8 bits (what is not finite is black), of an animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid on black, grey of 16 bits is scaled from as many bits as
+    it uses (8, 12, 14 or 16), float from its own range (what is not finite is black), of an animation the
+    first frame is taken.
 
     Args:
         path: Of the file, or an image from elsewhere.
@@ -337,10 +338,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.array(image, dtype=np.float32)  # changed in place: such images can be large
         np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)  # measured images have gaps
-        # 16-bit grey comes as "I;16" or, from PNG, as "I"; both span 0..65535
-        top = 255.0 if values.max(initial=0.0) <= 255 and image.mode == "I" else 65535.0
+        largest = float(values.max(initial=0.0))
+        # cameras and scanners use 8, 12, 14 or all of the 16 bits
+        top = next((t for t in (255.0, 4095.0, 16383.0) if largest <= t), 65535.0)
         if image.mode == "F":
-            top = float(values.max(initial=0.0)) or 1.0
+            top = largest or 1.0
         values *= 255.0 / top
         grey = np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -368,6 +370,8 @@ def _reason(path: Path | StoredImage, error: Exception) -> str:
         return "is empty"
     if _is_other(path):
         return _NOT_READ
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large; scale it down first ({error})"
     if isinstance(error, UnidentifiedImageError):
         return "is no image that Pillow knows"
     return f"broken or truncated image ({error})"

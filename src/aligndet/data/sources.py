@@ -16,7 +16,7 @@ from tqdm import tqdm
 from aligndet.data.addresses import file_system, is_web, path_at, patiently, read_range
 from aligndet.data.images import READ, SUFFIXES, ImageError, StoredImage, find_files, is_listed
 from aligndet.data.tars import tar_index, update_index
-from aligndet.files import safe_name
+from aligndet.files import read_lines, safe_name
 
 _AT_ONCE = 16  # tars
 _ASKED = 20  # images asked for before an address is taken for a wrong one
@@ -241,7 +241,7 @@ def _read_names(path: Path) -> list[str]:
         if path.suffix.lower() == ".parquet":
             names = pq.read_table(path, columns=["file_name"])["file_name"].to_pylist()
         else:
-            names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+            names = read_lines(path)
+    except (pa.ArrowException, KeyError) as error:
         raise ValueError(f"{path}: is no list of names ({error})") from error
     return [safe_name(name, path) for name in names if name]

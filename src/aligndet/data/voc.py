@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from aligndet.data.document import Document
 from aligndet.data.images import READ, ImageError, find_files, read_image_size, walk
-from aligndet.files import safe_name
+from aligndet.files import read_lines, safe_name
 
 
 class _Object(NamedTuple):
@@ -18,11 +20,15 @@ class _Object(NamedTuple):
     difficult: bool
 
 
+class _Refused(ValueError):
+    """An XML that no other part of the data set is read with."""
+
+
 class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE before its entities are declared, so that none can be expanded."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError(f"has a DOCTYPE ({name}), which is refused")
+        raise _Refused(f"has a DOCTYPE ({name}), which is refused")
 
 
 def is_voc(path: Path) -> bool:
@@ -33,7 +39,18 @@ def is_voc(path: Path) -> bool:
     """
     if path.is_file():
         return path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets"
-    return path.is_dir() and next(walk(path, {".xml"}), None) is not None
+    return path.is_dir() and any(_is_annotation(path / name) for name in walk(path, {".xml"}))
+
+
+def _is_annotation(xml: Path) -> bool:
+    """Whether an XML is VOC's, not another tool's; of one that cannot be told the reader says more."""
+    try:
+        with xml.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return True
+    root = re.search(rb"<[A-Za-z_][\w.:-]*", re.sub(rb"<!--.*?-->", b"", head, flags=re.DOTALL))
+    return root is None or root.group() == b"<annotation"
 
 
 def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Document:
@@ -60,13 +77,13 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
     root = path.parents[2] if chosen_list else path
     if root.name.lower() == "annotations":  # the images are beside it
         root = root.parent
-    found = [root / name for name in find_files(root, {".xml"})]
+    found = [xml for name in find_files(root, {".xml"}) if _is_annotation(xml := root / name)]
     years = sorted({year for year in (root, *root.iterdir()) if (year / "ImageSets" / "Main").is_dir()})
     folder = images if images is not None else root
     available = _index_images(folder)
     chosen = None if not years else _chosen(years, split, chosen_list)
     notes: list[str] = []
-    rows: list[tuple[str, tuple[int, int], list[_Object]]] = []
+    rows: dict[str, tuple[tuple[int, int], list[_Object], Path]] = {}
     names: set[str] = set()
     lowest = math.inf
     for xml in found:
@@ -89,7 +106,11 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
         except ImageError as error:
             notes.append(f"image {error}")
         else:
-            rows.append((image, size, objects))
+            row = (size, objects, xml)
+            if image in rows:  # of two, one has lost its own
+                row, further = sorted((rows[image], row), key=lambda r: -_shared(r[2], root, image))
+                notes.append(f"{further[2]}: its image is not there; {image} is that of {row[2]}")
+            rows[image] = row
     missing = sorted((chosen or set()) - {xml.with_suffix("") for xml in found})
     notes += [f"{place}.xml: is in a list, but not there" for place in missing]
     if not rows:
@@ -98,12 +119,12 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
 
 
 def _document(
-    rows: list[tuple[str, tuple[int, int], list[_Object]]], names: list[str], shift: float
+    rows: Mapping[str, tuple[tuple[int, int], list[_Object], Path]], names: list[str], shift: float
 ) -> dict[str, Any]:
     category = {name: index + 1 for index, name in enumerate(names)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, (file_name, (width, height), objects) in enumerate(rows, 1):
+    for number, (file_name, ((width, height), objects, _)) in enumerate(rows.items(), 1):
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         for item in objects:
             left, top, right, bottom = item.corners
@@ -135,37 +156,49 @@ def _find_image(xml: Path, file_name: str, root: Path, available: dict[str, list
     Tools leave ``filename`` stale when files are renamed, so that the XML's own name comes first.
     """
     candidates = available.get(xml.stem) or available.get(Path(file_name).stem, [])
-    home = xml.relative_to(root).parts[:-1]
 
     def distance(candidate: str) -> tuple[bool, int, bool, str]:
         path = Path(candidate)
         exact = path.name == Path(file_name).name
-        return path.suffix.lower() not in READ, -len(set(home) & set(path.parts[:-1])), not exact, candidate
+        return path.suffix.lower() not in READ, -_shared(xml, root, candidate), not exact, candidate
 
     return min(candidates, key=distance, default=None)
+
+
+def _shared(xml: Path, root: Path, image: str) -> int:
+    """How many folders an XML and an image are both in."""
+    return len({*xml.relative_to(root).parts[:-1]} & {*PurePosixPath(image).parts[:-1]})
 
 
 def _chosen(years: list[Path], split: str, chosen_list: Path | None) -> set[Path] | None:
     """The XML files of the lists, without suffix; None for all."""
     if chosen_list is None and split == "all":
         return None
-    tested = any((year / "ImageSets" / "Main" / "test.txt").is_file() for year in years)
-    name = {"train": "trainval" if tested else "train", "val": "test" if tested else "val"}.get(split, split)
+    there = {path.stem for year in years for path in (year / "ImageSets" / "Main").glob("*.txt")}
+    if chosen_list is None and not there & {"train", "val", "trainval", "test"}:
+        return None  # some tools write one list, default.txt
+    if "test" in there:
+        wanted = ("test",) if split == "val" else ("trainval", "train")
+    else:
+        wanted = ("val",) if split == "val" else ("train", "trainval")
+    name = next((name for name in wanted if name in there), wanted[0])
     chosen: set[Path] = set()
     for year in years:
         listed = chosen_list or year / "ImageSets" / "Main" / f"{name}.txt"
         if not listed.is_file():
             continue
-        for line in listed.read_text(encoding="utf-8-sig").splitlines():
-            entry = line.strip()
-            if entry:
-                place = year / "Annotations" / safe_name(entry, listed)
-                # lists of one class: name and whether it is there
-                if entry.endswith((" -1", " 0", " 1")) and not place.with_name(f"{place.name}.xml").is_file():
-                    place = year / "Annotations" / safe_name(entry.rsplit(maxsplit=1)[0], listed)
-                chosen.add(place)
+        for entry in read_lines(listed):
+            place = year / "Annotations" / safe_name(entry, listed)
+            # lists of one class: name and whether it is there
+            if entry.endswith((" -1", " 0", " 1")) and not place.with_name(f"{place.name}.xml").is_file():
+                place = year / "Annotations" / safe_name(entry.rsplit(maxsplit=1)[0], listed)
+            chosen.add(place)
     if not chosen:
-        raise ValueError(f"{years[0].parent}: has no list ImageSets/Main/{name}.txt with an image in it")
+        lists = ", ".join(f"{stem}.txt" for stem in sorted(there)[:5])
+        raise ValueError(
+            f"{years[0]}: has no list ImageSets/Main/{name}.txt with an image in it; give one that it has"
+            f" ({lists})"
+        )
     return chosen
 
 
@@ -174,8 +207,10 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int], list[_Object], list[str
         parser = ElementTree.XMLParser(target=_NoDoctype())
         parser.feed(path.read_bytes())
         tree = parser.close()
-    except ValueError as error:
+    except _Refused as error:
         raise ValueError(f"{path}: {error}") from error
+    except (LookupError, ValueError) as error:  # of an encoding that the parser does not know
+        raise ElementTree.ParseError(str(error)) from error
     file_name = (tree.findtext("filename") or "").strip()
     if file_name:
         safe_name(file_name, path)
