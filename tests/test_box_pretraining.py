@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from aligndet.box_pretraining import BoxPretraining, _statistics
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
+from aligndet.data.labelled import HostBatch
 from aligndet.data.views import TwoViewDataset, TwoViews
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.finetuning import Finetuning
@@ -317,6 +318,6 @@ def test_masks_are_validated_image_by_image(masks: bool, together: list[int]) ->
     evaluator: Any = SimpleNamespace(masks=masks, update=update)
     ours = Finetuning(detector := Detector(), steps=10, evaluator=evaluator)
     batch: Any = [(torch.full((3, 4, 4), 255 * value, dtype=torch.uint8), f"{value}") for value in (0, 1)]
-    ours.validation_step(batch, 0)
+    ours.validation_step(HostBatch([*batch, None]), 0)
     assert detector.seen == together
     assert measured == [("0", "0"), ("1", "1")]

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Trainer
 
 from aligndet import cli
-from aligndet.launch import SameStart, check_launch, environment
+from aligndet.launch import SameStart, check_launch, environment, leave_at_once
 
 SLURM = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -104,3 +104,21 @@ def test_processes_start_alike(theirs: tuple[int, str], message: str) -> None:
     start.setup(trainer(0, "12 images"), None, "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         start.setup(trainer(*theirs), None, "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_process_that_fails_on_gpus_takes_no_leave(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda *call: registered.append(call))
+    leave_at_once(2)
+    assert not registered  # one process
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    leave_at_once(2)
+    if backend == "gloo":
+        assert not registered
+        return
+    ((leave, status),) = registered
+    monkeypatch.setattr("os._exit", lambda status: registered.append(status))
+    leave(status)
+    assert registered[1] == 2

@@ -43,6 +43,37 @@ def test_a_resumed_run_and_several_processes_see_what_one_sees() -> None:
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_step_has_images_of_one_shape(seed: int) -> None:
+    """But where one ends the tall ones of an epoch, or the epoch; in every division into processes alike."""
+    length, tall = 103, torch.rand(103, generator=torch.Generator().manual_seed(0)) < 0.3
+
+    def steps(first: int = 0, **division: int) -> list[list[int]]:
+        sampler = StepSampler(length, batches=60, seed=seed, first=first, tall=tall, **division)
+        return [[index for index, _ in batch] for batch in sampler]
+
+    whole = steps(batch_size=4)
+    seen = [index for step in whole for index in step]
+    passes = [seen[start : start + length] for start in (0, length)]
+    assert all(sorted(order) == list(range(length)) for order in passes)
+    assert passes[0] != passes[1]
+    mixed = [step for step in whole if len({bool(tall[index]) for index in step}) > 1]
+    assert len(mixed) <= 2 * 60 * 4 / length + 1
+    kinds = [bool(tall[step[0]]) for step in whole[:25]]
+    assert 0 < sum(kinds) < 25
+    assert sorted(kinds) != kinds != sorted(kinds, reverse=True)  # one kind does not come after the other
+    assert steps(batch_size=4, first=7) == whole[7:]
+    ranks = [steps(batch_size=2, rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+    halves = steps(batch_size=2, accumulate=2)
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole[:30]
+
+
+def test_images_of_one_shape_come_as_they_were_drawn() -> None:
+    plain, tall = (list(StepSampler(7, batch_size=2, batches=9, tall=t)) for t in (None, torch.ones(7) > 0))
+    assert plain == tall
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

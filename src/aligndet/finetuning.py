@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aligndet.data.labelled import Labelled
+from aligndet.data.labelled import HostBatch, Labelled
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.training import TrainingModule
 
@@ -60,21 +60,15 @@ class Finetuning(TrainingModule):
             losses = self.detector(images, targets)
         return self.total_loss(losses, names)
 
-    def validation_step(self, batch: list[tuple[Tensor, dict[str, Tensor]]], batch_idx: int) -> None:
-        """Collects predictions."""
-        if self.evaluator is None or not batch:
+    def validation_step(self, batch: HostBatch, batch_idx: int) -> None:
+        """Collects predictions; images are moved to the device part by part, targets are wanted here."""
+        if self.evaluator is None or not batch.items:
             return
         # masks of images of full size, so one after another
-        parts = [[item] for item in batch] if self.evaluator.masks else [batch]
+        parts = [[item] for item in batch.items] if self.evaluator.masks else [batch.items]
         for part in parts:
             found = self.detector([image.to(self.device).float() / 255 for image, _ in part])
             self.evaluator.update(found, [target for _, target in part])
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Leaves validation's on the CPU: labels are wanted there, and images are moved part by part."""
-        if self.trainer.validating:
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Logs average precision."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligndet.data.crops import TwoCrops
+from aligndet.data.labelled import HostBatch
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import from_all_processes
@@ -92,11 +93,12 @@ class ImagePretraining(TrainingModule):
                 " take larger batches, another learning rate or the other method"
             )
 
-    def validation_step(self, batch: list[tuple[Tensor, int]], batch_idx: int) -> None:
+    def validation_step(self, batch: HostBatch, batch_idx: int) -> None:
         """Collects features of images that have a class."""
-        if batch:
-            images, labels = zip(*batch, strict=True)
-            features = F.normalize(self.encoder.pooled(torch.stack(images)).float(), dim=1)
+        if batch.items:
+            images, labels = zip(*batch.items, strict=True)
+            pooled = self.encoder.pooled(torch.stack(images).to(self.device))
+            features = F.normalize(pooled.float(), dim=1)
             # copies: a row would be sent to other processes with the whole table
             self._seen += [(row.clone(), label) for row, label in zip(features.cpu(), labels, strict=True)]
 

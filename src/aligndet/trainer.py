@@ -32,8 +32,8 @@ from aligndet.callbacks import (
     forget_processes,
 )
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
-from aligndet.data.labelled import ValidationDataset, collate_readable
-from aligndet.launch import SameStart, environment
+from aligndet.data.labelled import HostBatch, ValidationDataset
+from aligndet.launch import SameStart, environment, leave_at_once
 from aligndet.training import StepSampler, compile_networks, steps_done
 from aligndet.workers import cores, worker_settings
 
@@ -72,7 +72,8 @@ def fit(
 
     Args:
         module: To train.
-        dataset: Asked for by (index, seed), see `StepSampler`.
+        dataset: Asked for by (index, seed), see `StepSampler`; which images are taller than wide is its
+            ``tall``, if it has one.
         data: What the data set holds, of `data_summary`.
         steps: Optimizer steps of the whole run.
         checkpoint: To go on from, or None.
@@ -173,6 +174,8 @@ def fit(
         first=first * accumulate,
         rank=trainer.global_rank,
         world=devices * nodes,
+        accumulate=accumulate,
+        tall=getattr(dataset, "tall", None),
     )
     if workers is None:
         sharing = 1 if isinstance(started, SLURMEnvironment) else devices  # a task of Slurm has its own cores
@@ -190,7 +193,7 @@ def fit(
             validation,
             batch_size,
             sampler=range(trainer.global_rank, len(validation), devices * nodes),
-            collate_fn=collate_readable,
+            collate_fn=HostBatch,
             pin_memory=on_gpus,
             persistent_workers=workers > 0,
             **worker_settings(workers),
@@ -206,8 +209,13 @@ def fit(
         print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        leave_at_once(130)
+        raise
     except (Exception, SIGTERMException) as error:
         agreed = isinstance(error, SIGTERMException)
+        if not agreed:
+            leave_at_once(128 + signal.SIGTERM if ending.told else 2)
         if not agreed and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # on GPUs, the others would wait for half an hour
         forget_processes(trainer)
@@ -260,10 +268,11 @@ class SyncBatchNorms(LayerSync):
     """
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Converts all batch norms in place; one that is met twice (a shared trunk) is converted once."""
+        """Converts all batch norms that are trained, in place; one that is met twice is converted once."""
         for parent in list(model.modules()):
             for name, child in parent.named_children():
-                if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                trained = isinstance(child, _BatchNorm) and child.training
+                if trained and not isinstance(child, nn.SyncBatchNorm):
                     parent.add_module(name, convert_sync_batchnorm(child))
         return model
 

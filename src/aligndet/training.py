@@ -54,6 +54,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         first: int = 0,
         rank: int = 0,
         world: int = 1,
+        accumulate: int = 1,
+        tall: Tensor | None = None,
     ) -> None:
         """Plans the run.
 
@@ -65,9 +67,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             first: Batches that are done already.
             rank: Of this process.
             world: Number of processes.
+            accumulate: Batches of a step.
+            tall: (length,) bool, which images are: a step then has tall ones or others, seldom both, since
+                all are padded to the widest and to the tallest.
         """
         self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
         self.first, self.rank, self.world = first, rank, world
+        self.step_size, self.tall = batch_size * world * accumulate, tall
 
     def __len__(self) -> int:
         # of the whole run: Lightning counts the batches of a resumed run from where it stopped
@@ -81,10 +87,23 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             for position in range(start, start + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                    order = torch.randperm(self.length, generator=generator)
+                    order = self._order(epoch)
                 items.append((int(order[position % self.length]), seed_of(self.seed, position)))
             yield items
+
+    def _order(self, epoch: int) -> Tensor:
+        """All images, at random; steps of tall ones and steps of others too."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(self.length, generator=generator)
+        if self.tall is None or bool((self.tall == self.tall[0]).all()):
+            return order
+        started = -epoch * self.length % self.step_size  # what the step wants that the epoch before has begun
+        begun, rest = order[:started], order[started:]
+        rest = rest[self.tall[rest].int().argsort(stable=True)]
+        whole = len(rest) // self.step_size
+        steps = rest[: whole * self.step_size].view(whole, self.step_size)
+        steps = steps[torch.randperm(whole, generator=generator)]
+        return torch.cat([begun, steps.flatten(), rest[whole * self.step_size :]])
 
 
 def build_optimizer(
@@ -114,9 +133,9 @@ def build_optimizer(
         raise ValueError("no parameter is trainable")
     if name == "sgd":
         return SGD(settings, momentum=0.9)
-    # fused is faster on a CPU
-    on_cpu = all(p.device.type == "cpu" for setting in settings for p in setting["params"])
-    optimizer = AdamW(settings, fused=on_cpu or None)  # False would be a loop over the parameters on a GPU
+    # None is torch's own choice, where another device may have no fused kernel
+    fusible = all(p.device.type in ("cpu", "cuda") for setting in settings for p in setting["params"])
+    optimizer = AdamW(settings, fused=fusible or None)
     # a fused step would undo the scaling of 16-bit gradients itself, too late for clipping: Lightning refuses
     # that; without this mark they are unscaled before
     optimizer._step_supports_amp_scaling = False

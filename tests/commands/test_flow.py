@@ -478,6 +478,36 @@ def recipe_of(module: Any) -> tuple[str, float, float]:
     return type(optimizer).__name__, max(rates), max(decays)
 
 
+def sizes_of(sample: Path) -> list[tuple[int, int]]:
+    images = json.loads((sample / "train.json").read_text())["images"]
+    return [(image["width"], image["height"]) for image in images]
+
+
+@pytest.mark.parametrize(
+    ("settings", "synchronised"),
+    [({}, False), ({"fpn_norm": "batch"}, True), ({"detector": "rt_detr", "trunk_weights": "none"}, True)],
+)
+def test_norms_that_learn_count_over_all_processes(
+    settings: dict[str, Any],
+    synchronised: bool,
+    sample: Path,
+    proposals: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = settings | {"trunk": "resnet18", "trunk_weights": "none"}
+    trained = create_autospec(fit, return_value=False)
+    monkeypatch.setattr("aligndet.commands.finetune.fit", trained)
+    monkeypatch.setattr("aligndet.commands.pretrain.fit", trained)
+    aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", **given)
+    if "detector" in given:
+        given["options"] = {"objectness": True}
+    aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "pretrained", **given)
+    assert [call.kwargs["sync_batch_norm"] for call in trained.call_args_list] == [synchronised] * 2
+    for call in trained.call_args_list:
+        assert call.args[1].tall.tolist() == [height > width for width, height in sizes_of(sample)]
+
+
 DETR: dict[str, Any] = {"detector": "detr", "options": {"num_queries": 10}}
 
 

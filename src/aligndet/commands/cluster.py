@@ -23,7 +23,7 @@ from aligndet.data.images import ImageError, StoredImage, check_shape, read_imag
 from aligndet.data.labelled import geometric
 from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
-from aligndet.evaluation.inference import resolve_device
+from aligndet.evaluation.inference import allow_tf32, resolve_device
 from aligndet.files import accepts_strings, check_writable, print_skipped
 from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
 from aligndet.proposals.engines import Engine, check_engine, run
@@ -223,6 +223,7 @@ class _BoxFeatures:
         if isinstance(item, str):
             return item
         index, image, boxes = item
+        allow_tf32(self.device)
         self.body.to(self.device)  # here, because a machine of a cluster has GPUs of its own
         pixels = transforms.normalize(image.to(self.device).float() / 255, list(self.mean), list(self.std))
         features = trunk_features(self.body, pixels[None])[-1]

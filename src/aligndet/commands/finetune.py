@@ -253,9 +253,12 @@ def finetune(
             ),
             steps=total,
             checkpoint=checkpoint,
-            # the pyramid's norms always learn; frozen ones of the trunk are in eval mode
+            # those of a pyramid or a hybrid encoder always learn; frozen ones of the trunk are in eval mode
             sync_batch_norm=batch_norm == "sync"
-            or (batch_norm == "frozen" and architecture["fpn_norm"] == "batch"),
+            or (
+                batch_norm == "frozen"
+                and (architecture["fpn_norm"] == "batch" or family_of(kind).weights_format == "transformers")
+            ),
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),

@@ -209,7 +209,9 @@ def pretrain(
             warmup_steps=warmup_steps,
             seed=seed,
         )
-        run = {name: settings[name] for name in RUN_SETTINGS} | {"sync_batch_norm": fpn_norm == "batch"}
+        run = {name: settings[name] for name in RUN_SETTINGS} | {
+            "sync_batch_norm": fpn_norm == "batch" or family_of(detector).weights_format == "transformers"
+        }
         if clip == "default":
             run["clip"] = defaults["clip"]
         counts = f"{len(table)} images with {len(table.boxes)} proposals"

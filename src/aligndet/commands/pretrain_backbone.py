@@ -55,7 +55,7 @@ def pretrain_backbone(
     temperature: float = 0.2,
     decay: float = 0.99,
     queue: int = 4096,
-    batch_norm: Literal["sync", "local"] = "sync",
+    batch_norm: Literal["default", "sync", "local"] = "default",
     validate_every: int | None = None,
     devices: int = 1,
     nodes: int = 1,
@@ -108,7 +108,8 @@ def pretrain_backbone(
         temperature: Of MoCo's loss.
         decay: Of MoCo's momentum encoder at the start; it grows to 1.
         queue: Embeddings that MoCo keeps as negatives; no more than there are images (ImageNet: 65536).
-        batch_norm: "sync" (over all processes, on GPUs) or "local".
+        batch_norm: "sync" (over all processes, on GPUs) or "local"; by default "sync" for SimSiam and "local"
+            for MoCo, which shuffles images among the processes so that norms do not give the pairs away.
         validate_every: Steps between looks at the labelled images; by default a tenth of the run.
         devices: Devices a machine; 2 on a machine without GPU means two processes.
         nodes: Machines; torchrun or Slurm starts the command on each.
@@ -178,7 +179,7 @@ def pretrain_backbone(
             checkpoint=checkpoint,
             validation=validation,
             validate_every=validate_every,
-            sync_batch_norm=batch_norm == "sync",
+            sync_batch_norm=batch_norm == "sync" or (batch_norm == "default" and method == "simsiam"),
             **{name: settings[name] for name in RUN_SETTINGS},
         )
         if written:

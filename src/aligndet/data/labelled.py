@@ -73,6 +73,12 @@ class LabelledDataset(Dataset[Labelled]):
             ]
         )
 
+    @property
+    def tall(self) -> Tensor:
+        """(images,) bool, which are taller than wide."""
+        sizes = self.images.coco.sizes
+        return torch.from_numpy(sizes[:, 1] > sizes[:, 0])
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -129,10 +135,19 @@ class ValidationDataset(Dataset[Any]):
             return None
 
 
-def collate_readable(items: Sequence[Any]) -> list[Any]:
-    """Keeps a batch a list, without the broken images.
-
-    Args:
-        items: Of the batch.
+class HostBatch:
+    """Images with their targets that stay in the CPU's memory: Lightning and DDP move the tensors of lists,
+    tuples and dicts to the GPU, and of this, which is none, nothing.
     """
-    return [item for item in items if item is not None]
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        """Leaves the broken images out.
+
+        Args:
+            items: Of the batch; None where an image is broken.
+        """
+        self.items = [item for item in items if item is not None]
+
+    def pin_memory(self) -> HostBatch:
+        """Lets a GPU read the images faster, as a loader asks."""
+        return HostBatch([(image.pin_memory(), target) for image, target in self.items])

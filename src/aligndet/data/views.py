@@ -85,6 +85,11 @@ class TwoViewDataset(Dataset[TwoViews]):
         self.max_proposals, self.top_proposals = max_proposals, top_proposals
         self.short_sides, self.max_size = short_sides(min_size, max_size), max_size
 
+    @property
+    def tall(self) -> Tensor:
+        """(images,) bool, which are taller than wide."""
+        return torch.from_numpy(self.table.sizes[:, 1] > self.table.sizes[:, 0])
+
     def __len__(self) -> int:
         return len(self.table)
 

@@ -158,6 +158,7 @@ class QueryDetector(nn.Module):
             with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
                 return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         except ValueError as error:  # transformers matches before it returns, and does not say what is wrong
+            self.network.eval()  # batch norms would wait for the other processes
             with torch.no_grad():
                 boxes = self.network(pixel_values=pixels, pixel_mask=mask).pred_boxes
             if torch.isfinite(boxes).all():

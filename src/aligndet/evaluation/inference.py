@@ -34,6 +34,16 @@ def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
     return found
 
 
+def allow_tf32(device: torch.device) -> None:
+    """Lets a GPU's matrix products be TF32, as its convolutions are by default.
+
+    Args:
+        device: To compute on.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def predict_images(
     detector: nn.Module, images: Iterable[Item], *, device: torch.device, batch_size: int = 8
 ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
@@ -55,7 +65,9 @@ def predict_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     detector.eval().to(device)
-    if any(name.endswith("mask_predictor") for name, _ in detector.named_modules()):
+    allow_tf32(device)
+    masks = any(name.endswith("mask_predictor") for name, _ in detector.named_modules())
+    if masks:
         batch_size = 1  # torchvision's masks are numbers of 32 bits for every pixel and box
     remaining = iter(images)
 
@@ -69,14 +81,15 @@ def predict_images(
             try:
                 with torch.inference_mode():
                     predictions = detector([image.to(device).float() / 255 for image, *_ in batch])
+                for prediction in predictions:
+                    if "masks" in prediction:  # as bool they take a quarter of the memory
+                        prediction["masks"] = binary_masks(prediction["masks"])
             except torch.cuda.OutOfMemoryError as error:
-                raise ValueError(
-                    f"the GPU has not enough memory for {len(batch)} images at a time; give a smaller"
-                    f" --batch-size ({error})"
-                ) from error
+                less = f"for {len(batch)} images at a time; give a smaller --batch-size"
+                if masks:
+                    less = "for the masks of an image of this size; make it smaller, or give --device cpu"
+                raise ValueError(f"the GPU has not enough memory {less} ({error})") from error
             for item, prediction in zip(batch, predictions, strict=True):
-                if "masks" in prediction:  # as bool they take a quarter of the memory
-                    prediction["masks"] = binary_masks(prediction["masks"])
                 yield item, {name: value.cpu() for name, value in prediction.items()}
 
 
