@@ -13,13 +13,12 @@ from aligndet.comparison import (
     hold_out,
     labelled_subset,
     labels_for,
-    markdown,
     part_of,
     plan,
-    sentence,
     sign_flip_p,
     summarise,
 )
+from aligndet.verdicts import markdown, sentence
 
 DOCUMENT: dict[str, Any] = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(10)],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from aligndet import cli
 from aligndet.commands.report import report
-from aligndet.comparison import Cell, sentence, summarise
+from aligndet.comparison import Cell, summarise
 from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
@@ -26,6 +26,7 @@ from aligndet.reporting.pictures import draw_sides, sides_of
 from aligndet.reporting.plots import colours_of
 from aligndet.reporting.pretraining import proposal_pictures
 from aligndet.reporting.runs import read_curves, read_folders, read_run
+from aligndet.verdicts import sentence
 
 EVIL = "<script>alert(1)</script>"
 LABELS = {0.1: 10, 1.0: 100}

@@ -18,13 +18,14 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
-from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, rows_of
+from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, rows_of
 from aligndet.data.coco import image_files
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.storage import read_proposals
+from aligndet.verdicts import markdown
 
 ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
     BASELINE: None,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from aligndet.comparison import BASELINE, sentence
+from aligndet.comparison import BASELINE
 from aligndet.reporting.figures import class_table, is_tuned, run_class_table
 from aligndet.reporting.pictures import Pictures
 from aligndet.reporting.plots import Plot, colours_of
 from aligndet.reporting.runs import Comparison, Run
+from aligndet.verdicts import sentence
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
