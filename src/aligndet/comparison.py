@@ -182,8 +182,8 @@ def summarise(
     Returns:
         Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
         scratch, over the pairs that are finished: pairs, difference, its spread, p, units (seeds, or folds of
-        one seed: what p takes for independent), starts (pre-trainings), scratch_labels; unlike, if there are
-        any: how many are no pairs as their learning rates were chosen from others.
+        one seed: what p takes for independent), starts (pre-trainings), scratch_labels (of a proven gain);
+        unlike, if there are any: how many are no pairs as their learning rates were chosen from others.
     """
     choice = searched or {}
     groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
@@ -193,6 +193,7 @@ def summarise(
     for (fraction, steps, arm), values in groups.items():
         row: dict[str, Any] = {
             "labels": labels[fraction],
+            "fraction": fraction,
             "steps": steps,
             "arm": arm,
             "n": len(values),
@@ -213,31 +214,54 @@ def summarise(
                 for (f, s, a), v in groups.items()
                 if s == steps and a == BASELINE
             }
+            difference, p = statistics.mean(differences), sign_flip_p(units)
+            proven = p <= LEVEL and difference > 0
             row |= {
                 "pairs": len(differences),
-                "difference": statistics.mean(differences),
+                "difference": difference,
                 "difference_spread": _spread(differences),
-                "p": sign_flip_p(units),
+                "p": p,
                 "units": len(units),
                 "starts": 1 if arm.startswith("from-") else len({seed for seed, _ in alike}),
-                "scratch_labels": labels_for(curve, curve[labels[fraction]] + statistics.mean(differences)),
+                "scratch_labels": labels_for(curve, curve[labels[fraction]] + difference) if proven else None,
             }
         rows.append(row)
     return sorted(rows, key=lambda row: (row["labels"], row["steps"], row["arm"] != BASELINE, row["arm"]))
 
 
 def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `summarise` of the cells in results.json.
+    """The rows of `summarise` of the cells in results.json, each with what its cells were made with.
 
     Args:
-        entries: With the cell, its figures, the number of labels, and the rates its own was chosen from.
+        entries: With the cell, its figures, the number of labels, its learning rate, and if it was chosen
+            from several, these (searched) and the AP of each on the labels held out (search_AP).
+
+    Returns:
+        Rows with their learning_rates and, in choices, which of them a search says little about.
     """
     cells = [Cell.of(entry) for entry in entries]
-    return summarise(
+    rows = summarise(
         {cell: entry["figures"].get("AP") or 0.0 for cell, entry in zip(cells, entries, strict=True)},
         {entry["fraction"]: entry["labels"] for entry in entries},
         {cell: entry.get("searched") for cell, entry in zip(cells, entries, strict=True)},
     )
+    for row in rows:
+        own = [e for e in entries if all(e[name] == row[name] for name in ("fraction", "steps", "arm"))]
+        row["learning_rates"] = sorted({entry["learning_rate"] for entry in own})
+        choices = [choice for entry in own if (choice := _choice(entry)) is not None]
+        row["choices"] = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
+    return rows
+
+
+def _choice(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The learning rate of a cell, if it lies at an end of its list or was no better than another."""
+    rates, scores = entry.get("searched") or [], entry.get("search_AP") or []
+    rate, best = entry["learning_rate"], max(scores, default=0.0)
+    if scores.count(best) > 1:
+        return {"kind": "tie", "rate": rate, "AP": 100 * best}
+    if len(rates) > 1 and rate in (min(rates), max(rates)):
+        return {"kind": "smallest" if rate == min(rates) else "largest", "rate": rate}
+    return None
 
 
 def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:

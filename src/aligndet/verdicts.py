@@ -7,6 +7,12 @@ from typing import Any
 
 from aligndet.comparison import LEVEL
 
+_CHOSEN = {
+    "smallest": "{rate}, the smallest learning rate tried, was best at {where}; a smaller one may be better",
+    "largest": "{rate}, the largest learning rate tried, was best at {where}; a larger one may be better",
+    "tie": "several learning rates were equally good at {where}; {rate}, the first of them, was taken",
+}
+
 
 def sentence(row: Mapping[str, Any]) -> str:
     """What a row of `summarise` says, in words; empty for scratch itself.
@@ -48,6 +54,36 @@ def _verdict(row: Mapping[str, Any]) -> str:
     return f"{row['arm']} helps by {amount} AP at {where} {evidence}; {needs}."
 
 
+def rate_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the choice of a learning rate says little.
+
+    Args:
+        rows: Of `aligndet.comparison.rows_of`.
+
+    Returns:
+        A sentence for each arm and rate at an end of its list, and for each that was as good as another.
+    """
+    places: dict[tuple[str, str, float], list[str]] = {}
+    for row in rows:
+        for choice in row.get("choices", ()):
+            where = f"{row['labels']} labelled images and {row['steps']} steps"
+            where += f" (AP {choice['AP']:.1f})" if "AP" in choice else ""
+            places.setdefault((row["arm"], choice["kind"], choice["rate"]), []).append(where)
+    return [
+        f"{arm}: {_CHOSEN[kind].format(rate=f'{rate:g}', where=', '.join(where))}."
+        for (arm, kind, rate), where in places.items()
+    ]
+
+
+def rates_of(row: Mapping[str, Any]) -> str:
+    """The learning rates of a row's cells.
+
+    Args:
+        row: Of `aligndet.comparison.rows_of`.
+    """
+    return ", ".join(f"{rate:g}" for rate in row.get("learning_rates", ()))
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `summarise` and its sentences, as Markdown.
 
@@ -55,15 +91,16 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: Of `summarise`.
     """
     lines = [
-        "| labels | steps | arm | n | AP | spread | difference | spread | p |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| labels | steps | arm | learning rate | n | AP | spread | difference | spread | p |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         shown = [_points(row.get(name)) for name in ("mean", "spread", "difference", "difference_spread")]
         p = f"{row['p']:.2g}" if "p" in row else ""
-        cells = [str(row[name]) for name in ("labels", "steps", "arm", "n")]
+        cells = [str(row["labels"]), str(row["steps"]), row["arm"], rates_of(row), str(row["n"])]
         lines.append(f"| {' | '.join([*cells, *shown, p])} |")
-    return "\n".join([*lines, "", *filter(None, map(sentence, rows)), *_of_many(rows)]) + "\n"
+    said = [*filter(None, map(sentence, rows)), *rate_remarks(rows), *_of_many(rows)]
+    return "\n".join([*lines, "", *said]) + "\n"
 
 
 def _of_many(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -160,6 +160,16 @@ def test_arms_differ_in_their_start_alone(
             assert labels == sample / "val.json"
     found = json.loads((output / "results.json").read_text())["cells"]
     assert {(c["arm"], c["learning_rate"]) for c in found} == set(best.items())
+    assert {c["arm"]: c["search_AP"] for c in found} == {"scratch": [0.5, 0.1], "aligndet": [0.1, 0.5]}
+    assert "aligndet: 0.001, the largest learning rate tried, was best" in (output / "table.md").read_text()
+    # seeds that are added later have the rates that the first has chosen
+    given: dict[str, Any] = {"fractions": (1.0,), "learning_rates": (1e-3, 1e-4)}
+    best["scratch"] = 1e-3
+    _compare(sample, proposals, output, **given, seeds=(3,))
+    assert len(list((output / "search").iterdir())) == 4
+    found = json.loads((output / "results.json").read_text())["cells"]
+    assert {c["learning_rate"] for c in found if c["arm"] == "scratch"} == {1e-4}
+    assert {c["seed"] for c in found} == {0, 3}
 
 
 def test_a_comparison_stays_with_its_labels(

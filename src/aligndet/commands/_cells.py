@@ -129,6 +129,11 @@ class Bench:
         rate = self.rate(cell)
         return None if rate is None else _read(self._folder(cell, rate))
 
+    def _search_ap(self, cell: Cell) -> list[float] | None:
+        """What a finished search has found, in the order of the rates."""
+        folders = (self._folder(self._searched(cell), rate, search=True) for rate in sorted(self.rates))
+        return [(_read(f) or {}).get("AP") or 0.0 for f in folders] if len(self.rates) > 1 else None
+
     def _searched(self, cell: Cell) -> Cell:
         return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
 
@@ -243,6 +248,7 @@ class Bench:
                 "labels": labels[cell.fraction],
                 "learning_rate": self.rate(cell),
                 "searched": sorted(self.rates),
+                "search_AP": self._search_ap(cell),
                 "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
             }
             for cell in cells
