@@ -148,6 +148,21 @@ def test_the_table_says_which_rates_and_where_their_choice_says_little(
     assert rows_of([*entries, later])[0]["learning_rates"] == sorted([5e-4, chosen])
 
 
+def test_boxes_and_masks_are_told_apart() -> None:
+    entries: list[dict[str, Any]] = [
+        {**asdict(Cell(1.0, 5, seed, 0, arm)), "labels": 100, "learning_rate": 1e-3}
+        | {"figures": {"AP": 0.3 + gain, "mask_AP": 0.2 + gain + seed / 100}}
+        for seed in (0, 2)
+        for arm, gain in (("scratch", 0.0), ("aligndet", 0.1))
+    ]
+    table = markdown(rows_of(entries))
+    assert "| AP of boxes | spread | difference | spread | p | AP of masks |" in table
+    assert "| aligndet | 0.001 | 2 | 40.00 | 0.00 | 10.00 | 0.00 | 0.5 | 31.00 |" in table
+    assert "+10.0 ± 0.0 AP of boxes at 100 labelled images" in table
+    del entries[1]["figures"]["mask_AP"]  # of an earlier call with masks left out
+    assert "masks_mean" not in rows_of(entries)[1]
+
+
 def _results(gains: list[float]) -> list[dict[str, Any]]:
     figures = {}
     for seed, gain in enumerate(gains):

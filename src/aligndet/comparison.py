@@ -237,7 +237,8 @@ def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             from several, these (searched) and the AP of each on the labels held out (search_AP).
 
     Returns:
-        Rows with their learning_rates and, in choices, which of them a search says little about.
+        Rows with their learning_rates; in choices, which of them a search says little about; and
+        masks_mean (points), if AP of masks was measured, too.
     """
     cells = [Cell.of(entry) for entry in entries]
     rows = summarise(
@@ -247,6 +248,9 @@ def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     )
     for row in rows:
         own = [e for e in entries if all(e[name] == row[name] for name in ("fraction", "steps", "arm"))]
+        masks = [entry["figures"].get("mask_AP") for entry in own]
+        if None not in masks:
+            row["masks_mean"] = 100 * statistics.mean(masks)
         row["learning_rates"] = sorted({entry["learning_rate"] for entry in own})
         choices = [choice for entry in own if (choice := _choice(entry)) is not None]
         row["choices"] = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]

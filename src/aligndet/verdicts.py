@@ -34,24 +34,25 @@ def _verdict(row: Mapping[str, Any]) -> str:
     where = f"{row['labels']} labelled images and {row['steps']} steps"
     spread = row["difference_spread"]
     amount = f"{difference:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+    amount += " AP of boxes" if "masks_mean" in row else " AP"
     few = f" of {row['units']} seeds" if row["units"] < pairs else ""
     evidence = f"(n = {pairs}{few}, p = {p:.2g})"
     if p > LEVEL:
-        text = f"{row['arm']}: {amount} AP at {where} cannot be told apart from noise {evidence}"
+        text = f"{row['arm']}: {amount} at {where} cannot be told apart from noise {evidence}"
         if 2 / 2 ** row["units"] > LEVEL:
             text += f"; so few {'seeds' if few else 'pairs'} never can, give more seeds"
         return text + "."
     if row["starts"] == 1:
         evidence += ", all from one pre-training"
     if difference < 0:
-        return f"{row['arm']} does not help, it costs: {amount} AP at {where} {evidence}."
+        return f"{row['arm']} does not help, it costs: {amount} at {where} {evidence}."
     worth = row["scratch_labels"]
     needs = (
         f"scratch needs about {worth:.0f} labelled images for the same AP, interpolated"
         if worth is not None
         else "what scratch needs for the same AP lies outside the fractions that were run"
     )
-    return f"{row['arm']} helps by {amount} AP at {where} {evidence}; {needs}."
+    return f"{row['arm']} helps by {amount} at {where} {evidence}; {needs}."
 
 
 def rate_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,15 +91,17 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of `summarise`.
     """
-    lines = [
-        "| labels | steps | arm | learning rate | n | AP | spread | difference | spread | p |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    masks = any("masks_mean" in row for row in rows)
+    heads = ["labels", "steps", "arm", "learning rate", "n", "AP of boxes" if masks else "AP", "spread"]
+    heads += ["difference", "spread", "p", *(["AP of masks"] if masks else [])]
+    sides = ["---" if head == "arm" else "---:" for head in heads]
+    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(sides)}|"]
     for row in rows:
         shown = [_points(row.get(name)) for name in ("mean", "spread", "difference", "difference_spread")]
         p = f"{row['p']:.2g}" if "p" in row else ""
         cells = [str(row["labels"]), str(row["steps"]), row["arm"], rates_of(row), str(row["n"])]
-        lines.append(f"| {' | '.join([*cells, *shown, p])} |")
+        last = [_points(row.get("masks_mean"))] if masks else []
+        lines.append(f"| {' | '.join([*cells, *shown, p, *last])} |")
     said = [*filter(None, map(sentence, rows)), *rate_remarks(rows), *_of_many(rows)]
     return "\n".join([*lines, "", *said]) + "\n"
 

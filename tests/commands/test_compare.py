@@ -172,6 +172,18 @@ def test_arms_differ_in_their_start_alone(
     assert {c["seed"] for c in found} == {0, 3}
 
 
+@pytest.mark.parametrize("figures", [{"AP": 0.3}, {"AP": 0.3, "mask_AP": 0.25}])
+def test_the_table_for_spreadsheets_has_masks_where_they_were_measured(
+    figures: dict[str, float], sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
+    monkeypatch.setattr(module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps(figures)))
+    output = _compare(sample, proposals, tmp_path / "out", arms=("scratch",), fractions=(1.0,))
+    with (output / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {name: float(row[name]) for name in row if name.endswith("AP")} == figures
+
+
 def test_a_comparison_stays_with_its_labels(
     sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

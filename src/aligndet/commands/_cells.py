@@ -262,6 +262,7 @@ class Bench:
         atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))
         text = io.StringIO()
         names = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
+        names += ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
         writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for entry in entries:
