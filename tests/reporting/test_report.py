@@ -22,6 +22,7 @@ from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
 from aligndet.reporting.details import detail_plots
+from aligndet.reporting.page import comparison_section
 from aligndet.reporting.pictures import draw_sides, sides_of
 from aligndet.reporting.plots import colours_of
 from aligndet.reporting.pretraining import proposal_pictures
@@ -81,8 +82,9 @@ def comparison_folder(folder: Path) -> Path:
                 made = run_folder(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
                 write(made / "result.json", {**result, "details": DETAILS})
     rows = summarise(figures, LABELS)
-    write(folder / "results.json", {"rows": rows, "cells": cells, "command": "aligndet compare train.json"})
-    write(folder / "compare.json", {"settings": {"detector": "fcos"}, "versions": {"torch": "2.9"}})
+    made = {"command": "aligndet compare train.json", "versions": {"torch": "2.9"}}
+    write(folder / "results.json", {"rows": rows, "cells": cells, "planned": len(cells), **made})
+    write(folder / "compare.json", {"settings": {"detector": "fcos"}, **made})
     return folder
 
 
@@ -151,7 +153,7 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
 def test_each_comparison_is_a_section_under_its_detector(tmp_path: Path) -> None:
     folders = tuple(comparison_folder(tmp_path / name) for name in ("first", "second"))
     settings = {"detector": "faster_rcnn", "trunk": "resnet18"}
-    write(folders[1] / "compare.json", {"settings": settings, "versions": {}})
+    write(folders[1] / "compare.json", {"settings": settings})
     html = report(folders, output=tmp_path / "page.html").read_text()
     assert re.findall(r"<h2>(.*)</h2>", html) == ["fcos", "faster_rcnn"]
     assert "resnet18 · folder second · 24 fine-tunings" in html
@@ -159,6 +161,48 @@ def test_each_comparison_is_a_section_under_its_detector(tmp_path: Path) -> None
         ("1", "fcos"),
         ("2", "faster_rcnn"),
     ]
+
+
+def test_what_is_missing_or_mixed_is_said(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "compared")
+    finished = _Page(report((folder,), output=tmp_path / "page.html"))
+    assert "folder compared · 24 fine-tunings" in finished.text
+    for text in ("first call", "different versions", "rate tried"):
+        assert text not in finished.text
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"command": "aligndet compare --seeds 3", "versions": {"torch": "2.10"}}
+    results |= {"planned": 30, "remarks": ["seed 5 has failed: <out of memory>"]}
+    for cell in results["cells"]:
+        cell |= {"searched": [1e-3, 1e-2], "search_AP": [0.3, 0.2]}
+        cell["figures"]["mask_AP"] = 0.125
+    write(folder / "results.json", results)
+    run = next((folder / "cells").iterdir()) / "run.json"
+    write(run, {**json.loads(run.read_text()), "versions": {"torch": "2.8"}})
+    page = _Page(report((folder,), output=tmp_path / "page.html"))
+    assert "folder compared · 24 of 30 fine-tunings" in page.text
+    assert "seed 5 has failed: <out of memory>" in page.text
+    mixed = re.search(r"Cells were made with different versions: torch (2\.\d) and (2\.\d)\.", page.text)
+    assert mixed is not None
+    assert {*mixed.groups()} == {"2.8", "2.9"}
+    assert "0.001, the smallest learning rate tried, was best at 10 labelled images" in page.text
+    settings = page.text[page.text.index("Commands and settings") :]
+    assert settings.index("--seeds 3") < settings.index("first call") < settings.index("compare train.json")
+    assert settings.index("torch 2.10") < settings.index("first call")
+    for text in ("learning rate", "0.001", "AP of boxes", "AP of masks", "12.5"):
+        assert text in page.text
+
+
+def test_only_a_proven_gain_has_a_worth_on_the_page(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "compared")
+    text = _Page(report((folder,), output=tmp_path / "page.html")).text
+    assert "scratch needs about 36 labelled images" in text
+    results = json.loads((folder / "results.json").read_text())
+    few = [cell for cell in results["cells"] if cell["seed"] < 3]
+    write(folder / "results.json", {**results, "cells": few})
+    (comparison,) = read_folders([folder])[0]
+    table = comparison_section(comparison, []).table
+    column = [row[table.heads.index("scratch needs")] for row in table.rows]
+    assert column == [None] * 4
 
 
 def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
