@@ -22,9 +22,10 @@ from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
 from aligndet.reporting.details import detail_plots
+from aligndet.reporting.figures import pretraining_losses, run_colours, run_plots
 from aligndet.reporting.page import comparison_section
 from aligndet.reporting.pictures import draw_sides, sides_of
-from aligndet.reporting.plots import colours_of
+from aligndet.reporting.plots import colours_of, draw_bars
 from aligndet.reporting.pretraining import proposal_pictures
 from aligndet.reporting.runs import read_curves, read_folders, read_run
 from aligndet.verdicts import sentence
@@ -300,6 +301,54 @@ def test_detectors_of_other_classes_are_drawn_where_they_have_them() -> None:
     other = json.loads(json.dumps(DETAILS).replace("5$ and 6$", "cat"))
     plots = detail_plots("d", "", {"one": [DETAILS], "two": [other]}, colours_of(["one", "two"]))
     assert {"d_precision_recall", "d_f1"} <= {plot.name for plot in plots}
+
+
+def test_of_many_runs_the_nine_best_are_drawn(tmp_path: Path) -> None:
+    metrics = "step,loss/total,val/AP\n0,2,\n0,,{}\n1,1,\n1,,{}\n"
+    folders = [
+        run_folder(tmp_path / str(i), {"annotations": "t"}, metrics.format(1 - i / 99, i / 99))
+        for i in range(40)
+    ]
+    write(tmp_path / "0.json", {"AP": 0.9})  # as measured afterwards
+    runs = read_folders([*folders, tmp_path / "0.json"])[1]
+    best = {f"{tmp_path.name}/{i}" for i in (0, *range(32, 40))}
+    assert set(run_colours(runs)) == best
+    plots = run_plots(runs)
+    assert len(plots) == 2
+    for plot in plots:
+        assert "The 9 of 40 fine-tunings with the highest AP." in plot.note
+        assert plot.svg.count(b"stroke-width: 3") == 9  # entries of the legend
+    page = report(tuple(folders), output=tmp_path / "page.html").read_text()
+    assert f"{tmp_path.name}/7<" in page  # the table has them all
+    assert run_plots(runs[:9])[0].note == ""
+
+
+def test_of_many_losses_arms_and_classes_some_are_drawn_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["total", *(f"layer{i}" for i in range(9))]
+    metrics = f"step,{','.join(f'loss/{name}' for name in names)}\n0,{','.join(map(str, range(10)))}\n"
+    (plot,) = pretraining_losses("p", read_run(run_folder(tmp_path / "run", {}, metrics)))
+    assert plot.note == "9 of 10 are drawn."
+    assert colours_of(names).keys() == set(names[:9])
+    details = {name: [DETAILS] for name in names[:2]}
+    plots = detail_plots("d", "", details, colours_of(names[:1]))
+    assert [plot.name for plot in plots if "confusion" in plot.name] == ["d_confusion1"]
+    assert all("1 of 2 are drawn" in plot.note for plot in plots)
+    monkeypatch.setattr("aligndet.reporting.plots._BARS", 20)
+    classes = {str(i): {"one": 1.0, "two": 2.0} for i in range(12)}
+    plot = draw_bars("b", "AP by class", classes, colours_of(["one", "two"]), x="AP", note="Mean.")
+    assert plot.note == "Mean. The first 10 of 12."
+
+
+def test_what_evaluate_has_written_beside_runs_is_passed_over(tmp_path: Path) -> None:
+    run_folder(tmp_path / "runs" / "tuned", {"annotations": "t.json"})
+    write(tmp_path / "runs" / "tuned.json", {"AP": 0.5})
+    write(tmp_path / "runs" / "tuned_files" / "details_f1.png", "")
+    (run,) = read_folders(sorted((tmp_path / "runs").iterdir()))[1]
+    assert run.figures == {"AP": 0.5}
+    with pytest.raises(ValueError, match=r"tuned\.json: there is no such folder"):
+        read_folders([tmp_path / "runs" / "tuned.json"])
 
 
 def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:

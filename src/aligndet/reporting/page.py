@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from aligndet.comparison import BASELINE
-from aligndet.reporting.figures import class_table, is_tuned, run_class_table
+from aligndet.reporting.figures import class_table, is_tuned, run_class_table, run_colours
 from aligndet.reporting.pictures import Pictures
 from aligndet.reporting.plots import Plot, colours_of
 from aligndet.reporting.runs import Comparison, Run
@@ -138,7 +138,7 @@ def _arms(comparison: Comparison) -> Table:
         [
             _whole(row["labels"]),
             _whole(row["steps"]),
-            Entry(row["arm"], None, colours[row["arm"]]),
+            Entry(row["arm"], None, colours.get(row["arm"])),
             _rates(row),
             _whole(row["n"]),
             _points(row["mean"], row["spread"]),
@@ -161,7 +161,7 @@ def _arms(comparison: Comparison) -> Table:
 
 
 def _runs(runs: Sequence[Run]) -> Table:
-    colours, rows = colours_of(run.name for run in runs if is_tuned(run)), []
+    colours, rows = run_colours(runs), []
     for run in runs:
         step, loss = next(reversed(run.curves.get("loss/total", {}).items()), (None, None))
         figures = [run.figures.get(name) for name in ("AP", "AP50", "AP75")]

@@ -64,13 +64,17 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
 
     Args:
         folders: Of `aligndet compare` (of one detector or several), `quickstart` (stands for its three runs),
-            `finetune`, `pretrain` or `pretrain-backbone`.
+            `finetune`, `pretrain` or `pretrain-backbone`. What `evaluate --output RUN.json` has written
+            beside one of them is passed over.
 
     Raises:
         ValueError: Naming the folder that holds none of these, or the file that cannot be read.
     """
     comparisons, runs = [], []
+    beside = {run.with_name(f"{run.name}{end}") for run in folders for end in (".json", "_files")}
     for folder in folders:
+        if folder in beside:  # what `evaluate` has written of a run, as in runs/*
+            continue
         if (folder / "results.json").is_file():
             comparisons.append(_read_comparison(folder))
         elif several := sorted(folder.glob("*/results.json")):
