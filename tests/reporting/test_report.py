@@ -22,12 +22,12 @@ from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
 from aligndet.reporting.details import detail_plots
-from aligndet.reporting.figures import pretraining_losses, run_colours, run_plots
+from aligndet.reporting.figures import comparison_plots, pretraining_losses, run_colours, run_plots
 from aligndet.reporting.page import comparison_section
 from aligndet.reporting.pictures import draw_sides, sides_of
 from aligndet.reporting.plots import colours_of, draw_bars
 from aligndet.reporting.pretraining import proposal_pictures
-from aligndet.reporting.runs import read_curves, read_folders, read_run
+from aligndet.reporting.runs import Comparison, read_curves, read_folders, read_run
 from aligndet.verdicts import sentence
 
 EVIL = "<script>alert(1)</script>"
@@ -281,6 +281,45 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
             "p", sides_of([], [read_run(r) for r in runs]), tmp_path / "images", labelled, **settings
         )
         assert len(drawn.rows[0][1]) == sides
+
+
+def test_the_best_arm_stands_beside_its_own_scratch(tmp_path: Path) -> None:
+    cells = []
+    for arm, seed, ap in (
+        ("scratch", 0, 0.25),
+        ("boxes-only", 1, 0.3),
+        ("aligndet", 1, 0.4),
+        ("aligndet", 0, 0.35),
+        ("scratch", 1, 0.2),
+        ("scratch", 2, 0.5),
+    ):
+        run = run_folder(tmp_path / f"{arm}{seed}", {})
+        write(run / "model" / "manifest.json", {})
+        entry = {"fraction": 1.0, "labels": 9, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
+        cells.append((entry | {"figures": {"AP": ap}}, read_run(run)))
+    chosen = sides_of([Comparison("c", {}, [], cells, tmp_path)], [])
+    assert [(arm, run.folder.name) for arm, run in chosen] == [
+        ("scratch", "scratch1"),
+        ("aligndet", "aligndet1"),
+    ]
+
+
+def test_figures_are_drawn_in_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    for place in ("figures.draw_panels", "details.draw_panels", "details.draw_bars", "details.draw_matrix"):
+        monkeypatch.setattr(
+            f"aligndet.reporting.{place}", lambda name, _, what, *__, **___: drawn.update({name: what})
+        )
+    (comparison,) = read_folders([comparison_folder(tmp_path / "compared")])[0]
+    comparison_plots(comparison, "c")
+    ((panel, lines),) = drawn["c_ap_labels"].items()
+    assert panel == "5 steps"
+    for line, mean in zip(lines, (24.5, 34.5), strict=True):
+        assert line.values == pytest.approx({10: mean, 100: mean + 18})
+        assert line.spread == pytest.approx(dict.fromkeys((10, 100), 3.5**0.5))
+    tuned = run_folder(tmp_path / "run", {"annotations": "t.json"}, "step,val/AP\n3,0.125\n")
+    run_plots([read_run(tuned)])
+    assert drawn["runs_ap_steps"][""][0].values == {3: 12.5}
 
 
 def test_figures_of_other_weights_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
