@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage
+from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation
 from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
@@ -134,16 +134,22 @@ def test_the_best_weights_survive(
     accumulate: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(SCORES, 8, last)
     with pytest.raises(RuntimeError, match="killed"):
         train(Counting(**killed), tmp_path / "run", accumulate)
     (tmp_path / "run").rename(tmp_path / "moved")  # as if it were another machine
-    module = Counting()
+    module, best = Counting(), tmp_path / "moved" / "checkpoints" / "best.ckpt"
+    kept = steps_done(best.with_name("last.ckpt"))
+    capsys.readouterr()
     train(module, tmp_path / "moved", accumulate)
+    assert f"moved: goes on from step {kept} of 8" in capsys.readouterr().out
     assert module.validated == validated
-    load_state(module, tmp_path / "moved" / "checkpoints" / "best.ckpt")
+    load_state(module, best)
     assert module.weight.item() == (8 if last > 0.5 else 4)
+    expected = {"step": 8, "AP": 0.6} if last > 0.5 else {"step": 4, "AP": 0.5}
+    assert best_validation(best) == pytest.approx(expected)
 
 
 def test_a_run_that_is_killed_twice_within_a_step_of_several_batches(tmp_path: Path) -> None:
@@ -212,6 +218,13 @@ def test_what_is_due_is_kept_before_a_run_ends(
 def test_more_devices_than_images_for_validation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 images for validation are too few for 5 devices"):
         train(Counting(), tmp_path, 1, devices=5)
+
+
+def test_nothing_to_measure_by_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in SCORES:
+        monkeypatch.setitem(SCORES, step, math.nan)
+    train(Counting(), tmp_path, 1)
+    assert best_validation(tmp_path / "checkpoints" / "best.ckpt")["AP"] is None
 
 
 def test_the_average_of_the_weights_leaves_integers_alone() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,13 +13,13 @@ from aligndet.comparison import (
     hold_out,
     labelled_subset,
     labels_for,
-    markdown,
     part_of,
     plan,
-    sentence,
+    rows_of,
     sign_flip_p,
     summarise,
 )
+from aligndet.verdicts import markdown, sentence
 
 DOCUMENT: dict[str, Any] = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(10)],
@@ -118,6 +118,51 @@ def test_arms_whose_rates_were_chosen_from_other_lists_are_no_pairs() -> None:
     assert "rates" not in sentence(rows["boxes-only"])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "scores", "said"),
+    [
+        (1e-4, [0.3, 0.2, 0.1], "0.0001, the smallest learning rate tried, was best at"),
+        (1e-2, [0.1, 0.2, 0.3], "0.01, the largest learning rate tried, was best at"),
+        (1e-3, [0.0, 0.0, 0.0], "several learning rates were equally good at"),
+        (1e-3, [0.1, 0.3, 0.2], None),
+    ],
+)
+def test_the_table_says_which_rates_and_where_their_choice_says_little(
+    chosen: float, scores: list[float], said: str | None
+) -> None:
+    entries: list[dict[str, Any]] = [
+        {**asdict(Cell(fraction, 5, seed, 0, "scratch")), "labels": labels, "figures": {"AP": 0.1}}
+        | {"learning_rate": chosen, "searched": [1e-4, 1e-3, 1e-2], "search_AP": scores}
+        for fraction, labels in ((0.1, 10), (1.0, 100))
+        for seed in (0, 1)
+    ]
+    table = markdown(rows_of(entries))
+    assert f"| 10 | 5 | scratch | {chosen:g} | 2 | 10.00 |" in table
+    tied = " (AP 0.0)" if not any(scores) else ""
+    places = f"10 labelled images and 5 steps{tied}, 100 labelled images and 5 steps{tied}; "
+    assert table.count(f"scratch: {said} {places}") == (said is not None)
+    assert (" rates were " in table or " rate tried" in table) == (said is not None)
+    alone = [{**entry, "searched": [chosen], "search_AP": None} for entry in entries]
+    assert rows_of(alone)[0]["choices"] == []
+    later = {**entries[0], "learning_rate": 5e-4, "seed": 2, "searched": [5e-4], "search_AP": None}
+    assert rows_of([*entries, later])[0]["learning_rates"] == sorted([5e-4, chosen])
+
+
+def test_boxes_and_masks_are_told_apart() -> None:
+    entries: list[dict[str, Any]] = [
+        {**asdict(Cell(1.0, 5, seed, 0, arm)), "labels": 100, "learning_rate": 1e-3}
+        | {"figures": {"AP": 0.3 + gain, "mask_AP": 0.2 + gain + seed / 100}}
+        for seed in (0, 2)
+        for arm, gain in (("scratch", 0.0), ("aligndet", 0.1))
+    ]
+    table = markdown(rows_of(entries))
+    assert "| AP of boxes | spread | difference | spread | p | AP of masks |" in table
+    assert "| aligndet | 0.001 | 2 | 40.00 | 0.00 | 10.00 | 0.00 | 0.5 | 31.00 |" in table
+    assert "+10.0 ± 0.0 AP of boxes at 100 labelled images" in table
+    del entries[1]["figures"]["mask_AP"]  # of an earlier call with masks left out
+    assert "masks_mean" not in rows_of(entries)[1]
+
+
 def _results(gains: list[float]) -> list[dict[str, Any]]:
     figures = {}
     for seed, gain in enumerate(gains):
@@ -141,7 +186,7 @@ def test_a_gain_is_said_with_its_worth_in_labels() -> None:
     )
     assert sentence(scratch) == ""
     assert sentence(row) in markdown([scratch, row, full])
-    assert "| 10 | 5 | aligndet | 6 | 20.00 | 1.10 | 10.00 | 1.10 | 0.031 |" in markdown([row])
+    assert "| 10 | 5 | aligndet |  | 6 | 20.00 | 1.10 | 10.00 | 1.10 | 0.031 |" in markdown([row])
 
 
 def test_few_pairs_prove_nothing_and_a_loss_is_a_loss() -> None:
@@ -152,6 +197,16 @@ def test_few_pairs_prove_nothing_and_a_loss_is_a_loss() -> None:
     single = _results([0.1])[1]
     assert single["spread"] is None
     assert "+10.0 AP" in sentence(single)
+
+
+def test_only_a_proven_gain_has_a_worth_in_labels() -> None:
+    assert _results([0.1, 0.1])[1]["scratch_labels"] is None
+    figures = {Cell(1.0, 5, seed, 0, "scratch"): 0.3 for seed in range(6)}
+    figures |= {Cell(1.0, 5, seed, 0, "aligndet"): 0.2 for seed in range(6)}
+    figures[Cell(0.1, 5, 0, 0, "scratch")] = 0.1
+    row = summarise(figures, {0.1: 10, 1.0: 100})[2]
+    assert (row["p"], row["difference"]) == pytest.approx((2 / 64, -10))
+    assert row["scratch_labels"] is None
 
 
 def test_folds_of_a_seed_are_one_of_several_seeds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ class BestCheckpoint(_Checkpoint):
         if current is not None and best is not None and not (current > 0 or best > 0):
             return True
         return super().check_monitor_top_k(trainer, current)
+
+
+def best_validation(checkpoint: Path) -> dict[str, Any]:
+    """What `BestCheckpoint` has kept, from its file alone: a run may be resumed when it is over.
+
+    Args:
+        checkpoint: Of `BestCheckpoint`.
+
+    Returns:
+        Its step, and its AP in 0..1, or None if there was no object to measure by.
+    """
+    kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    (state,) = (s for name, s in kept["callbacks"].items() if name.startswith(BestCheckpoint.__name__))
+    score = float(state["best_model_score"])
+    return {"step": int(kept["global_step"]), "AP": score if math.isfinite(score) else None}
 
 
 class WeightAverage(WeightAveraging):

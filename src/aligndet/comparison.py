@@ -1,4 +1,4 @@
-"""The arithmetic of a fair comparison: which cells there are, which labels they get, what the results say."""
+"""The arithmetic of a fair comparison: which cells there are, which labels they get, what is tested."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def summarise(
     Returns:
         Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
         scratch, over the pairs that are finished: pairs, difference, its spread, p, units (seeds, or folds of
-        one seed: what p takes for independent), starts (pre-trainings), scratch_labels; unlike, if there are
-        any: how many are no pairs as their learning rates were chosen from others.
+        one seed: what p takes for independent), starts (pre-trainings), scratch_labels (of a proven gain);
+        unlike, if there are any: how many are no pairs as their learning rates were chosen from others.
     """
     choice = searched or {}
     groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
@@ -193,6 +193,7 @@ def summarise(
     for (fraction, steps, arm), values in groups.items():
         row: dict[str, Any] = {
             "labels": labels[fraction],
+            "fraction": fraction,
             "steps": steps,
             "arm": arm,
             "n": len(values),
@@ -213,31 +214,58 @@ def summarise(
                 for (f, s, a), v in groups.items()
                 if s == steps and a == BASELINE
             }
+            difference, p = statistics.mean(differences), sign_flip_p(units)
+            proven = p <= LEVEL and difference > 0
             row |= {
                 "pairs": len(differences),
-                "difference": statistics.mean(differences),
+                "difference": difference,
                 "difference_spread": _spread(differences),
-                "p": sign_flip_p(units),
+                "p": p,
                 "units": len(units),
                 "starts": 1 if arm.startswith("from-") else len({seed for seed, _ in alike}),
-                "scratch_labels": labels_for(curve, curve[labels[fraction]] + statistics.mean(differences)),
+                "scratch_labels": labels_for(curve, curve[labels[fraction]] + difference) if proven else None,
             }
         rows.append(row)
     return sorted(rows, key=lambda row: (row["labels"], row["steps"], row["arm"] != BASELINE, row["arm"]))
 
 
 def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `summarise` of the cells in results.json.
+    """The rows of `summarise` of the cells in results.json, each with what its cells were made with.
 
     Args:
-        entries: With the cell, its figures, the number of labels, and the rates its own was chosen from.
+        entries: With the cell, its figures, the number of labels, its learning rate, and if it was chosen
+            from several, these (searched) and the AP of each on the labels held out (search_AP).
+
+    Returns:
+        Rows with their learning_rates; in choices, which of them a search says little about; and
+        masks_mean (points), if AP of masks was measured, too.
     """
     cells = [Cell.of(entry) for entry in entries]
-    return summarise(
+    rows = summarise(
         {cell: entry["figures"].get("AP") or 0.0 for cell, entry in zip(cells, entries, strict=True)},
         {entry["fraction"]: entry["labels"] for entry in entries},
         {cell: entry.get("searched") for cell, entry in zip(cells, entries, strict=True)},
     )
+    for row in rows:
+        own = [e for e in entries if all(e[name] == row[name] for name in ("fraction", "steps", "arm"))]
+        masks = [entry["figures"].get("mask_AP") for entry in own]
+        if None not in masks:
+            row["masks_mean"] = 100 * statistics.mean(masks)
+        row["learning_rates"] = sorted({entry["learning_rate"] for entry in own})
+        choices = [choice for entry in own if (choice := _choice(entry)) is not None]
+        row["choices"] = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
+    return rows
+
+
+def _choice(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The learning rate of a cell, if it lies at an end of its list or was no better than another."""
+    rates, scores = entry.get("searched") or [], entry.get("search_AP") or []
+    rate, best = entry["learning_rate"], max(scores, default=0.0)
+    if scores.count(best) > 1:
+        return {"kind": "tie", "rate": rate, "AP": 100 * best}
+    if len(rates) > 1 and rate in (min(rates), max(rates)):
+        return {"kind": "smallest" if rate == min(rates) else "largest", "rate": rate}
+    return None
 
 
 def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:
@@ -253,72 +281,3 @@ def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:
 def _spread(values: Iterable[float]) -> float | None:
     numbers = list(values)
     return statistics.stdev(numbers) if len(numbers) > 1 else None
-
-
-def sentence(row: Mapping[str, Any]) -> str:
-    """What a row of `summarise` says, in words; empty for scratch itself.
-
-    Args:
-        row: One arm at one number of labels and steps.
-    """
-    said = [_verdict(row)] if "difference" in row else []
-    if "unlike" in row:
-        said.append(
-            f"{row['arm']}: {row['unlike']} of its cells are not compared, as their learning rates come from"
-            " another list than those of scratch; give both arms the same --learning-rates."
-        )
-    return " ".join(said)
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    pairs, difference, p = row["pairs"], row["difference"], row["p"]
-    where = f"{row['labels']} labelled images and {row['steps']} steps"
-    spread = row["difference_spread"]
-    amount = f"{difference:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
-    few = f" of {row['units']} seeds" if row["units"] < pairs else ""
-    evidence = f"(n = {pairs}{few}, p = {p:.2g})"
-    if p > LEVEL:
-        text = f"{row['arm']}: {amount} AP at {where} cannot be told apart from noise {evidence}"
-        if 2 / 2 ** row["units"] > LEVEL:
-            text += f"; so few {'seeds' if few else 'pairs'} never can, give more seeds"
-        return text + "."
-    if row["starts"] == 1:
-        evidence += ", all from one pre-training"
-    if difference < 0:
-        return f"{row['arm']} does not help, it costs: {amount} AP at {where} {evidence}."
-    worth = row["scratch_labels"]
-    needs = (
-        f"scratch needs about {worth:.0f} labelled images for the same AP, interpolated"
-        if worth is not None
-        else "what scratch needs for the same AP lies outside the fractions that were run"
-    )
-    return f"{row['arm']} helps by {amount} AP at {where} {evidence}; {needs}."
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of `summarise` and its sentences, as Markdown.
-
-    Args:
-        rows: Of `summarise`.
-    """
-    lines = [
-        "| labels | steps | arm | n | AP | spread | difference | spread | p |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        shown = [_points(row.get(name)) for name in ("mean", "spread", "difference", "difference_spread")]
-        p = f"{row['p']:.2g}" if "p" in row else ""
-        cells = [str(row[name]) for name in ("labels", "steps", "arm", "n")]
-        lines.append(f"| {' | '.join([*cells, *shown, p])} |")
-    return "\n".join([*lines, "", *filter(None, map(sentence, rows)), *_of_many(rows)]) + "\n"
-
-
-def _of_many(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to think of several tests at once."""
-    tests = sum("p" in row for row in rows)
-    said = f"{tests} tests, each at {LEVEL:.0%}, not corrected for their number: {LEVEL * tests:.2g} of them"
-    return [f"{said} would find a difference by chance alone."] if tests > 1 else []
-
-
-def _points(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

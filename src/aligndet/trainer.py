@@ -207,6 +207,9 @@ def fit(
     images = batch_size * accumulate * devices * nodes
     if trainer.is_global_zero:
         print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
+        if first:
+            said = f"goes on from step {first} of {steps}" if first < steps else "is complete already"
+            print(f"{output}: {said}")
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
     except (KeyboardInterrupt, SystemExit):

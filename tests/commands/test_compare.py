@@ -160,6 +160,28 @@ def test_arms_differ_in_their_start_alone(
             assert labels == sample / "val.json"
     found = json.loads((output / "results.json").read_text())["cells"]
     assert {(c["arm"], c["learning_rate"]) for c in found} == set(best.items())
+    assert {c["arm"]: c["search_AP"] for c in found} == {"scratch": [0.5, 0.1], "aligndet": [0.1, 0.5]}
+    assert "aligndet: 0.001, the largest learning rate tried, was best" in (output / "table.md").read_text()
+    # seeds that are added later have the rates that the first has chosen
+    given: dict[str, Any] = {"fractions": (1.0,), "learning_rates": (1e-3, 1e-4)}
+    best["scratch"] = 1e-3
+    _compare(sample, proposals, output, **given, seeds=(3,))
+    assert len(list((output / "search").iterdir())) == 4
+    found = json.loads((output / "results.json").read_text())["cells"]
+    assert {c["learning_rate"] for c in found if c["arm"] == "scratch"} == {1e-4}
+    assert {c["seed"] for c in found} == {0, 3}
+
+
+@pytest.mark.parametrize("figures", [{"AP": 0.3}, {"AP": 0.3, "mask_AP": 0.25}])
+def test_the_table_for_spreadsheets_has_masks_where_they_were_measured(
+    figures: dict[str, float], sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
+    monkeypatch.setattr(module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps(figures)))
+    output = _compare(sample, proposals, tmp_path / "out", arms=("scratch",), fractions=(1.0,))
+    with (output / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {name: float(row[name]) for name in row if name.endswith("AP")} == figures
 
 
 def test_a_comparison_stays_with_its_labels(
@@ -298,8 +320,15 @@ def test_several_detectors_with_settings_of_their_own(sample: Path, proposals: P
 
 @pytest.mark.slow
 def test_each_arm_has_its_own_rate_and_other_weights_take_part(
-    sample: Path, proposals: Path, tmp_path: Path
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def measure(model: Path, labels: Path, *, output: Path, **settings: Any) -> None:
+        evaluate(model, labels, output=output, **settings)
+        arm, rate = output.parent.name.partition("_")[0], output.parent.name.rpartition("_lr")[2]
+        ap = 0.5 if rate == {"scratch": "0.0001"}.get(arm, "0.001") else 0.1
+        output.write_text(json.dumps({**json.loads(output.read_text()), "AP": ap}))
+
+    monkeypatch.setattr(module, "evaluate", measure)
     first = _compare(sample, proposals, tmp_path / "first", arms=("aligndet",), fractions=(1.0,))
     source = first / "pretrained" / "aligndet_seed0"
     output = _compare(
@@ -316,7 +345,10 @@ def test_each_arm_has_its_own_rate_and_other_weights_take_part(
     trained = json.loads((output / "labels" / "1_fold0.search.json").read_text())
     assert not {i["id"] for i in held_out["images"]} & {i["id"] for i in trained["images"]}
     cells = json.loads((output / "results.json").read_text())["cells"]
-    assert {cell["learning_rate"] for cell in cells} <= {1e-3, 1e-4}
+    assert [(cell["arm"] == "scratch", cell["learning_rate"]) for cell in cells] == [
+        (True, 1e-4),
+        (False, 1e-3),
+    ]
     assert len(list((output / "cells").iterdir())) == 2
     assert not (output / "pretrained").exists()
     with pytest.raises(ValueError, match="has trunk 'resnet18', the other arms 'resnet34'"):

@@ -581,7 +581,7 @@ def test_what_is_asked_for_reaches_the_algorithm(
 
 
 def test_the_best_weights_are_the_result(
-    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = iter((0.3, 0.5, 0.4))
     monkeypatch.setattr(CocoEvaluator, "compute", lambda _: CocoResult({"AP": next(figures)}, {}, 4))
@@ -593,6 +593,14 @@ def test_the_best_weights_are_the_result(
         state = found["state_dict"]
         same[found["global_step"]] = all(torch.equal(v, state[f"detector.{k}"]) for k, v in model.items())
     assert same == {2: True, 3: False}
+    for resumed in (False, True):
+        if resumed:
+            aligndet.finetune(sample / "train.json", output=tuned, **settings, resume=True)
+        manifest = json.loads((tuned / "model" / "manifest.json").read_text())
+        assert manifest["best"] == {"step": 2, "AP": pytest.approx(0.5)}
+        printed = capsys.readouterr().out
+        assert "best AP 50.0 at step 2 of 3" in printed
+        assert ("tuned: is complete already" in printed) == resumed
 
 
 def test_labels_without_an_object_are_refused(sample: Path, tmp_path: Path) -> None:

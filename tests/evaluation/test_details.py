@@ -54,6 +54,20 @@ def test_every_kind_of_error() -> None:
     assert found.objects.tolist() == [0, -1, 1, 2, -1, -1, 1]
 
 
+def test_a_box_is_near_an_object_from_an_overlap_of_a_tenth_on() -> None:
+    found = match(
+        _prediction(((0, 0, 100, 12), CAT, 0.9), ((0, 0, 100, 8), CAT, 0.8)), _target(((0, 0, 100, 100), CAT))
+    )
+    assert [KINDS[kind] for kind in found.kinds] == ["location", "background"]
+
+
+def test_a_box_on_two_objects_is_taken_for_the_other_before_it_is_one_too_many() -> None:
+    objects = _target(((0, 0, 100, 100), CAT), ((0, 0, 100, 90), DOG))
+    found = match(_prediction(((0, 0, 100, 100), CAT, 0.9), ((0, 0, 100, 95), CAT, 0.8)), objects)
+    assert [KINDS[kind] for kind in found.kinds] == ["correct", "class"]
+    assert found.objects.tolist() == [0, 1]
+
+
 def test_boxes_choose_as_one_after_the_other_would() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
@@ -152,6 +166,13 @@ def test_boxes_in_a_crowd_are_no_errors() -> None:
     evaluator = DetailsEvaluator(["cat", "dog"], score=0.3)
     evaluator.update(prediction, target)
     assert evaluator.compute().confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+
+
+def test_a_crowd_excuses_a_box_that_is_half_in_it() -> None:
+    target = _target(((0, 0, 400, 400), CAT), crowd=1)
+    out, within = ((340, 0, 490, 100), CAT, 0.9), ((310, 0, 460, 100), CAT, 0.8)  # two and three fifths in it
+    found, _ = without_crowds(_prediction(out, within), target)
+    assert found["scores"].tolist() == pytest.approx([0.9])
 
 
 def test_a_crowd_excuses_a_box_whose_object_another_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
 from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.weights import save_weights
 from aligndet.evaluation.centers import predicted_centers
 from aligndet.evaluation.pretraining import Pair, load_pretrainable, load_untuned
 from aligndet.evaluation.tsne import box_features, embed_boxes
 
 CPU = torch.device("cpu")
+SIDES = {"online": 0, "momentum": 1}  # and how far apart they are
 SMALL: dict[str, Any] = {"trunk": "mobilenetv3_small_050", "fpn_channels": 64}
 
 
@@ -72,6 +75,44 @@ def test_centers_are_in_the_image(detector: str) -> None:
     assert (centers[:, 0] > 256).any()  # pixels of the image, not of what the network saw
     assert (centers <= torch.tensor([400, 200])).all()
     assert getattr(model, "score_thresh", None) == threshold
+
+
+def _run(folder: Path) -> Path:
+    settings = {"detector": "fcos", "fpn_norm": "none", "options": None, "seed": 3, "proposals": "p"}
+    settings |= {**SMALL, "min_size": [64, 96], "max_size": 128}
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    return folder
+
+
+def _neck(detector: Any) -> Tensor:
+    return detector.backbone.fpn.inner_blocks[0][0].weight.detach()
+
+
+def test_features_are_those_of_the_trained_detector(tmp_path: Path) -> None:
+    run, trained = _run(tmp_path / "run"), build_pretrainable("fcos", **SMALL)
+    state = {f"{side}.{k}": v + add for k, v in trained.state_dict().items() for side, add in SIDES.items()}
+    (run / "checkpoints").mkdir()
+    torch.save({"state_dict": state}, run / "checkpoints" / "last.ckpt")
+    pair = load_pretrainable(run)
+    for name, value in pair.after.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+    assert not torch.equal(_neck(pair.before.detector), _neck(pair.after.detector))
+    trunks = [side.detector.backbone.body.state_dict() for side in pair]
+    assert all(torch.equal(value, trunks[1][name]) for name, value in trunks[0].items())
+
+
+def test_before_fine_tuning_there_is_random_and_then_pretrained(tmp_path: Path) -> None:
+    run, architecture = _run(tmp_path / "run"), {"detector": "fcos", "fpn_norm": "none", **SMALL}
+    detector = build_detector(**architecture, num_classes=1, min_size=96, max_size=128, trunk_weights="none")
+    manifest = {"kind": "pretrained", "architecture": architecture}
+    save_weights(run / "pretrained", detector.state_dict(), manifest)
+    before, after = load_untuned(run)
+    assert torch.equal(_neck(after), _neck(detector))
+    assert not torch.equal(_neck(before), _neck(detector))
+    for side in (before, after):
+        for name, value in side.backbone.body.state_dict().items():
+            assert torch.equal(value, detector.backbone.body.state_dict()[name]), name
 
 
 def test_a_folder_that_is_no_pretraining(tmp_path: Path) -> None:

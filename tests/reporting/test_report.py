@@ -17,15 +17,18 @@ from PIL import Image
 
 from aligndet import cli
 from aligndet.commands.report import report
-from aligndet.comparison import Cell, sentence, summarise
+from aligndet.comparison import Cell, summarise
 from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
 from aligndet.reporting.details import detail_plots
+from aligndet.reporting.figures import comparison_plots, pretraining_losses, run_colours, run_plots
+from aligndet.reporting.page import comparison_section
 from aligndet.reporting.pictures import draw_sides, sides_of
-from aligndet.reporting.plots import colours_of
+from aligndet.reporting.plots import colours_of, draw_bars
 from aligndet.reporting.pretraining import proposal_pictures
-from aligndet.reporting.runs import read_curves, read_folders, read_run
+from aligndet.reporting.runs import Comparison, read_curves, read_folders, read_run
+from aligndet.verdicts import sentence
 
 EVIL = "<script>alert(1)</script>"
 LABELS = {0.1: 10, 1.0: 100}
@@ -80,8 +83,9 @@ def comparison_folder(folder: Path) -> Path:
                 made = run_folder(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
                 write(made / "result.json", {**result, "details": DETAILS})
     rows = summarise(figures, LABELS)
-    write(folder / "results.json", {"rows": rows, "cells": cells, "command": "aligndet compare train.json"})
-    write(folder / "compare.json", {"settings": {"detector": "fcos"}, "versions": {"torch": "2.9"}})
+    made = {"command": "aligndet compare train.json", "versions": {"torch": "2.9"}}
+    write(folder / "results.json", {"rows": rows, "cells": cells, "planned": len(cells), **made})
+    write(folder / "compare.json", {"settings": {"detector": "fcos"}, **made})
     return folder
 
 
@@ -150,7 +154,7 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
 def test_each_comparison_is_a_section_under_its_detector(tmp_path: Path) -> None:
     folders = tuple(comparison_folder(tmp_path / name) for name in ("first", "second"))
     settings = {"detector": "faster_rcnn", "trunk": "resnet18"}
-    write(folders[1] / "compare.json", {"settings": settings, "versions": {}})
+    write(folders[1] / "compare.json", {"settings": settings})
     html = report(folders, output=tmp_path / "page.html").read_text()
     assert re.findall(r"<h2>(.*)</h2>", html) == ["fcos", "faster_rcnn"]
     assert "resnet18 · folder second · 24 fine-tunings" in html
@@ -158,6 +162,48 @@ def test_each_comparison_is_a_section_under_its_detector(tmp_path: Path) -> None
         ("1", "fcos"),
         ("2", "faster_rcnn"),
     ]
+
+
+def test_what_is_missing_or_mixed_is_said(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "compared")
+    finished = _Page(report((folder,), output=tmp_path / "page.html"))
+    assert "folder compared · 24 fine-tunings" in finished.text
+    for text in ("first call", "different versions", "rate tried"):
+        assert text not in finished.text
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"command": "aligndet compare --seeds 3", "versions": {"torch": "2.10"}}
+    results |= {"planned": 30, "remarks": ["seed 5 has failed: <out of memory>"]}
+    for cell in results["cells"]:
+        cell |= {"searched": [1e-3, 1e-2], "search_AP": [0.3, 0.2]}
+        cell["figures"]["mask_AP"] = 0.125
+    write(folder / "results.json", results)
+    run = next((folder / "cells").iterdir()) / "run.json"
+    write(run, {**json.loads(run.read_text()), "versions": {"torch": "2.8"}})
+    page = _Page(report((folder,), output=tmp_path / "page.html"))
+    assert "folder compared · 24 of 30 fine-tunings" in page.text
+    assert "seed 5 has failed: <out of memory>" in page.text
+    mixed = re.search(r"Cells were made with different versions: torch (2\.\d) and (2\.\d)\.", page.text)
+    assert mixed is not None
+    assert {*mixed.groups()} == {"2.8", "2.9"}
+    assert "0.001, the smallest learning rate tried, was best at 10 labelled images" in page.text
+    settings = page.text[page.text.index("Commands and settings") :]
+    assert settings.index("--seeds 3") < settings.index("first call") < settings.index("compare train.json")
+    assert settings.index("torch 2.10") < settings.index("first call")
+    for text in ("learning rate", "0.001", "AP of boxes", "AP of masks", "12.5"):
+        assert text in page.text
+
+
+def test_only_a_proven_gain_has_a_worth_on_the_page(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "compared")
+    text = _Page(report((folder,), output=tmp_path / "page.html")).text
+    assert "scratch needs about 36 labelled images" in text
+    results = json.loads((folder / "results.json").read_text())
+    few = [cell for cell in results["cells"] if cell["seed"] < 3]
+    write(folder / "results.json", {**results, "cells": few})
+    (comparison,) = read_folders([folder])[0]
+    table = comparison_section(comparison, []).table
+    column = [row[table.heads.index("scratch needs")] for row in table.rows]
+    assert column == [None] * 4
 
 
 def test_logs_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
@@ -237,6 +283,45 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
         assert len(drawn.rows[0][1]) == sides
 
 
+def test_the_best_arm_stands_beside_its_own_scratch(tmp_path: Path) -> None:
+    cells = []
+    for arm, seed, ap in (
+        ("scratch", 0, 0.25),
+        ("boxes-only", 1, 0.3),
+        ("aligndet", 1, 0.4),
+        ("aligndet", 0, 0.35),
+        ("scratch", 1, 0.27),
+        ("scratch", 2, 0.5),
+    ):
+        run = run_folder(tmp_path / f"{arm}{seed}", {})
+        write(run / "model" / "manifest.json", {})
+        entry = {"fraction": 1.0, "labels": 9, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
+        cells.append((entry | {"figures": {"AP": ap}}, read_run(run)))
+    chosen = sides_of([Comparison("c", {}, [], cells, tmp_path)], [])
+    assert [(arm, run.folder.name) for arm, run in chosen] == [
+        ("scratch", "scratch1"),
+        ("aligndet", "aligndet1"),
+    ]
+
+
+def test_figures_are_drawn_in_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    for place in ("figures.draw_panels", "details.draw_panels", "details.draw_bars", "details.draw_matrix"):
+        monkeypatch.setattr(
+            f"aligndet.reporting.{place}", lambda name, _, what, *__, **___: drawn.update({name: what})
+        )
+    (comparison,) = read_folders([comparison_folder(tmp_path / "compared")])[0]
+    comparison_plots(comparison, "c")
+    ((panel, lines),) = drawn["c_ap_labels"].items()
+    assert panel == "5 steps"
+    for line, mean in zip(lines, (24.5, 34.5), strict=True):
+        assert line.values == pytest.approx({10: mean, 100: mean + 18})
+        assert line.spread == pytest.approx(dict.fromkeys((10, 100), 3.5**0.5))
+    tuned = run_folder(tmp_path / "run", {"annotations": "t.json"}, "step,val/AP\n3,0.125\n")
+    run_plots([read_run(tuned)])
+    assert drawn["runs_ap_steps"][""][0].values == {3: 12.5}
+
+
 def test_figures_of_other_weights_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folder(tmp_path / "run", {"annotations": "t.json"})
     weights = run / "model" / "model.safetensors"
@@ -255,6 +340,54 @@ def test_detectors_of_other_classes_are_drawn_where_they_have_them() -> None:
     other = json.loads(json.dumps(DETAILS).replace("5$ and 6$", "cat"))
     plots = detail_plots("d", "", {"one": [DETAILS], "two": [other]}, colours_of(["one", "two"]))
     assert {"d_precision_recall", "d_f1"} <= {plot.name for plot in plots}
+
+
+def test_of_many_runs_the_nine_best_are_drawn(tmp_path: Path) -> None:
+    metrics = "step,loss/total,val/AP\n0,2,\n0,,{}\n1,1,\n1,,{}\n"
+    folders = [
+        run_folder(tmp_path / str(i), {"annotations": "t"}, metrics.format(1 - i / 99, i / 99))
+        for i in range(40)
+    ]
+    write(tmp_path / "0.json", {"AP": 0.9})  # as measured afterwards
+    runs = read_folders([*folders, tmp_path / "0.json"])[1]
+    best = {f"{tmp_path.name}/{i}" for i in (0, *range(32, 40))}
+    assert set(run_colours(runs)) == best
+    plots = run_plots(runs)
+    assert len(plots) == 2
+    for plot in plots:
+        assert "The 9 of 40 fine-tunings with the highest AP." in plot.note
+        assert plot.svg.count(b"stroke-width: 3") == 9  # entries of the legend
+    page = report(tuple(folders), output=tmp_path / "page.html").read_text()
+    assert f"{tmp_path.name}/7<" in page  # the table has them all
+    assert run_plots(runs[:9])[0].note == ""
+
+
+def test_of_many_losses_arms_and_classes_some_are_drawn_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["total", *(f"layer{i}" for i in range(9))]
+    metrics = f"step,{','.join(f'loss/{name}' for name in names)}\n0,{','.join(map(str, range(10)))}\n"
+    (plot,) = pretraining_losses("p", read_run(run_folder(tmp_path / "run", {}, metrics)))
+    assert plot.note == "9 of 10 are drawn."
+    assert colours_of(names).keys() == set(names[:9])
+    details = {name: [DETAILS] for name in names[:2]}
+    plots = detail_plots("d", "", details, colours_of(names[:1]))
+    assert [plot.name for plot in plots if "confusion" in plot.name] == ["d_confusion1"]
+    assert all("1 of 2 are drawn" in plot.note for plot in plots)
+    monkeypatch.setattr("aligndet.reporting.plots._BARS", 20)
+    classes = {str(i): {"one": 1.0, "two": 2.0} for i in range(12)}
+    plot = draw_bars("b", "AP by class", classes, colours_of(["one", "two"]), x="AP", note="Mean.")
+    assert plot.note == "Mean. The first 10 of 12."
+
+
+def test_what_evaluate_has_written_beside_runs_is_passed_over(tmp_path: Path) -> None:
+    run_folder(tmp_path / "runs" / "tuned", {"annotations": "t.json"})
+    write(tmp_path / "runs" / "tuned.json", {"AP": 0.5})
+    write(tmp_path / "runs" / "tuned_files" / "details_f1.png", "")
+    (run,) = read_folders(sorted((tmp_path / "runs").iterdir()))[1]
+    assert run.figures == {"AP": 0.5}
+    with pytest.raises(ValueError, match=r"tuned\.json: there is no such folder"):
+        read_folders([tmp_path / "runs" / "tuned.json"])
 
 
 def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:

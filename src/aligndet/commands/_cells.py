@@ -18,13 +18,14 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
-from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, markdown, rows_of
+from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, rows_of
 from aligndet.data.coco import image_files
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.storage import read_proposals
+from aligndet.verdicts import markdown
 
 ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
     BASELINE: None,
@@ -127,6 +128,11 @@ class Bench:
         """What `aligndet evaluate` has written for a cell, or None."""
         rate = self.rate(cell)
         return None if rate is None else _read(self._folder(cell, rate))
+
+    def _search_ap(self, cell: Cell) -> list[float] | None:
+        """What a finished search has found, in the order of the rates."""
+        folders = (self._folder(self._searched(cell), rate, search=True) for rate in sorted(self.rates))
+        return [(_read(f) or {}).get("AP") or 0.0 for f in folders] if len(self.rates) > 1 else None
 
     def _searched(self, cell: Cell) -> Cell:
         return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
@@ -242,6 +248,7 @@ class Bench:
                 "labels": labels[cell.fraction],
                 "learning_rate": self.rate(cell),
                 "searched": sorted(self.rates),
+                "search_AP": self._search_ap(cell),
                 "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
             }
             for cell in cells
@@ -255,6 +262,7 @@ class Bench:
         atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))
         text = io.StringIO()
         names = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
+        names += ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
         writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for entry in entries:

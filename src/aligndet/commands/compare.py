@@ -82,9 +82,10 @@ def compare(
             independent, and of fewer than six cannot reach 5 %.
         steps: Budgets of fine-tuning.
         learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
-            each arm takes its own best, for each fraction and budget: on the first seed and fold, a fifth of
-            the labels is held out and chooses; the validation images have no part in it. With few labels this
-            choice is noisy.
+            each arm takes its own best, for each fraction and budget: on the first seed and fold that the
+            comparison was begun with, a fifth of the labels is held out and chooses; the validation images
+            have no part in it. With few labels this choice is noisy. The table says where the best lies at an
+            end of the list: give more rates there.
         detectors: By name, as in `aligndet finetune`. Each of several is a comparison of its own, in a folder
             with its name in output.
         trunk: By name, as in `aligndet finetune`.
@@ -155,7 +156,7 @@ def compare(
             model={**model, "trunk_weights": trunk_weights},
             pretraining=before,
             finetuning=after,
-            first=(seeds[0], folds[0]),
+            first=_first(output / detector if len(detectors) > 1 else output, (seeds[0], folds[0])),
         )
         benches.append(bench)
     if any(bench.pretrains(mine) for bench in benches):  # a wrong folder is told before cells are tuned
@@ -166,7 +167,7 @@ def compare(
     for bench in benches:
         own = {"detector": bench.model["detector"]}
         own |= {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
-        _record(bench.output, settings | own)
+        _record(bench.output, settings | own, bench.first)
     tables = []
     for detector, bench in zip(detectors, benches, strict=True):
         bench.run_all(mine)
@@ -232,7 +233,14 @@ def _settings(
     return settings
 
 
-def _record(output: Path, settings: dict[str, Any]) -> None:
+def _first(output: Path, given: tuple[int, int]) -> tuple[int, int]:
+    """Seed and fold that learning rates are searched on: those that the comparison has begun with."""
+    record = output / "compare.json"
+    seed, fold = (read_json(record) if record.is_file() else {}).get("first", given)
+    return seed, fold
+
+
+def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> None:
     """Writes down what the comparison is about, or refuses to mix it with another."""
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
@@ -258,4 +266,6 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
                         " the former or give another --output"
                     )
         else:
-            atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
+            atomic_write(
+                record, json.dumps({"settings": plain, "first": first, **provenance()}, indent=2) + "\n"
+            )

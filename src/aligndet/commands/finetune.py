@@ -10,7 +10,7 @@ from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage
+from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
 from aligndet.data.coco import CocoDetection, check_objects, image_files
@@ -39,8 +39,9 @@ _EXPLANATION = """A run of `aligndet finetune`.
 run.json       settings, command line and versions
 checkpoints/   last.ckpt: all that --resume needs; best.ckpt: the best on the validation images
 logs/          metrics as CSV, and for TensorBoard (tensorboard --logdir logs)
-model/         the result (best, or last without validation images): model.safetensors and manifest.json,
-               for `aligndet evaluate`, `aligndet predict` and aligndet.load_detector
+model/         the result (best, or last without validation images): model.safetensors and manifest.json
+               (which has the step and AP of the best), for `aligndet evaluate`, `aligndet predict` and
+               aligndet.load_detector
 """
 
 
@@ -100,7 +101,8 @@ def finetune(
         images: Their folder; by default looked for beside the annotations.
         output: Folder of the run.
         val_annotations: Labels of the validation images; of VOC and YOLO the same folder, whose part for
-            validation is read. Without them the last weights are the result, with them the best.
+            validation is read. Without them the last weights are the result, with them the best, whose step
+            and AP are told at the end.
         val_images: Their folder.
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
@@ -265,9 +267,10 @@ def finetune(
             **run,
         )
         if written:
-            best = output / "checkpoints" / "best.ckpt"
+            best, kept = output / "checkpoints" / "best.ckpt", None
             if best.is_file():
                 load_state(module, best)
+                kept = best_validation(best)
             elif checkpoint is not None and steps_done(checkpoint) >= total:  # which has the average in it
                 load_state(module, checkpoint)
             manifest = {
@@ -281,9 +284,13 @@ def finetune(
                     "trunk_weights": trunk_from if trunk_from != "none" or not state else str(init_from),
                     "modules": origins,
                 },
+                **({"best": kept} if kept else {}),
                 **provenance(),
             }
             save_detector(output / "model", module.detector, manifest)
+            if kept and kept["AP"] is not None:
+                named = "AP of boxes" if masks else "AP"
+                print(f"best {named} {100 * kept['AP']:.1f} at step {kept['step']} of {total}")
             print(f"fine-tuned detector: {output / 'model'}")
     return output
 

@@ -27,7 +27,9 @@ def report(
     """Writes one page that needs no other file and no network: tables, curves, pictures, settings.
 
     Args:
-        runs: Folders of `aligndet compare`, `quickstart`, `finetune`, `pretrain` or `pretrain-backbone`.
+        runs: Folders of `aligndet compare`, `quickstart`, `finetune`, `pretrain` or `pretrain-backbone`; what
+            `evaluate --output RUN.json` has written beside a RUN may be among them, as in runs/*. Of many
+            runs, the nine best are drawn.
         output: The HTML file; one that is there is replaced.
         plots: Folder for the plots as PNG files; by default beside the page, under its name with _files.
         images: Folder of images for predictions of two detectors side by side: scratch and the best other

@@ -25,14 +25,16 @@ def detail_plots(
         where: What was evaluated, for the notes; may be empty.
         details: In the form of `aligndet.evaluation.details.Details.to_dict`, by arm or run; those of one arm
             are averaged, its confusions summed up. None: no plots.
-        colours: Of the arms or runs.
+        colours: Of the arms or runs; those without one are left out.
 
     Returns:
         Plots of boxes at IoU 0.5.
     """
+    count, details = len(details), {label: details[label] for label in details if label in colours}
     if not details:
         return []
     start = f"{where}; " if where else ""
+    start += f"{len(details)} of {count} are drawn; " if len(details) < count else ""
     ap50 = ", ".join(f"{label} {100 * _ap50(found):.1f}" for label, found in details.items())
     best = ", ".join(f"{label} {f1:.2f} at {score:.2f}" for label, (f1, score) in _best(details).items())
     area, peak = f"The area under a curve is AP50: {ap50}.", f"The best mean F1: {best}."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from aligndet.reporting.details import detail_plots
-from aligndet.reporting.plots import Line, Plot, colours_of, draw_bars, draw_panels
+from aligndet.reporting.plots import DRAWN, Line, Plot, colours_of, draw_bars, draw_panels
 from aligndet.reporting.runs import Comparison, Curve, Run
 
 _LOSS = "loss/total"
@@ -67,21 +67,25 @@ def run_plots(runs: Sequence[Run]) -> list[Plot]:
     """AP on the way, AP by class, precision and recall, and losses of runs that belong to no comparison.
 
     Args:
-        runs: Each becomes a curve; those of pre-training, whose losses are others, have plots of their own.
+        runs: Each becomes a curve, of many the nine best; those of pre-training, whose losses are others,
+            have plots of their own.
     """
-    tuned = [run for run in runs if is_tuned(run)]
-    colours, plots = colours_of(run.name for run in tuned), []
+    colours, plots = run_colours(runs), list[Plot]()
+    tuned = [run for run in runs if run.name in colours]
+    count = sum(map(is_tuned, runs))
+    note = f"The {len(tuned)} of {count} fine-tunings with the highest AP." if len(tuned) < count else ""
     validated = [Line(run.name, _percent(run.curves["val/AP"])) for run in tuned if "val/AP" in run.curves]
     if validated:
         title = "AP of validation against steps"
-        plots.append(draw_panels("runs_ap_steps", title, {"": validated}, colours, x="steps", y=_AP))
+        panels = {"": validated}
+        plots.append(draw_panels("runs_ap_steps", title, panels, colours, x="steps", y=_AP, note=note))
     by_class = run_class_table(tuned)
     if by_class:
-        plots.append(draw_bars("runs_ap_class", "AP by class", by_class, colours, x=_AP))
+        plots.append(draw_bars("runs_ap_class", "AP by class", by_class, colours, x=_AP, note=note))
     details = {run.name: [run.details] for run in tuned if run.details}
-    plots += detail_plots("runs", "", details, colours)
+    plots += detail_plots("runs", note.rstrip("."), details, colours)
     lines = [Line(run.name, run.curves[_LOSS]) for run in tuned if _LOSS in run.curves]
-    plots += _losses("runs_loss", "Loss of fine-tuning", {"": lines} if lines else {}, colours)
+    plots += _losses("runs_loss", "Loss of fine-tuning", {"": lines} if lines else {}, colours, note)
     for index, run in enumerate((run for run in runs if not is_tuned(run)), 1):
         plots += pretraining_losses(f"run{index}", run)
     return plots
@@ -99,9 +103,26 @@ def pretraining_losses(prefix: str, run: Run) -> list[Plot]:
         for name, curve in run.curves.items()
         if name.startswith("loss/")
     ]
-    panels = {"": sorted(parts, key=lambda line: line.label != "total")} if parts else {}
-    colours = colours_of(line.label for line in panels.get("", []))
+    # the total first; of many, the largest at the end are drawn
+    parts.sort(key=lambda line: (line.label != "total", -next(reversed(line.values.values()))))
+    panels = {"": parts} if parts else {}
+    colours = colours_of(line.label for line in parts)
     return _losses(f"{prefix}_loss", f"Losses of pre-training, {run.name}", panels, colours)
+
+
+def run_colours(runs: Iterable[Run]) -> dict[str, str]:
+    """Colours of the fine-tunings that are drawn: of many, those of the highest AP.
+
+    Args:
+        runs: Measured by `aligndet evaluate`, or else by their last validation.
+    """
+    tuned = [run for run in runs if is_tuned(run)]
+    best = {run.name for run in sorted(tuned, key=_measured, reverse=True)[:DRAWN]}
+    return colours_of(run.name for run in tuned if run.name in best)
+
+
+def _measured(run: Run) -> float:
+    return run.figures.get("AP") or next(reversed(run.curves.get("val/AP", {}).values()), 0.0)
 
 
 def is_tuned(run: Run) -> bool:

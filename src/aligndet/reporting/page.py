@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from aligndet.comparison import BASELINE, sentence
-from aligndet.reporting.figures import class_table, is_tuned, run_class_table
+from aligndet.comparison import BASELINE
+from aligndet.reporting.figures import class_table, is_tuned, run_class_table, run_colours
 from aligndet.reporting.pictures import Pictures
 from aligndet.reporting.plots import Plot, colours_of
 from aligndet.reporting.runs import Comparison, Run
+from aligndet.verdicts import rate_remarks, rates_of, sentence
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -56,6 +57,7 @@ class Section:
     subtitle: str
     answers: Sequence[str]  # what the reader wants to know first
     more: Sequence[str]  # the other sentences
+    remarks: Sequence[str]  # what to bear in mind
     table: Table
     classes: Table
     parts: Sequence[Part]
@@ -97,16 +99,22 @@ def comparison_section(comparison: Comparison, parts: Sequence[Part]) -> Section
     more: list[str] = []
     for row in comparison.rows:
         (answers if (row["arm"], row["steps"]) == (main, longest) else more).append(sentence(row))
-    facts = [settings.get("trunk"), f"folder {comparison.name}", f"{len(comparison.cells)} fine-tunings"]
+    count = len(comparison.cells)
+    missing = f" of {comparison.planned}" if (comparison.planned or 0) > count else ""
+    facts = [settings.get("trunk"), f"folder {comparison.name}", f"{count}{missing} fine-tunings"]
+    manifest = [_manifest(comparison.name, comparison.record)]
+    if comparison.begun is not None:
+        manifest.append(_manifest(f"{comparison.name}, its first call", {"command": comparison.begun}))
     return Section(
         str(settings.get("detector") or comparison.name),
         " · ".join(str(fact) for fact in facts if fact),
         [text for text in answers if text],
         [text for text in more if text],
+        [*comparison.remarks, *rate_remarks(comparison.rows)],
         _arms(comparison),
         _classes(comparison),
         parts,
-        [_manifest(comparison.name, comparison.record)],
+        manifest,
     )
 
 
@@ -118,36 +126,42 @@ def runs_section(runs: Sequence[Run], parts: Sequence[Part]) -> Section:
         parts: Plots and pictures.
     """
     manifest = [_manifest(run.name, run.record) for run in runs]
-    return Section("Runs", "", [], [], _runs(runs), _run_classes(runs), parts, manifest)
+    return Section("Runs", "", [], [], [], _runs(runs), _run_classes(runs), parts, manifest)
 
 
 def _arms(comparison: Comparison) -> Table:
-    heads = ("labelled images", "steps", "arm", "n", "AP", f"against {BASELINE}", "p", f"{BASELINE} needs")
+    masks = any("masks_mean" in row for row in comparison.rows)
+    heads = ["labelled images", "steps", "arm", "learning rate", "n", "AP of boxes" if masks else "AP"]
+    heads += [f"against {BASELINE}", "p", f"{BASELINE} needs", *(["AP of masks"] if masks else [])]
     colours = colours_of(comparison.arms)
     rows = [
         [
             _whole(row["labels"]),
             _whole(row["steps"]),
-            Entry(row["arm"], None, colours[row["arm"]]),
+            Entry(row["arm"], None, colours.get(row["arm"])),
+            _rates(row),
             _whole(row["n"]),
             _points(row["mean"], row["spread"]),
             _points(row.get("difference"), row.get("difference_spread"), "+.1f"),
             _probability(row.get("p")),
             _whole(row.get("scratch_labels")),
+            *([_points(row.get("masks_mean"))] if masks else []),
         ]
         for row in comparison.rows
     ]
     note = (
         "AP in points (0 to 100), mean ± standard deviation over n seeds and folds. Differences and p (exact"
         " sign-flip test over seeds) are of pairs with the same seed and fold; tests are not corrected for"
-        f" their number. The last column: how many labelled images {BASELINE} needs for the same AP,"
-        " interpolated; empty where that lies outside what was run."
+        f" their number. What {BASELINE} needs for the same AP is in labelled images, interpolated; empty"
+        " where no gain is proven or that lies outside what was run."
     )
+    if masks:
+        note += " All but the last column are of boxes."
     return Table(heads, rows, note)
 
 
 def _runs(runs: Sequence[Run]) -> Table:
-    colours, rows = colours_of(run.name for run in runs if is_tuned(run)), []
+    colours, rows = run_colours(runs), []
     for run in runs:
         step, loss = next(reversed(run.curves.get("loss/total", {}).items()), (None, None))
         figures = [run.figures.get(name) for name in ("AP", "AP50", "AP75")]
@@ -192,11 +206,12 @@ def _run_classes(runs: Sequence[Run]) -> Table:
 
 
 def _manifest(name: str, record: dict[str, Any]) -> dict[str, str]:
+    settings = record.get("settings")
     return {
         "name": name,
         "command": str(record.get("command") or "not recorded"),
         "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()),
-        "settings": json.dumps(record.get("settings") or {}, indent=2, ensure_ascii=False),
+        "settings": json.dumps(settings, indent=2, ensure_ascii=False) if settings else "",
     }
 
 
@@ -204,6 +219,11 @@ def _points(value: float | None, spread: float | None = None, form: str = ".1f")
     if value is None:
         return None
     return Entry(f"{value:{form}}" + ("" if spread is None else f" ± {spread:.1f}"), value)
+
+
+def _rates(row: Mapping[str, Any]) -> Entry | None:
+    rates = row["learning_rates"]
+    return Entry(rates_of(row), rates[0]) if rates else None
 
 
 def _whole(value: float | None) -> Entry | None:

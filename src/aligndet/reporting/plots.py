@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ _ADAPTIVE = (
     b"<style>svg { color: #50555b } @media (prefers-color-scheme: dark) { svg { color: #b3b9c0 } }</style>"
 )
 _COLOURS = ["#8b919a", "#e0702f", "#2f7fd0", "#35a05a", "#8d6fc0", "#c8504d", "#33a9b5", "#a0724f", "#cf6fae"]
+DRAWN = len(_COLOURS)  # of more curves, an eye can tell none
 _CLASSES = ["#2f7fd0", "#e0702f", "#35a05a", "#c74fa5", "#c9a400", "#7a5fd0"]
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold a dollar sign
@@ -50,6 +51,7 @@ _STYLE: dict[Any, Any] = {
 _POINTS = 400  # of a curve; a screen shows no more
 _FEW = 20  # points that are marked one by one
 _HALF, _WHOLE = 6.0, 12.2  # inches: of a figure beside another, and of one over the width of the page
+_BARS = 600  # of a figure; a picture of more is too large for a file
 _NUMBERS = 20  # rows of a matrix, up to which its counts are written out
 
 
@@ -78,9 +80,9 @@ def colours_of(labels: Iterable[str]) -> dict[str, str]:
     """Gives each label the colour that it has in all plots; the first, which the others are against, is grey.
 
     Args:
-        labels: Arms or runs.
+        labels: Arms or runs; those beyond the ninth have no colour, and are not drawn.
     """
-    return {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
+    return dict(zip(dict.fromkeys(labels), _COLOURS, strict=False))
 
 
 def draw_panels(
@@ -95,19 +97,21 @@ def draw_panels(
     logarithmic: bool = False,
     unit: bool = False,
 ) -> Plot:
-    """Draws curves, in panels that share the y axis.
+    """Draws curves, in panels that share the y axis; the note says how many lack a colour and are left out.
 
     Args:
         name: Of the file.
         title: Of the plot.
         panels: What to draw, by the panel's title.
-        colours: Of all labels.
+        colours: Of the labels.
         x: Label of the axis.
         y: Label of the axis.
         note: What one sees.
         logarithmic: The x axis.
         unit: The x axis goes from 0 to 1, y starts at 0.
     """
+    labels = {line.label for lines in panels.values() for line in lines}
+    note, panels = _with_left_out(note, labels, colours), _drawn(panels, colours)
     columns = len(panels) if len(panels) <= 4 else 4
     wide, rows = columns > 2, -(-len(panels) // columns)
     with rc_context(_STYLE):
@@ -129,7 +133,7 @@ def draw_panels(
         for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # those with nothing below
             axes.set_xlabel(x)
         figure.supylabel(y, fontsize=9)
-        _legend(figure, colours, {line.label for lines in panels.values() for line in lines})
+        _legend(figure, colours, labels)
         return _render(figure, name, title, note, wide)
 
 
@@ -142,7 +146,7 @@ def draw_bars(
     x: str,
     note: str = "",
 ) -> Plot:
-    """Draws horizontal bars, side by side in each group.
+    """Draws horizontal bars, side by side in each group; the note says how many lack a colour.
 
     Args:
         name: Of the file.
@@ -152,7 +156,12 @@ def draw_bars(
         x: Label of the axis.
         note: What one sees.
     """
-    bars = [bar for bar in colours if any(bar in values for values in groups.values())]
+    labels = {bar for values in groups.values() for bar in values}
+    kept = max(1, _BARS // max(1, min(len(labels), DRAWN)))
+    if len(groups) > kept:
+        note = f"{note} The first {kept} of {len(groups)}.".strip()
+        groups = {name: groups[name] for name in list(groups)[:kept]}
+    bars, note = [bar for bar in colours if bar in labels], _with_left_out(note, labels, colours)
     with rc_context(_STYLE):
         figure = Figure(figsize=(_HALF, 1 + 0.15 * len(groups) * (len(bars) + 1)), layout="constrained")
         axes, middle = figure.subplots(), np.arange(len(groups))
@@ -236,6 +245,15 @@ def draw_matrix(
         return _render(figure, name, title, note)
 
 
+def _drawn(panels: Mapping[str, Sequence[Line]], colours: Mapping[str, str]) -> dict[str, list[Line]]:
+    return {title: [line for line in lines if line.label in colours] for title, lines in panels.items()}
+
+
+def _with_left_out(note: str, labels: Collection[str], colours: Mapping[str, str]) -> str:
+    count = sum(label in colours for label in labels)
+    return note if count == len(labels) else f"{note} {count} of {len(labels)} are drawn.".strip()
+
+
 def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     places = np.array(sorted(line.values))
     kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), _POINTS)).round().astype(int))
@@ -268,8 +286,11 @@ def _legend(figure: Figure, colours: Mapping[str, str], used: set[str]) -> None:
     names = [_short(label, 40) for label in shown]
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides _names
     handles = [Line2D([], [], color=colour, linewidth=3) for colour in shown.values()]
-    columns = max(1, int(13 * figure.get_figwidth() / (max(map(len, names)) + 7)))
-    figure.legend(handles, names, loc="outside lower left", ncols=min(columns, len(names)))
+    columns = min(len(names), max(1, int(13 * figure.get_figwidth() / (max(map(len, names)) + 7))))
+    figure.set_figheight(
+        figure.get_figheight() + 0.17 * (-(-len(names) // columns) - 1)
+    )  # the axes keep theirs
+    figure.legend(handles, names, loc="outside lower left", ncols=columns)
 
 
 def _short(text: str, most: int = 24) -> str:

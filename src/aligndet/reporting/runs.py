@@ -42,10 +42,13 @@ class Comparison:
     """A folder of `aligndet compare`."""
 
     name: str
-    record: dict[str, Any]
+    record: dict[str, Any]  # settings; command and versions of the call that has made the table
     rows: list[dict[str, Any]]  # of `aligndet.comparison.summarise`
     cells: list[tuple[dict[str, Any], Run]]  # an entry of results.json and its run
     folder: Path
+    planned: int | None = None  # cells; None: of an earlier version
+    remarks: tuple[str, ...] = ()
+    begun: str | None = None  # command of the first call, if it was another
 
     @property
     def arms(self) -> list[str]:
@@ -61,13 +64,17 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
 
     Args:
         folders: Of `aligndet compare` (of one detector or several), `quickstart` (stands for its three runs),
-            `finetune`, `pretrain` or `pretrain-backbone`.
+            `finetune`, `pretrain` or `pretrain-backbone`. What `evaluate --output RUN.json` has written
+            beside one of them is passed over.
 
     Raises:
         ValueError: Naming the folder that holds none of these, or the file that cannot be read.
     """
     comparisons, runs = [], []
+    beside = {run.with_name(f"{run.name}{end}") for run in folders for end in (".json", "_files")}
     for folder in folders:
+        if folder in beside:  # what `evaluate` has written of a run, as in runs/*
+            continue
         if (folder / "results.json").is_file():
             comparisons.append(_read_comparison(folder))
         elif several := sorted(folder.glob("*/results.json")):
@@ -158,14 +165,28 @@ def _read_comparison(folder: Path) -> Comparison:
     path = folder / "results.json"
     results = read_json(path)
     settings = folder / "compare.json"
-    record = {**results, **(read_json(settings) if settings.is_file() else {})}
+    first = read_json(settings) if settings.is_file() else {}
     try:
         cells = []
         for entry in results["cells"]:
             name = Cell.of(entry).name(entry["learning_rate"])
             cells.append((entry, read_run(folder / "cells" / name)))
         rows = rows_of(results["cells"])  # anew: those of an earlier version may lack something
-        kept = {name: record.get(name) for name in ("command", "versions", "settings")}
-        return Comparison(folder.resolve().name, kept, rows, cells, folder)
+        record = {name: {**first, **results}.get(name) for name in ("command", "versions", "settings")}
+        remarks = (*results.get("remarks", ()), *_mixed_versions([run for _, run in cells]))
+        begun = first.get("command") if first.get("command") != record["command"] else None
+        return Comparison(
+            folder.resolve().name, record, rows, cells, folder, results.get("planned"), remarks, begun
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no result of aligndet compare ({error!r})") from error
+
+
+def _mixed_versions(runs: list[Run]) -> list[str]:
+    """Says so if runs that are compared were made with different versions of a package."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for package, version in (run.record.get("versions") or {}).items():
+            versions.setdefault(package, {})[version] = None
+    mixed = [f"{package} {' and '.join(found)}" for package, found in versions.items() if len(found) > 1]
+    return [f"Cells were made with different versions: {', '.join(mixed)}."] if mixed else []
