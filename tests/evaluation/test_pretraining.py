@@ -78,7 +78,13 @@ def test_centers_are_in_the_image(detector: str) -> None:
 
 
 def _run(folder: Path) -> Path:
-    settings = {"detector": "fcos", "fpn_norm": "none", "options": None, "seed": 3, "proposals": "p"}
+    settings: dict[str, Any] = {
+        "detector": "fcos",
+        "fpn_norm": "none",
+        "options": None,
+        "seed": 3,
+        "proposals": "p",
+    }
     settings |= {**SMALL, "min_size": [64, 96], "max_size": 128}
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
@@ -90,7 +96,8 @@ def _neck(detector: Any) -> Tensor:
 
 
 def test_features_are_those_of_the_trained_detector(tmp_path: Path) -> None:
-    run, trained = _run(tmp_path / "run"), build_pretrainable("fcos", **SMALL)
+    run = _run(tmp_path / "run")
+    trained: Any = build_pretrainable("fcos", **SMALL)
     state = {f"{side}.{k}": v + add for k, v in trained.state_dict().items() for side, add in SIDES.items()}
     (run / "checkpoints").mkdir()
     torch.save({"state_dict": state}, run / "checkpoints" / "last.ckpt")
@@ -104,7 +111,9 @@ def test_features_are_those_of_the_trained_detector(tmp_path: Path) -> None:
 
 def test_before_fine_tuning_there_is_random_and_then_pretrained(tmp_path: Path) -> None:
     run, architecture = _run(tmp_path / "run"), {"detector": "fcos", "fpn_norm": "none", **SMALL}
-    detector = build_detector(**architecture, num_classes=1, min_size=96, max_size=128, trunk_weights="none")
+    detector: Any = build_detector(
+        **architecture, num_classes=1, min_size=96, max_size=128, trunk_weights="none"
+    )
     manifest = {"kind": "pretrained", "architecture": architecture}
     save_weights(run / "pretrained", detector.state_dict(), manifest)
     before, after = load_untuned(run)

@@ -83,9 +83,9 @@ def comparison_folder(folder: Path) -> Path:
                 made = run_folder(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
                 write(made / "result.json", {**result, "details": DETAILS})
     rows = summarise(figures, LABELS)
-    made = {"command": "aligndet compare train.json", "versions": {"torch": "2.9"}}
-    write(folder / "results.json", {"rows": rows, "cells": cells, "planned": len(cells), **made})
-    write(folder / "compare.json", {"settings": {"detector": "fcos"}, **made})
+    call = {"command": "aligndet compare train.json", "versions": {"torch": "2.9"}}
+    write(folder / "results.json", {"rows": rows, "cells": cells, "planned": len(cells), **call})
+    write(folder / "compare.json", {"settings": {"detector": "fcos"}, **call})
     return folder
 
 

@@ -98,15 +98,14 @@ def pretraining_losses(prefix: str, run: Run) -> list[Plot]:
         prefix: Of the name of the file.
         run: Of `aligndet pretrain` or `pretrain-backbone`.
     """
-    parts = [
-        Line(name.removeprefix("loss/"), curve)
-        for name, curve in run.curves.items()
-        if name.startswith("loss/")
-    ]
+    curves = {
+        name.removeprefix("loss/"): curve for name, curve in run.curves.items() if name.startswith("loss/")
+    }
     # the total first; of many, the largest at the end are drawn
-    parts.sort(key=lambda line: (line.label != "total", -next(reversed(line.values.values()))))
+    names = sorted(curves, key=lambda name: (name != "total", -curves[name][max(curves[name])]))
+    parts = [Line(name, curves[name]) for name in names]
     panels = {"": parts} if parts else {}
-    colours = colours_of(line.label for line in parts)
+    colours = colours_of(names)
     return _losses(f"{prefix}_loss", f"Losses of pre-training, {run.name}", panels, colours)
 
 
