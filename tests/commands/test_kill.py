@@ -25,22 +25,9 @@ from aligndet.cli import main
 from aligndet.proposals.storage import read_proposals
 
 SMALL = [
-    *(
-        "--trunk=resnet18",
-        "--trunk-weights=none",
-        "--fpn-channels=64",
-        "--min-size=[64,96]",
-        "--max-size=128",
-    ),
-    *(
-        "--batch-size=2",
-        "--steps=6",
-        "--checkpoint-every=2",
-        "--workers=1",
-        "--warmup-steps=2",
-        "--log-every=1",
-        "--accelerator=cpu",
-    ),
+    *("--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--min-size=[64,96]"),
+    *("--max-size=128", "--batch-size=2", "--steps=6", "--checkpoint-every=2", "--workers=1"),
+    *("--warmup-steps=2", "--log-every=1", "--accelerator=cpu"),
 ]
 FEW_QUERIES = ["--options.num_queries=20", "--options.objectness=true"]
 
@@ -159,12 +146,8 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
     command = [
         *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
         *("--crop-size=32", "--batch-size=4", "--queue=24", "--steps=25", "--checkpoint-every=5"),
-        *(
-            f"--workers={int(method == 'moco')}",
-            "--accelerator=cpu",
-            f"--labels={sample / 'train.json'}",
-            "--validate-every=4",
-        ),
+        *(f"--workers={int(method == 'moco')}", "--accelerator=cpu"),
+        *(f"--labels={sample / 'train.json'}", "--validate-every=4"),
     ]
     finish_fork(command, tmp_path / "whole")
     killed = tmp_path / "killed"

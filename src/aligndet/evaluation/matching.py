@@ -31,9 +31,8 @@ class Matches(NamedTuple):
     scores: Floats  # (P,)
     labels: Ints  # (P,)
     kinds: Ints  # (P,) positions in KINDS
-    objects: (
-        Ints  # (P,) the object that the box has found, or would have but for its class or location; else -1
-    )
+    # (P,) the object that the box has found, or would have but for its class or location; else -1
+    objects: Ints
     object_labels: Ints  # (G,)
 
 
