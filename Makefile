@@ -43,7 +43,6 @@ format: install ## mends what can be mended
 	$(RUN)ruff format .
 
 docs: install ## the documentation as a site in site/, built strictly
-	$(INSTALL) --editable '.[docs]'
 	$(RUN)mkdocs build --strict --quiet
 
 clean: ## removes the environment and all caches

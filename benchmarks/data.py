@@ -13,7 +13,6 @@ which the trainer waited for data.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from aligndet.commands.sample_data import sample_data
 from aligndet.data.images import list_images, read_image_size
 from aligndet.data.views import TwoViewDataset
 from aligndet.proposals.table import ImageProposals, ProposalTable
+from aligndet.reporting.runs import read_curves
 
 VIEWS = {"default": ((640, 800), 1333), "quickstart": ((128, 192), 256)}
 
@@ -100,8 +100,7 @@ def data_wait(steps: int) -> float:
             workers=1,
             log_every=max(1, steps // 4),
         )
-        with (folder / "run" / "logs" / "csv" / "metrics.csv").open() as file:
-            waits = [float(row["speed/data_wait"]) for row in csv.DictReader(file) if row["speed/data_wait"]]
+        waits = list(read_curves(folder / "run" / "logs")["speed/data_wait"].values())
     return statistics.median(waits[1:])  # the first part has the start of the loader's process in it
 
 

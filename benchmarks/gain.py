@@ -25,6 +25,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
+from aligndet.data.splits import with_images
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.proposals.clusters import clusters_file
@@ -79,12 +80,8 @@ def labelled_part(data: Path, output: Path, images: int) -> Path:
     path = output / f"train_{images}.json"
     if not path.is_file():
         document = json.loads((data / "train.json").read_text())
-        document["images"] = random.Random(0).sample(
-            sorted(document["images"], key=lambda i: int(i["id"])), images
-        )
-        kept = {image["id"] for image in document["images"]}
-        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
-        path.write_text(json.dumps(document))
+        in_order = sorted(document["images"], key=lambda image: int(image["id"]))
+        path.write_text(json.dumps(with_images(document, random.Random(0).sample(in_order, images))))
     return path
 
 
@@ -107,15 +104,10 @@ def cell(
         settings = (setting.split("=") for setting in args.query_settings)
         pretrain_options = finetune_options = {name: json.loads(value) for name, value in settings}
     elif "rcnn" in detector or "htc" in detector:  # torchvision's 512 and 1,000 are for images of 800 pixels
-        pretrain_options = {
-            "max_boxes": 8 * args.pretrain_regions,
-            "box_convolutions": args.box_convolutions,
-        }
-        finetune_options = {
-            "box_batch_size_per_image": args.regions,
-            "rpn_post_nms_top_n_test": 300,
-            "box_convolutions": args.box_convolutions,
-        }
+        common_options = {"box_convolutions": args.box_convolutions}
+        pretrain_options = {"max_boxes": 8 * args.pretrain_regions, **common_options}
+        finetune_options = {"box_batch_size_per_image": args.regions, "rpn_post_nms_top_n_test": 300}
+        finetune_options |= common_options
     pretraining, init = ARMS[arm]
     init_from = None
     if pretraining is not None:

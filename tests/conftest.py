@@ -21,10 +21,8 @@ _OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "RAY_ADDRESS", "
 for variable in list(os.environ):  # tests that start in a job are no part of it
     if variable.startswith(("SLURM_", "TORCHELASTIC_", "ALIGNDET_")) or variable in _OF_A_JOB:
         del os.environ[variable]
-_SLOW: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow],
-}  # a machine may be
+# a machine may be slow
+_SLOW: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("quick", max_examples=15, derandomize=True, **_SLOW)
 settings.register_profile("thorough", max_examples=500, **_SLOW)  # make test-slow
 settings.load_profile("quick")

@@ -169,14 +169,15 @@ def test_a_step_is_algorithm_1(batch: list[TwoViews]) -> None:
 
 
 class Replay(Callback):
-    """Moves a copy of the momentum detector by hand."""
+    """Moves a copy of a momentum network by hand."""
 
-    def __init__(self, ours: BoxPretraining) -> None:
-        self.expected = {name: p.clone() for name, p in ours.momentum.named_parameters()}
+    def __init__(self, online: nn.Module, momentum: nn.Module) -> None:
+        self.online = online
+        self.expected = {name: p.clone() for name, p in momentum.named_parameters()}
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *batch: Any) -> None:
         decay = cosine_decay(trainer.global_step - 1, module.steps, module.decay)
-        for name, source in module.online.named_parameters():
+        for name, source in self.online.named_parameters():
             copied = name == "detector.query" or name.startswith("detector.backbone.body")
             before = source if copied else self.expected[name]
             self.expected[name] = (decay * before + (1 - decay) * source).detach().clone()
@@ -197,7 +198,7 @@ def test_the_momentum_detector_follows_every_step(batch: list[TwoViews], tmp_pat
         enable_checkpointing=False,
         enable_progress_bar=False,
         default_root_dir=tmp_path,
-        callbacks=[replay := Replay(ours)],
+        callbacks=[replay := Replay(ours.online, ours.momentum)],
     )
     trainer.fit(ours, DataLoader([batch] * 3, batch_size=None, collate_fn=list))  # type: ignore[arg-type]
     followed = dict(ours.momentum.named_parameters())

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aligndet.data.crops import TwoCrops
 from aligndet.detectors.backbones import build_trunk
 from aligndet.image_pretraining import COLLAPSED, METHODS, MoCo, SimSiam, knn_accuracy
-from aligndet.momentum import cosine_decay
+from tests.test_box_pretraining import Replay
 
 
 class Colours(nn.Module):
@@ -138,18 +138,6 @@ def test_the_last_map_is_averaged_whatever_the_family() -> None:
         assert encoder.pooled(torch.rand(2, 3, 40, 70)).shape == (2, channels[-1])
 
 
-class Replay(Callback):
-    """Moves a copy of the momentum encoder by hand."""
-
-    def __init__(self, ours: MoCo) -> None:
-        self.expected = {name: p.clone() for name, p in ours.momentum.named_parameters()}
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *batch: Any) -> None:
-        decay = cosine_decay(trainer.global_step - 1, module.steps, module.decay)
-        for name, source in module.encoder.named_parameters():
-            self.expected[name] = (decay * self.expected[name] + (1 - decay) * source).detach()
-
-
 def test_mocos_momentum_encoder_follows_every_step(tmp_path: Path) -> None:
     ours: MoCo = module("moco", queue=16, decay=0.5)
     start = {name: p.clone() for name, p in ours.momentum.named_parameters()}
@@ -160,7 +148,7 @@ def test_mocos_momentum_encoder_follows_every_step(tmp_path: Path) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         default_root_dir=tmp_path,
-        callbacks=[replay := Replay(ours)],
+        callbacks=[replay := Replay(ours.encoder, ours.momentum)],
     )
     trainer.fit(ours, DataLoader([batch(*crops(4))] * 2, batch_size=None, collate_fn=list))  # type: ignore[arg-type]
     for name, value in ours.momentum.named_parameters():

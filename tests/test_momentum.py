@@ -42,9 +42,8 @@ def test_update_equals_the_formula_parameter_by_parameter() -> None:
             torch.testing.assert_close(new, source)
         else:
             torch.testing.assert_close(new, 0.9 * before[name] + 0.1 * source)
-    assert torch.equal(
-        momentum.get_buffer("norm.running_mean"), torch.zeros(2)
-    )  # buffers are the momentum detector's own
+    # buffers are the momentum detector's own
+    assert torch.equal(momentum.get_buffer("norm.running_mean"), torch.zeros(2))
 
 
 @pytest.mark.parametrize("steps", [1, 20, 150, 1000, 90_000])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from aligndet.data.images import read_image_size
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
 from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
+from aligndet.reporting.runs import read_curves
 from tests.commands.test_kill import (
     FEW_QUERIES,
     assert_same_weights,
@@ -35,19 +35,11 @@ from tests.commands.test_kill import (
     fork,
     imports,
 )
+from tests.commands.test_kill import SMALL as KILL_SMALL
 
 __all__ = ["imports"]  # a fixture
 
-SMALL = [
-    *(
-        "--trunk=resnet18",
-        "--trunk-weights=none",
-        "--fpn-channels=64",
-        "--min-size=[64,96]",
-        "--max-size=128",
-    ),
-    *("--batch-size=2", "--steps=4", "--workers=0", "--warmup-steps=1", "--accelerator=cpu", "--log-every=1"),
-]
+SMALL = [*KILL_SMALL, "--steps=4", "--workers=0", "--warmup-steps=1"]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -86,17 +78,7 @@ def two_forks(command: list[str], output: Path) -> None:
 
 
 def curve(run: Path) -> list[float]:
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        return [float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]]
-
-
-def validations(run: Path) -> list[dict[str, float]]:
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        rows = [
-            {k: float(v) for k, v in row.items() if k.startswith("val/") and v}
-            for row in csv.DictReader(file)
-        ]
-    return [row for row in rows if row]
+    return list(read_curves(run / "logs")["loss/total"].values())
 
 
 @pytest.fixture(scope="session")
@@ -325,10 +307,11 @@ def test_two_processes_validate_every_image_once(sample: Path, tmp_path: Path) -
     command += ["--detector=fcos", "--validate-every=2"]
     finish(*command, f"--output={tmp_path / 'one'}", "--accumulate=2")
     finish(*command, f"--output={tmp_path / 'two'}", "--devices=2", "--strategy=ddp")
-    one, two = (validations(tmp_path / run) for run in ("one", "two"))
-    assert [row["val/images"] for row in two] == [float(len(list((sample / "val").iterdir())))] * 2
-    for mine, other in zip(one, two, strict=True):
-        assert mine == pytest.approx(other, abs=2e-3)
+    one, two = (read_curves(tmp_path / run / "logs") for run in ("one", "two"))
+    assert list(two["val/images"].values()) == [float(len(list((sample / "val").iterdir())))] * 2
+    assert one.keys() == two.keys()
+    for name in (name for name in two if name.startswith("val/")):
+        assert one[name] == pytest.approx(two[name], abs=2e-3), name
 
 
 @pytest.mark.slow

@@ -1,10 +1,7 @@
 """AlignDet: pre-train every module of an object detector on your own unlabelled images.
 
-The commands are plain functions: ``aligndet.propose``, ``aligndet.cluster``, ``aligndet.pretrain_backbone``,
-``aligndet.pretrain``, ``aligndet.export``, ``aligndet.finetune``, ``aligndet.evaluate``,
-``aligndet.predict``, ``aligndet.compare``, ``aligndet.report``, ``aligndet.sample_data``,
-``aligndet.check_data``, ``aligndet.split``, ``aligndet.recipes`` and ``aligndet.quickstart``;
-``aligndet.load_detector`` and ``aligndet.read_detections`` read what they write.
+The commands are plain functions, such as ``aligndet.pretrain``; ``aligndet.load_detector`` and
+``aligndet.read_detections`` read what they write.
 """
 
 from __future__ import annotations

@@ -188,20 +188,17 @@ class MoCo(ImagePretraining):
 METHODS: dict[str, type[SimSiam] | type[MoCo]] = {"simsiam": SimSiam, "moco": MoCo}
 
 
-def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = 20) -> float:
-    """How often a weighted vote of the nearest neighbours is right; every second image is asked, the others
-    vote.
+def knn_accuracy(features: Tensor, labels: Tensor) -> float:
+    """How often a weighted vote of the 20 nearest neighbours is right; every second image is asked, the
+    others vote.
 
     Args:
         features: (N, C) normalised.
         labels: (N,) from 0.
-        neighbours: That vote.
     """
     bank, voters = features[::2].T, labels[::2]
-    right = 0
+    classes, right = int(labels.max()) + 1, 0
     for asked, truth in zip(features[1::2].split(256), labels[1::2].split(256), strict=True):
-        ranks = knn_predict(
-            asked, bank, voters, int(labels.max()) + 1, knn_k=min(neighbours, len(voters)), knn_t=0.1
-        )
+        ranks = knn_predict(asked, bank, voters, classes, knn_k=min(20, len(voters)), knn_t=0.1)
         right += int((ranks[:, 0] == truth).sum())
     return right / len(labels[1::2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ import aligndet
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.files import locked
 from aligndet.proposals.storage import read_shard, write_shard
+from aligndet.reporting.runs import read_curves
 from aligndet.trainer import fit
 
 SMALL: dict[str, Any] = {
@@ -57,17 +57,14 @@ def tuned(run: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_what_a_pretraining_run_leaves(run: Path) -> None:
     assert {"README.txt", "run.json", "checkpoints", "logs", "pretrained"} <= {p.name for p in run.iterdir()}
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
     wanted = {"loss/total", "loss/contrast", "boxes/assigned", "proposals/in_both_views", "embedding_spread"}
-    assert wanted | {"speed/images_per_second", "speed/data_wait"} <= set(rows[0])
+    assert wanted | {"speed/images_per_second", "speed/data_wait"} <= set(read_curves(run / "logs"))
     state = load_file(run / "pretrained" / "model.safetensors")
     assert not [name for name in state if "projection" in name or "cls_logits" in name]
 
 
 def losses(run: Path) -> list[float]:
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        return [float(row["loss/total"]) for row in csv.DictReader(file)]
+    return list(read_curves(run / "logs")["loss/total"].values())
 
 
 def test_the_seed_decides(run: Path, sample: Path, proposals: Path, tmp_path: Path) -> None:
@@ -195,8 +192,7 @@ def test_a_fine_tuned_run_is_not_exported_again(tuned: Path, tmp_path: Path) -> 
 
 
 def test_the_last_step_is_validated(tuned: Path) -> None:
-    with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file) if row.get("val/AP")] == ["1", "2"]
+    assert list(read_curves(tuned / "logs")["val/AP"]) == [1, 2]
 
 
 def test_the_architecture_is_that_of_the_weights(run: Path, sample: Path, tmp_path: Path) -> None:
@@ -293,13 +289,11 @@ def test_labels_of_other_formats_all_the_way(sample: Path, tmp_path: Path) -> No
 def test_masks_all_the_way(sample: Path, proposals: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "steps": 1, "detector": "mask_rcnn"}
     run = aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "run", **settings)
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        assert any("loss/" in name and "mask" in name for name in next(csv.reader(file)))
+    assert any("loss/" in name and "mask" in name for name in read_curves(run / "logs"))
     labels: dict[str, Any] = {"val_annotations": sample / "val.json", "init_from": run}
     settings["options"] = {"box_detections_per_img": 5, "rpn_post_nms_top_n_test": 50}
     tuned = aligndet.finetune(sample / "train.json", output=tmp_path / "tuned", **labels, **settings)
-    with (tuned / "logs" / "csv" / "metrics.csv").open() as file:
-        assert "loss/loss_mask" in next(csv.reader(file))
+    assert "loss/loss_mask" in read_curves(tuned / "logs")
     result = aligndet.evaluate(tuned, sample / "val.json")
     assert 0 <= result.figures["mask_AP"] <= 1
     assert result.mask_ap_by_class is not None

@@ -25,22 +25,9 @@ from aligndet.cli import main
 from aligndet.proposals.storage import read_proposals
 
 SMALL = [
-    *(
-        "--trunk=resnet18",
-        "--trunk-weights=none",
-        "--fpn-channels=64",
-        "--min-size=[64,96]",
-        "--max-size=128",
-    ),
-    *(
-        "--batch-size=2",
-        "--steps=6",
-        "--checkpoint-every=2",
-        "--workers=1",
-        "--warmup-steps=2",
-        "--log-every=1",
-        "--accelerator=cpu",
-    ),
+    *("--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--min-size=[64,96]"),
+    *("--max-size=128", "--batch-size=2", "--steps=6", "--checkpoint-every=2", "--workers=1"),
+    *("--warmup-steps=2", "--log-every=1", "--accelerator=cpu"),
 ]
 FEW_QUERIES = ["--options.num_queries=20", "--options.objectness=true"]
 
@@ -126,6 +113,17 @@ def assert_went_on(run: Path) -> None:
     assert min(steps[1]) >= done
 
 
+def assert_resumes(command: list[str], folder: Path, result: str) -> None:
+    """A run that is killed after a checkpoint and goes on ends in the weights of one that was left alone."""
+    whole, killed = folder / "whole", folder / "killed"
+    finish_fork(command, whole)
+    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
+    assert not (killed / result).exists()
+    finish_fork([*command, "--resume"], killed)
+    assert_same_weights(whole / result, killed / result)
+    assert_went_on(killed)
+
+
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
@@ -143,13 +141,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
         *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
         *("--batch-size=1", "--accumulate=2"),
     ]
-    finish_fork(command, tmp_path / "whole")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
-    assert not (killed / "pretrained").exists()
-    finish_fork([*command, "--resume"], killed)
-    assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
-    assert_went_on(killed)
+    assert_resumes(command, tmp_path, "pretrained")
 
 
 @pytest.mark.usefixtures("imports")
@@ -159,20 +151,10 @@ def test_pretrain_backbone(method: str, sample: Path, tmp_path: Path) -> None:
     command = [
         *("pretrain-backbone", str(sample / "train"), f"--method={method}", "--trunk=resnet18"),
         *("--crop-size=32", "--batch-size=4", "--queue=24", "--steps=25", "--checkpoint-every=5"),
-        *(
-            f"--workers={int(method == 'moco')}",
-            "--accelerator=cpu",
-            f"--labels={sample / 'train.json'}",
-            "--validate-every=4",
-        ),
+        *(f"--workers={int(method == 'moco')}", "--accelerator=cpu"),
+        *(f"--labels={sample / 'train.json'}", "--validate-every=4"),
     ]
-    finish_fork(command, tmp_path / "whole")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
-    assert not (killed / "trunk").exists()
-    finish_fork([*command, "--resume"], killed)
-    assert_same_weights(tmp_path / "whole" / "trunk", killed / "trunk")
-    assert_went_on(killed)
+    assert_resumes(command, tmp_path, "trunk")
 
 
 @pytest.mark.usefixtures("imports")
@@ -180,13 +162,7 @@ def test_finetune(sample: Path, tmp_path: Path) -> None:
     command = ["finetune", str(sample / "train.json"), f"--val-annotations={sample / 'val.json'}", *SMALL]
     command += ["--channels-last=true", "--ema=0.9"]  # checkpoints keep the format, and the average
     command += ["--workers=0", "--validate-every=3"]
-    finish_fork(command, tmp_path / "whole")
-    killed = tmp_path / "killed"
-    kill_when((killed / "checkpoints" / "last.ckpt").is_file, command, killed)
-    assert not (killed / "model").exists()
-    finish_fork([*command, "--resume"], killed)
-    assert_same_weights(tmp_path / "whole" / "model", killed / "model")
-    assert_went_on(killed)
+    assert_resumes(command, tmp_path, "model")
 
 
 @pytest.mark.usefixtures("imports")

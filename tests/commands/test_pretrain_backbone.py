@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from torchvision.models import get_model
 import aligndet
 from aligndet import cli
 from aligndet.detectors.backbones import build_trunk
+from aligndet.reporting.runs import read_curves
+from tests.commands.test_flow import SMALL as FLOW
 from tests.commands.test_flow import asked_of, recipe_of
 
 SMALL: dict[str, Any] = {
@@ -38,10 +39,8 @@ def run(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_a_run_leaves(run: Path) -> None:
-    with (run / "logs" / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
     figures = {"loss/contrast", "embeddings/std", "embeddings/std_of_healthy", "knn/accuracy"}
-    assert figures <= {name for row in rows for name, value in row.items() if value}
+    assert figures <= set(read_curves(run / "logs"))
     manifest = json.loads((run / "trunk" / "manifest.json").read_text())
     assert (manifest["architecture"]["trunk"], manifest["images"]) == ("resnet18", 12)
     network = get_model("resnet18")
@@ -64,16 +63,8 @@ def test_box_pretraining_of_a_trunk_without_labels(
         sample / "train",
         proposals=proposals,
         output=tmp_path / "pretrained",
-        trunk="resnet18",
-        trunk_weights=str(run),
-        fpn_channels=64,
         fpn_norm="batch",
-        min_size=(64, 64),
-        max_size=96,
-        batch_size=2,
-        steps=1,
-        workers=0,
-        accelerator="cpu",
+        **{**FLOW, "trunk_weights": str(run)},
     )
     assert "matched 120 tensors, 100.0 % of the trunk, missing 0, unused 0" in capsys.readouterr().out
     exported = aligndet.export(output, output=tmp_path / "exported", num_classes=3)
@@ -86,13 +77,8 @@ def test_box_pretraining_of_a_trunk_without_labels(
         sample / "train.json",
         init_from=output,
         output=tmp_path / "tuned",
-        min_size=(64, 64),
-        max_size=96,
-        batch_size=2,
-        steps=1,
-        workers=0,
-        accelerator="cpu",
         batch_norm="trained",
+        **FLOW,
     )
     assert aligndet.load_detector(tuned)[1]["architecture"]["fpn_norm"] == "batch"  # taken over
 

@@ -23,21 +23,11 @@ from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainab
 from aligndet.detectors.weights import save_detector
 from aligndet.proposals.clusters import clusters_file, read_manifest, with_clusters
 from aligndet.proposals.storage import read_proposals
+from tests.commands.test_flow import SMALL as FLOW
 
 OPTIONS = {"num_queries": 20, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
 TRUNK: dict[str, Any] = {"trunk": "resnet18", "trunk_weights": "none"}
-SMALL: dict[str, Any] = {
-    **TRUNK,
-    "fpn_channels": 32,
-    "min_size": (64, 96),
-    "max_size": 128,
-    "batch_size": 2,
-    "steps": 3,
-    "workers": 0,
-    "warmup_steps": 1,
-    "log_every": 1,
-    "accelerator": "cpu",
-}
+SMALL: dict[str, Any] = {**FLOW, "fpn_channels": 32}
 QUERY = sorted(name for name in DETECTORS if family_of(name).weights_format == "transformers")
 ALONE = """
 import sys

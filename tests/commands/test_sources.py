@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,22 +13,7 @@ from safetensors.torch import load_file
 import aligndet
 from aligndet import cli
 from aligndet.proposals.storage import read_proposals
-
-SMALL: dict[str, Any] = {
-    "trunk": "resnet18",
-    "batch_size": 2,
-    "steps": 2,
-    "workers": 0,
-    "warmup_steps": 1,
-    "accelerator": "cpu",
-}
-PRETRAIN: dict[str, Any] = {
-    **SMALL,
-    "trunk_weights": "none",
-    "fpn_channels": 64,
-    "min_size": (64, 96),
-    "max_size": 128,
-}
+from tests.commands.test_flow import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +38,7 @@ def test_tars_give_the_proposals_and_the_weights_that_their_files_give(
     assert [name[len("0.tar/") :] for name in packed.file_names] == plain.file_names
     np.testing.assert_array_equal(packed.boxes, plain.boxes)
     runs = [
-        aligndet.pretrain(images, proposals=boxes, output=tmp_path / name, **PRETRAIN)
+        aligndet.pretrain(images, proposals=boxes, output=tmp_path / name, **SMALL)
         for name, images, boxes in (
             ("plain", sample / "train", proposals),
             ("packed", str(shards), tmp_path / "proposals"),

@@ -416,28 +416,17 @@ def test_a_single_lack_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_every_rule_is_of_use() -> None:
     names = [
         *("stem.conv1.norm.bias", "stem.conv1.weight", "res2.0.conv1.norm.bias", "res2.0.shortcut.norm.bias"),
-        *(
-            "res2.0.shortcut.weight",
-            "4.0.conv1.weight",
-            "0.weight",
-            "1.bias",
-            "layers.0.downsample.norm.bias",
-        ),
-        *(
-            "stages.0.blocks.0.attn.w_msa.qkv.bias",
-            "stages.0.blocks.0.ffn.layers.0.0.bias",
-            "stages.0.0.gamma",
-        ),
+        *("res2.0.shortcut.weight", "4.0.conv1.weight", "0.weight", "1.bias", "stages.0.0.gamma"),
+        *("layers.0.downsample.norm.bias", "stages.0.blocks.0.attn.w_msa.qkv.bias"),
+        "stages.0.blocks.0.ffn.layers.0.0.bias",
         *("x.ffn.layers.1.bias", "patch_embed.projection.bias", "features.0.0.bias", "features.0.2.bias"),
         *("features.0.1.bias", "features.1.0.mlp.0.bias", "features.1.0.mlp.3.bias", "features.2.norm.bias"),
         *("downsample_layers.0.0.bias", "downsample_layers.1.0.bias", "stages.0.0.dwconv.bias"),
         *("stages.0.0.pwconv1.bias", "features.1.0.block.0.bias", "features.1.0.block.2.bias"),
         *("features.1.0.block.3.bias", "features.1.0.block.5.bias", "features.1.0.layer_scale"),
         *("layers.0.ln1.bias", "class_token", "encoder.pos_embedding", "conv_proj.bias"),
-        *(
-            "encoder.layers.encoder_layer_0.ln_1.bias",
-            "encoder.layers.encoder_layer_0.self_attention.in_proj_bias",
-        ),
+        "encoder.layers.encoder_layer_0.ln_1.bias",
+        "encoder.layers.encoder_layer_0.self_attention.in_proj_bias",
         "encoder.layers.encoder_layer_0.self_attention.out_proj.bias",
     ]
     for layout, rules in LAYOUTS.items():

@@ -30,9 +30,16 @@ NAMES = [
 IMAGES = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
 
 
+FEW = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
+SMALL: dict[str, Any] = {"num_classes": 3, "fpn_channels": 32, "min_size": 96, "max_size": 128}
+
+
 def build(name: str, **options: Any) -> Any:
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
-    return build_pretrainable(name, trunk="resnet18", fpn_channels=32, options={**few, **options})
+    return build_pretrainable(name, trunk="resnet18", fpn_channels=32, options={**FEW, **options})
+
+
+def build_plain(name: str, **options: Any) -> Any:
+    return build_detector(name, trunk="resnet18", **SMALL, options={**FEW, **options})
 
 
 def boxes(count: int) -> torch.Tensor:
@@ -121,8 +128,7 @@ def test_what_chooses_queries_goes_on_as_it_is(name: str) -> None:
     adapter = build(name, objectness=True)
     with torch.no_grad():
         adapter.detector.network.model.enc_score_head.bias.normal_()
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=32, options=few)
+    detector = build_plain(name)
     origins = initialise(detector, pretrained_state(adapter))
     assert origins["model.enc_score_head"] == "pre-trained"
     assert origins["class_embed.0"] == "new"
@@ -141,10 +147,7 @@ def test_noise_rests_in_pretraining_alone() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_normalised_over_all_processes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with one and three boxes average to what one process has of both batches."""
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(
-        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
-    ).eval()
+    detector = build_plain(name).eval()
     labels = [
         {"boxes": torch.rand(count, 4) * 0.3 + 0.2, "class_labels": torch.zeros(count, dtype=torch.int64)}
         for count in (1, 3)
@@ -188,11 +191,7 @@ def test_queries_differ_from_the_start(name: str) -> None:
 
 
 def test_refined_boxes_start_at_an_eighth_of_the_image() -> None:
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    options = {**few, "with_box_refine": True}
-    detector: Any = build_detector(
-        "deformable_detr", num_classes=2, trunk="resnet18", fpn_channels=32, options=options
-    ).eval()
+    detector = build_plain("deformable_detr", with_box_refine=True).eval()
     with torch.inference_mode():
         sides = detector.run(IMAGES).pred_boxes[..., 2:]
     torch.testing.assert_close(sides, torch.full_like(sides, -2.0).sigmoid())
@@ -200,8 +199,7 @@ def test_refined_boxes_start_at_an_eighth_of_the_image() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_new_layers_start_as_their_authors_have_them(name: str) -> None:
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(name, num_classes=4, trunk="resnet18", fpn_channels=64, options=few)
+    detector: Any = build_detector(name, num_classes=4, trunk="resnet18", fpn_channels=64, options=FEW)
     network = detector.network
     trunk = set(detector.backbone.body.modules())
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) and m not in trunk]
@@ -224,10 +222,7 @@ def test_new_layers_start_as_their_authors_have_them(name: str) -> None:
 
 def test_every_layer_of_d_fine_learns_from_its_own_predictions() -> None:
     """Edges of all layers are pulled to the boxes that go with them, and every class layer learns."""
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(
-        "d_fine", num_classes=4, trunk="resnet18", fpn_channels=32, options={**few, "num_denoising": 8}
-    ).train()
+    detector = build_plain("d_fine", num_denoising=8).train()
     target = {"boxes": boxes(2), "labels": torch.tensor([1, 2])}
     losses = detector([i.clone() for i in IMAGES], [target, target])
     network = detector.network
@@ -254,10 +249,8 @@ def test_every_layer_of_d_fine_learns_from_its_own_predictions() -> None:
 
 
 def test_square_batches_have_the_size_drawn_for_their_squarest_image() -> None:
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(
-        "rt_detr_v2", num_classes=2, trunk="resnet18", fpn_channels=32, resize_in_training=False, options=few
-    ).train()
+    detector = build_plain("rt_detr_v2").train()
+    detector.resize_in_training = False
     sides = ((32, 160), (128, 96), (160, 120), (160, 240))  # the first is bounded, the second was drawn
     pixels, _ = detector._batch([torch.rand(3, *side) for side in sides])
     assert pixels.shape == (4, 3, 96, 96)
@@ -268,10 +261,7 @@ def test_square_batches_have_the_size_drawn_for_their_squarest_image() -> None:
 def test_anchors_are_exact_in_half_precision(
     name: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(
-        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
-    )
+    detector = build_plain(name)
     model, types = detector.train(training).network.model, []
     generate = model.generate_anchors
 
@@ -288,10 +278,7 @@ def test_anchors_are_exact_in_half_precision(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_without_boxes_has_a_gradient_for_every_weight(name: str) -> None:
     """Other processes wait for it."""
-    few = {"num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    detector: Any = build_detector(
-        name, num_classes=3, trunk="resnet18", fpn_channels=32, min_size=96, max_size=128, options=few
-    ).train()
+    detector = build_plain(name).train()
     without = []
     for count in (2, 0):
         detector.zero_grad()
@@ -406,9 +393,7 @@ def test_attention_that_learns_in_bfloat16_on_a_cpu_is_not_fused(
 
 def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:
     """A detector that is sure of one class finds this class, and loses least where it is the label."""
-    few = {"num_queries": 6, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
-    detector: Any = build_detector("detr", num_classes=3, trunk="resnet18", fpn_channels=32, options=few)
-    detector.min_size, detector.max_size = 96, 128
+    detector = build_plain("detr", dropout=0.0)
     bias, losses = detector.network.class_labels_classifier.bias.data, []
     for sure in (1, 2, 3):
         bias.copy_(torch.full((4,), -20.0))[sure - 1] = 20.0

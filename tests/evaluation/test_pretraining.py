@@ -16,7 +16,7 @@ from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.weights import save_weights
 from aligndet.evaluation.centers import predicted_centers
-from aligndet.evaluation.pretraining import Pair, load_pretrainable, load_untuned
+from aligndet.evaluation.pretraining import load_pretrainable, load_untuned
 from aligndet.evaluation.tsne import box_features, embed_boxes
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_every_kind_of_detector_has_features(detector: str) -> None:
 
 
 def test_features_in_two_dimensions(sample: Path) -> None:
-    pair = Pair(build_pretrainable("fcos", **SMALL), build_pretrainable("fcos", **SMALL))
+    pair = build_pretrainable("fcos", **SMALL), build_pretrainable("fcos", **SMALL)
     coco = read_labelled(sample / "train.json")
     embedded = embed_boxes(pair, coco, min_size=128, max_size=128, classes=2, boxes=8, device=CPU)
     count = len(embedded.classes)

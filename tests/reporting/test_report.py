@@ -222,11 +222,7 @@ def test_proposals_are_shown_on_images_out_of_tars(tmp_path: Path) -> None:
     image = {"id": 1, "file_name": "0.tar/0.png", "width": 80, "height": 60}
     document = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "object"}]}
     (tmp_path / "proposals.json").write_text(json.dumps(document))
-    settings = {
-        "images": str(tmp_path),
-        "proposals": str(tmp_path / "proposals.json"),
-        "max_proposals": 5,
-    }
+    settings = {"images": str(tmp_path), "proposals": str(tmp_path / "proposals.json"), "max_proposals": 5}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     (shown,) = proposal_pictures("run", tmp_path, count=2)
     ((name, (drawn,)),) = shown.rows

@@ -14,8 +14,8 @@ from aligndet.commands._settings import provenance
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
-from aligndet.detectors.build import build_pretrainable, family_of, training_defaults
-from aligndet.detectors.weights import MODULES, pretrained_state, save_weights
+from aligndet.detectors.build import build_pretrainable, training_defaults
+from aligndet.detectors.weights import pretrained_state, save_weights
 from aligndet.files import accepts_strings
 from aligndet.launch import data_summary
 from aligndet.proposals.clusters import with_clusters
@@ -220,23 +220,15 @@ def pretrain(
         clusters = () if table.clusters is None else (table.clusters.astype(np.int64),)
         data = data_summary(counts, table.file_names, [table.boxes, table.offsets, *masks, *clusters])
         if fit(module, dataset, data=data, steps=total, checkpoint=checkpoint, **run):
+            shared = {k: v for k, v in (options or {}).items() if k in adapter.shared_options()}
             manifest = {
                 "kind": "pre-trained parts",
-                "architecture": architecture | _shared(detector, options),
+                "architecture": architecture | ({"options": shared} if shared else {}),
                 "trunk": {"weights": trunk_weights, "trained": train_trunk},
                 "left_out": list(module.online.prediction_layers),
-                "modules": list(MODULES),
                 "pretraining": settings,
                 **provenance(),
             }
             save_weights(output / "pretrained", pretrained_state(module.online), manifest)
             print(f"pre-trained weights: {output / 'pretrained'}")
     return output
-
-
-def _shared(detector: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    """The options that the fine-tuned detector must have as well."""
-    shared = {
-        name: value for name, value in (options or {}).items() if name in family_of(detector).shared_options()
-    }
-    return {"options": shared} if shared else {}

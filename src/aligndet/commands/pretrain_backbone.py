@@ -117,7 +117,7 @@ def pretrain_backbone(
         strategy: "auto" or "ddp": every device has the whole trunk.
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Hold channels as neighbours in memory; the same up to rounding.
-        compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
+        compile: Let torch.compile take the trunk; the first steps take minutes.
         workers: Loader processes on each device; by default one less than its share of the cores, up to 8.
         seed: Of weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.

@@ -129,10 +129,8 @@ def propose(
     check_bounds(locals())
     check_engine(engine, ray_address)
     source = ImageSource(images)
-    if annotations is not None:
-        read_labelled(
-            annotations, source.labelled_folder("--annotations"), masks=None
-        )  # fails before the work
+    if annotations is not None:  # fails before the work
+        read_labelled(annotations, source.labelled_folder("--annotations"), masks=None)
     file_names = source.names(names)
     parameters: dict[str, Any] = {
         "mode": mode,

@@ -176,11 +176,11 @@ def _table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _picture(output: Path, data: Path, count: int = 6) -> None:
-    """Rows: labels, without, with; columns: the first validation images."""
+def _picture(output: Path, data: Path) -> None:
+    """Rows: labels, without, with; columns: the first six validation images."""
     coco = read_labelled(data / "val.json")
     names = [category.name for category in coco.categories]
-    images = [read_image(coco.folder / name) for name in coco.file_names[:count]]
+    images = [read_image(coco.folder / name) for name in coco.file_names[:6]]
     pixels = [image.permute(1, 2, 0).numpy() for image in images]
     labels = zip(pixels, coco.boxes, coco.labels, strict=False)
     rows = [[draw_labelled(*labelled, names) for labelled in labels]]
@@ -196,7 +196,7 @@ def _picture(output: Path, data: Path, count: int = 6) -> None:
     atomic_write(output / "predictions.jpg", to_jpeg(np.asarray(sheet)))
 
 
-def _best(prediction: dict[str, torch.Tensor], count: int = 8) -> dict[str, torch.Tensor]:
-    """The best boxes that do not overlap, whatever their class: what an eye can take in."""
-    kept = nms(prediction["boxes"], prediction["scores"], 0.3)[:count]
+def _best(prediction: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The eight best boxes that do not overlap, whatever their class: what an eye can take in."""
+    kept = nms(prediction["boxes"], prediction["scores"], 0.3)[:8]
     return {name: value[kept] for name, value in prediction.items()}

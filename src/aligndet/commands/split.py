@@ -101,21 +101,12 @@ def split(
     folder = labels.folder.resolve()
     with locked(output):
         _clear(output, overwrite, annotations)
-        for name, chosen_entries in whole.items():
-            part = with_images(labels.content, chosen_entries)
-            atomic_write(output / f"{name}.json", json.dumps(part))
-            listed = [entry["file_name"] for entry in chosen_entries]
-            atomic_write(output / f"{name}.txt", "\n".join(listed) + "\n")
-            manifest[name] = {"images": len(chosen_entries), "objects": len(part["annotations"])}
+        for name, part in whole.items():
+            manifest[name] = _write(output / f"{name}.json", labels.content, part)
         for fold, chosen in enumerate(subsets):
-            for name, positions in zip(sizes, chosen, strict=True):
-                part = with_images(labels.content, [entries[position] for position in positions])
-                path = output / f"fold{fold}" / f"{name}.json"
-                atomic_write(path, json.dumps(part))
-                listed = [entry["file_name"] for entry in part["images"]]
-                atomic_write(path.with_suffix(".txt"), "\n".join(listed) + "\n")
-                summary = {"images": len(listed), "objects": len(part["annotations"])}
-                manifest["splits"][path.relative_to(output).as_posix()] = summary
+            for size, positions in zip(sizes, chosen, strict=True):
+                part, name = [entries[position] for position in positions], f"fold{fold}/{size}.json"
+                manifest["splits"][name] = _write(output / name, labels.content, part)
         held = _HELD_OUT.format(folder=folder) if whole else ""
         atomic_write(output / "README.txt", _EXPLANATION.format(folder=folder, held_out=held))
         atomic_write(output / "manifest.json", json.dumps(manifest, indent=2))
@@ -125,6 +116,14 @@ def split(
     if sizes:
         print(f"{len(manifest['splits'])} splits of {len(entries)} images are in {output}")
     return output
+
+
+def _write(path: Path, document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, int]:
+    """Writes a split as COCO JSON and its file names beside it; returns how much there is in it."""
+    part = with_images(document, images)
+    atomic_write(path, json.dumps(part))
+    atomic_write(path.with_suffix(".txt"), "".join(f"{image['file_name']}\n" for image in images))
+    return {"images": len(images), "objects": len(part["annotations"])}
 
 
 def _clear(output: Path, overwrite: bool, annotations: Path) -> None:

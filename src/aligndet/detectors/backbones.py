@@ -284,9 +284,8 @@ def normalisation(trunk: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _torchvision_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
-    layers = {
-        f"layer{stride.bit_length() - 2}": str(level) for level, stride in enumerate(strides)
-    }  # 4 -> layer1
+    # stride 4: layer1
+    layers = {f"layer{stride.bit_length() - 2}": str(level) for level, stride in enumerate(strides)}
     model = torchvision.models.get_model(trunk, weights=None)
     widths = [model.inplanes // 8 * 2 ** (int(layer[-1]) - 1) for layer in layers]
     return IntermediateLayerGetter(model, return_layers=layers), widths

@@ -86,8 +86,7 @@ def build_pretrainable(
         ValueError: If the detector, the trunk or an option is unknown, or the weights do not fit.
     """
     family = family_of(detector)
-    parameters = signature(family).parameters.values()
-    known = {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+    known = {p.name for p in _parameters(family) if p.kind is Parameter.KEYWORD_ONLY}
     _check(detector, options, known | family.shared_options())
     mean, std = normalisation(trunk)
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
@@ -150,9 +149,7 @@ def build_detector(
     if family.weights_format == "torchvision":
         # torchvision's constructors swallow what they do not know; what they build themselves is None by
         # default
-        ancestors = type(model).__mro__[:-1]
-        parameters = [p for ancestor in ancestors for p in signature(ancestor).parameters.values()]
-        known = {p.name for p in parameters if p.default not in (Parameter.empty, None)}
+        known = {p.name for p in _parameters(type(model)) if p.default not in (Parameter.empty, None)}
         _check(detector, options, known - set(own) - family.fixed_options | family.shared_options())
     _predict_in_float32(model)
     return model
@@ -206,6 +203,11 @@ def _to_float32_in_eval_mode(module: nn.Module, args: Any, output: Any) -> Any:
 
 def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return apply_to_collection(output, Tensor, Tensor.float)
+
+
+def _parameters(kind: type) -> list[Parameter]:
+    """Of a constructor and of those that it hands further arguments on to."""
+    return [p for ancestor in kind.__mro__[:-1] for p in signature(ancestor).parameters.values()]
 
 
 def _check(detector: str, options: dict[str, Any] | None, known: Set[str]) -> None:

@@ -231,18 +231,19 @@ class CascadePretraining(RoIPretraining):
         super().__init__(
             detector,
             list(heads.stages),
-            weights=heads.weights,
-            flows=list(heads.flows),
+            heads.weights,
+            list(heads.flows),
+            needs=("masks",) if mask_predictors else (),
             max_boxes=max_boxes,
             rpn_positives=rpn_positives,
-            needs=("masks",) if mask_predictors else (),
         )
 
     @classmethod
     def plain(cls, backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
         """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
         box_predictors = [ClassAgnosticPredictor(REPRESENTATION, num_classes) for _ in THRESHOLDS]
-        return cls.network(backbone, box_predictors, **transform)
+        mask_predictors = [MaskRCNNPredictor(256, 256, num_classes) for _ in THRESHOLDS if cls.masks]
+        return cls.network(backbone, box_predictors, mask_predictors, **transform)
 
 
 class HtcPretraining(CascadePretraining):
@@ -251,29 +252,8 @@ class HtcPretraining(CascadePretraining):
     masks = True
 
     def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        embedding_dim: int = 128,
-        max_boxes: int = 4096,
-        max_masks: int = 128,
-        rpn_positives: bool = False,
-        pretrain_mask: bool = True,
-        **transform: Any,
+        self, backbone: Backbone, *, max_masks: int = 128, pretrain_mask: bool = True, **settings: Any
     ) -> None:
-        super().__init__(
-            backbone,
-            [MaskRCNNPredictor(256, 256, num_classes=1) for _ in THRESHOLDS if pretrain_mask],
-            embedding_dim=embedding_dim,
-            max_boxes=max_boxes,
-            rpn_positives=rpn_positives,
-            **transform,
-        )
+        mask_predictors = [MaskRCNNPredictor(256, 256, num_classes=1) for _ in THRESHOLDS if pretrain_mask]
+        super().__init__(backbone, mask_predictors, **settings)
         self.max_masks = max_masks
-
-    @classmethod
-    def plain(cls, backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
-        """Builds the detector of fine-tuning and prediction; num_classes counts the background."""
-        box_predictors = [ClassAgnosticPredictor(REPRESENTATION, num_classes) for _ in THRESHOLDS]
-        mask_predictors = [MaskRCNNPredictor(256, 256, num_classes) for _ in THRESHOLDS]
-        return cls.network(backbone, box_predictors, mask_predictors, **transform)

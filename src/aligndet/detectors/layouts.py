@@ -22,9 +22,8 @@ from torch import Tensor, nn
 Rule: TypeAlias = tuple[str, str | Callable[[re.Match[str]], str]]
 
 NEARLY_ALL = 0.99
-_COPY = re.compile(
-    r"momentum|encoder_k|target|student|ema"
-)  # DINO evaluates its teacher, all others the encoder
+# DINO evaluates its teacher, all others the encoder
+_COPY = re.compile(r"momentum|encoder_k|target|student|ema")
 _COMPUTED = re.compile(r"num_batches_tracked|relative_position_index|relative_coords_table|attn_mask")
 
 

@@ -37,11 +37,8 @@ class ProjectionHead(nn.Module):
         Returns:
             Embeddings (M, D), not normalised.
         """
-        embeddings = self.output(torch.relu(self.hidden(features))).unflatten(
-            1, (self.num_anchors, -1)
-        )  # (M, A, D)
-        return (
-            embeddings[:, 0]
-            if anchors is None
-            else embeddings[torch.arange(len(anchors), device=anchors.device), anchors]
-        )
+        hidden = torch.relu(self.hidden(features))
+        embeddings = self.output(hidden).unflatten(1, (self.num_anchors, -1))  # (M, A, D)
+        if anchors is None:
+            return embeddings[:, 0]
+        return embeddings[torch.arange(len(anchors), device=anchors.device), anchors]

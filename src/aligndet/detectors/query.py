@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput
-from aligndet.detectors.backbones import PyramidNorm
+from aligndet.detectors.backbones import PyramidNorm, build_timm_trunk
 from aligndet.detectors.projection import ProjectionHead
-from aligndet.detectors.query_detector import (
-    QueryDetector,
-    QueryTrunk,
-    build_query_trunk,
-    relative_targets,
-)
+from aligndet.detectors.query_detector import QueryDetector, QueryTrunk, relative_targets
 from aligndet.detectors.query_families import Family, from_transformers, settings_of
 
 Matches: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -96,7 +91,8 @@ class QueryPretraining(Adapter):
         """Builds the trunk of this family; fpn_channels is the width of encoder and decoder."""
         if fpn_norm != "none":
             raise ValueError(f"query-based detectors have no feature pyramid: no fpn_norm={fpn_norm!r}")
-        return build_query_trunk(cls.family, trunk, trunk_weights, fpn_channels)
+        built = build_timm_trunk(trunk, strides=cls.family.strides, weights=trunk_weights)
+        return QueryTrunk(*built, fpn_channels)
 
     @classmethod
     def plain(

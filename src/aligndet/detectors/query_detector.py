@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import FrozenBatchNorm2d, box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as transforms
 
-from aligndet.detectors.backbones import build_timm_trunk
 from aligndet.detectors.query_families import (
     Family,
     from_transformers,
@@ -42,21 +41,6 @@ class QueryTrunk(NamedTuple):
     width: int
 
 
-def build_query_trunk(family: Family, trunk: str, weights: str, width: int) -> QueryTrunk:
-    """Builds the trunk of a query-based detector: a convolutional network of timm.
-
-    Args:
-        family: Says the strides of the maps.
-        trunk: By timm's name, or by torchvision's where timm has the same network under it.
-        weights: As for `aligndet.detectors.backbones.build_trunk`.
-        width: Of encoder and decoder.
-
-    Raises:
-        ValueError: If transformers cannot build such a trunk, or the weights do not fit.
-    """
-    return QueryTrunk(*build_timm_trunk(trunk, strides=family.strides, weights=weights), width)
-
-
 class QueryDetector(nn.Module):
     """A model of transformers with torchvision's way to call a detector.
 
@@ -72,32 +56,32 @@ class QueryDetector(nn.Module):
         *,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        settings: dict[str, Any],
         min_size: int = 800,
         max_size: int = 1333,
         resize_in_training: bool = False,
-        settings: dict[str, Any] | None = None,
     ) -> None:
         """Builds the model with new weights above the trunk.
 
         Args:
             family: Of the detector.
-            trunk: Of `build_query_trunk`; its weights are copied.
+            trunk: Its weights are copied.
             num_labels: Classes, without background.
             image_mean: Of the trunk's images.
             image_std: Likewise.
+            settings: Of transformers' configuration; those of `settings_of`.
             min_size: Short side of images in eval mode; square images have it as both sides.
             max_size: Bound of the long side.
             resize_in_training: False where the images of training have their size already.
-            settings: Of transformers' configuration; those of `settings_of`.
 
         Raises:
             ValueError: If transformers refuses the settings.
         """
         super().__init__()
-        self.family, self.settings = family, dict(settings or {})
+        self.family = family
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.min_size, self.max_size, self.resize_in_training = min_size, max_size, resize_in_training
-        self.network: Any = _network(family, trunk, num_labels, self.settings)
+        self.network: Any = _network(family, trunk, num_labels, settings)
         self.processor: Any = self._image_processor()
         state = trunk.body.state_dict()
         missing = self.backbone.body.load_state_dict(state, strict=False).missing_keys

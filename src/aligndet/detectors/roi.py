@@ -191,18 +191,18 @@ class RoIPretraining(Adapter):
     """A two-stage detector in the protocol of `PretrainableDetector`: one assignment, or several in a row."""
 
     network: type[FasterRCNN]
+    max_masks: int  # most regions of a stage and batch that the mask head learns from
 
     def __init__(
         self,
         detector: Any,
         stages: Sequence[RoIHeads],
-        *,
         weights: Sequence[float] = (1.0,),
         flows: Sequence[nn.Module] = (),
-        max_boxes: int = 4096,
-        max_masks: int = 128,
-        rpn_positives: bool = False,
         needs: tuple[str, ...] = (),
+        *,
+        max_boxes: int = 4096,
+        rpn_positives: bool = False,
     ) -> None:
         """Makes a detector pre-trainable whose box predictors embed.
 
@@ -211,16 +211,14 @@ class RoIPretraining(Adapter):
             stages: Its RoI heads, in order.
             weights: Of each stage in all losses.
             flows: Between the mask heads of the stages.
+            needs: ("masks",) if mask heads learn.
             max_boxes: Most regions of a stage and batch, all of them assigned to proposals.
-            max_masks: Most of them that the mask head learns from.
             rpn_positives: Show assigned anchors alone to the region proposal network; by default it keeps
                 torchvision's balance with background.
-            needs: ("masks",) if mask heads learn.
         """
         super().__init__()
         self.detector, self.needs = detector, needs
         self.stages, self.weights, self.flows = tuple(stages), tuple(weights), tuple(flows)
-        self.max_masks = max_masks
         for stage in stages:
             stage.fg_bg_sampler = PositiveSampler(max_boxes)
         detector.rpn.box_similarity = overlaps
@@ -345,22 +343,32 @@ class FasterRcnnPretraining(RoIPretraining):
     def __init__(
         self,
         backbone: Backbone,
+        learn_masks: bool = False,
         *,
         embedding_dim: int = 128,
+        box_convolutions: int = 0,
         max_boxes: int = 4096,
         rpn_positives: bool = False,
-        box_convolutions: int = 0,
         **transform: Any,
     ) -> None:
         parts: dict[str, Any] = {
             "box_head": box_head(backbone, box_convolutions),
             "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
         }
-        detector = FasterRCNN(backbone, **parts, **FOR_PRETRAINING, **transform)
-        super().__init__(detector, [detector.roi_heads], max_boxes=max_boxes, rpn_positives=rpn_positives)
+        if learn_masks:
+            parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_classes=1)
+        network = MaskRCNN if learn_masks else FasterRCNN
+        detector = network(backbone, **parts, **FOR_PRETRAINING, **transform)
+        super().__init__(
+            detector,
+            [detector.roi_heads],
+            needs=("masks",) if learn_masks else (),
+            max_boxes=max_boxes,
+            rpn_positives=rpn_positives,
+        )
 
 
-class MaskRcnnPretraining(RoIPretraining):
+class MaskRcnnPretraining(FasterRcnnPretraining):
     """Mask R-CNN: as Faster R-CNN, and one mask for all classes learns from pseudo-masks.
 
     The official code leaves the mask head at random numbers; so does ``pretrain_mask=False``.
@@ -369,30 +377,7 @@ class MaskRcnnPretraining(RoIPretraining):
     network, masks = MaskRCNN, True
 
     def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        embedding_dim: int = 128,
-        max_boxes: int = 4096,
-        max_masks: int = 128,
-        rpn_positives: bool = False,
-        pretrain_mask: bool = True,
-        box_convolutions: int = 0,
-        **transform: Any,
+        self, backbone: Backbone, *, max_masks: int = 128, pretrain_mask: bool = True, **settings: Any
     ) -> None:
-        parts: dict[str, Any] = {
-            "box_head": box_head(backbone, box_convolutions),
-            "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
-        }
-        if pretrain_mask:
-            parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_classes=1)
-        family = MaskRCNN if pretrain_mask else FasterRCNN
-        detector = family(backbone, **parts, **FOR_PRETRAINING, **transform)
-        super().__init__(
-            detector,
-            [detector.roi_heads],
-            max_boxes=max_boxes,
-            max_masks=max_masks,
-            rpn_positives=rpn_positives,
-            needs=("masks",) if pretrain_mask else (),
-        )
+        super().__init__(backbone, pretrain_mask, **settings)
+        self.max_masks = max_masks

@@ -28,26 +28,16 @@ MODULES = {
     ),
     "rpn": ("rpn.",),
     "head": (
-        *(
-            "head.",
-            "roi_heads.",
-            "bbox_",
-            "class_",
-            "model.decoder",
-            "model.query_",
-            "model.reference_points",
-        ),
-        *("model.enc_", "model.weight_embedding", "model.denoising_", "model.pos_trans"),
+        *("head.", "roi_heads.", "bbox_", "class_", "model.decoder", "model.query_"),
+        *("model.reference_points", "model.enc_", "model.weight_embedding", "model.denoising_"),
+        "model.pos_trans",
     ),
 }
 """The parts of a detector by the names of the paper's table 9, as prefixes of state dicts: torchvision's, and
 transformers', where the encoder with what leads to it is the neck and the decoder the head.
 """
-_CLASS_AGNOSTIC = {
-    ".bbox_pred.": 4,
-    ".mask_fcn_logits.": 1,
-    ".enc_score_head.": 1,
-}  # rows that serve all classes in pre-training
+# rows that serve all classes in pre-training
+_CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1, ".enc_score_head.": 1}
 
 
 def network_of(detector: nn.Module) -> nn.Module:

@@ -112,8 +112,8 @@ class DetailsEvaluator:
         """Adds an image.
 
         Args:
-            prediction: As for `aligndet.evaluation.matching.without_crowds`.
-            target: Likewise.
+            prediction: As for `aligndet.evaluation.matching.surest`.
+            target: As for `aligndet.evaluation.matching.without_crowds`.
         """
         found, objects = without_crowds(surest(prediction), target)
         self._matches.append(match(found, objects))

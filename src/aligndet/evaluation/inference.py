@@ -50,7 +50,7 @@ def predict_images(
     """Predicts image by image, computing batch by batch; the next batch is read meanwhile, by a thread.
 
     Args:
-        detector: A torchvision detector; put into eval mode and onto the device.
+        detector: Of `aligndet.detectors.build.build_detector`; put into eval mode and onto the device.
         images: Tuples that begin with an image, (3, H, W) uint8; what else they hold comes back with it.
         device: To compute on.
         batch_size: Images at a time; one by one where masks are found.

@@ -31,9 +31,8 @@ class Matches(NamedTuple):
     scores: Floats  # (P,)
     labels: Ints  # (P,)
     kinds: Ints  # (P,) positions in KINDS
-    objects: (
-        Ints  # (P,) the object that the box has found, or would have but for its class or location; else -1
-    )
+    # (P,) the object that the box has found, or would have but for its class or location; else -1
+    objects: Ints
     object_labels: Ints  # (G,)
 
 
@@ -44,7 +43,7 @@ def without_crowds(
     if they have found no object.
 
     Args:
-        prediction: Boxes (P, 4) xyxy pixels, labels (P,), scores (P,).
+        prediction: Boxes (P, 4) xyxy pixels, labels (P,), scores (P,), the highest score first.
         target: Boxes (N, 4), labels (N,), and if known iscrowd (N,).
     """
     names = ("boxes", "labels")
@@ -56,21 +55,18 @@ def without_crowds(
     corner, opposite = boxes[:, None].maximum(crowds["boxes"]), boxes[:, None].minimum(crowds["boxes"])
     inside = (opposite[..., 2:] - corner[..., :2]).clamp(min=0).prod(-1)  # (P, crowds)
     excused = (same & (inside >= FOUND * box_area(boxes)[:, None])).any(1)
-    order = prediction["scores"].argsort(descending=True, stable=True)
-    own = prediction["labels"][order][:, None] == objects["labels"][None]
-    ious = box_iou(boxes[order].double(), objects["boxes"].double())
-    found = torch.zeros_like(excused)
-    found[order] = torch.from_numpy(assign(torch.where(own & (ious >= FOUND), ious, 0.0).numpy()) >= 0)
+    own = prediction["labels"][:, None] == objects["labels"][None]
+    ious = box_iou(boxes.double(), objects["boxes"].double())
+    found = torch.from_numpy(assign(torch.where(own & (ious >= FOUND), ious, 0.0).numpy()) >= 0)
     kept = found | ~excused
     return {name: prediction[name][kept] for name in (*names, "scores")}, objects
 
 
-def surest(prediction: Mapping[str, Tensor], limit: int = 100) -> dict[str, Tensor]:
-    """Keeps the boxes that COCO's figures look at.
+def surest(prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keeps the boxes that COCO's figures look at: a hundred of a class.
 
     Args:
         prediction: Boxes (P, 4), labels (P,), scores (P,) of an image.
-        limit: Boxes of a class.
 
     Returns:
         The same, the highest score first.
@@ -79,7 +75,7 @@ def surest(prediction: Mapping[str, Tensor], limit: int = 100) -> dict[str, Tens
     order = order[prediction["labels"][order].argsort(stable=True)]  # class by class
     labels = prediction["labels"][order]
     rank = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
-    order = order[rank < limit]
+    order = order[rank < 100]
     order = order[prediction["scores"][order].argsort(descending=True, stable=True)]
     return {name: prediction[name][order] for name in ("boxes", "labels", "scores")}
 
@@ -88,12 +84,11 @@ def match(prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Mat
     """Assigns the boxes of an image to its objects, and finds out what is wrong with the others.
 
     Args:
-        prediction: Boxes (P, 4) xyxy pixels, labels (P,), scores (P,).
+        prediction: Boxes (P, 4) xyxy pixels, labels (P,), scores (P,), the highest score first.
         target: Boxes (G, 4), labels (G,), without crowds.
     """
-    order = prediction["scores"].argsort(descending=True, stable=True)
-    scores, labels = prediction["scores"][order].double().numpy(), prediction["labels"][order].numpy()
-    ious = box_iou(prediction["boxes"][order].double(), target["boxes"].double()).numpy()  # (P, G)
+    scores, labels = prediction["scores"].double().numpy(), prediction["labels"].numpy()
+    ious = box_iou(prediction["boxes"].double(), target["boxes"].double()).numpy()  # (P, G)
     same = labels[:, None] == target["labels"].numpy()[None]
     found = assign(np.where(same & (ious >= FOUND), ious, 0.0))
     return Matches(scores, labels, *_kinds(ious, same, found), target["labels"].numpy())

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.weights import MODULES, initialise, load_weights
 from aligndet.files import read_json
 
-
-class Pair(NamedTuple):
-    """A detector as pre-training has found it, with random neck and heads, and as it has left it."""
-
-    before: Any
-    after: Any
+Pair: TypeAlias = tuple[Any, Any]
+"""A detector as pre-training has found it, with random neck and heads, and as it has left it."""
 
 
 def load_pretrainable(run: Path) -> Pair:
@@ -43,7 +38,7 @@ def load_pretrainable(run: Path) -> Pair:
     except Exception as error:  # zip, pickle, missing keys: all mean the same here
         raise ValueError(f"{checkpoint}: is no checkpoint of {run}: {error}") from error
     before.detector.backbone.body.load_state_dict(after.detector.backbone.body.state_dict())
-    return Pair(before, after)
+    return before, after
 
 
 def load_untuned(run: Path) -> Pair:
@@ -57,14 +52,15 @@ def load_untuned(run: Path) -> Pair:
     """
     settings, (state, manifest) = read_settings(run), load_weights(run)
     sizes = {"min_size": settings["min_size"][1], "max_size": settings["max_size"]}
-    sides: list[nn.Module] = []
+    sides = []
     for modules in (("trunk",), tuple(MODULES)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["seed"])
             detector = build_detector(**manifest["architecture"], num_classes=1, **sizes)
         initialise(detector, state, modules)
         sides.append(detector.eval())
-    return Pair(*sides)
+    before, after = sides
+    return before, after
 
 
 def read_settings(run: Path) -> dict[str, Any]:

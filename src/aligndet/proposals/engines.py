@@ -42,7 +42,7 @@ def check_engine(engine: Engine, address: str | None) -> None:
         ImportError: If the engine is not installed.
         ValueError: If an address is given to an engine that has none.
     """
-    if engine == "ray" and not all(map(find_spec, ("ray", "pandas", "fsspec"))):
+    if engine == "ray" and not all(map(find_spec, ("ray", "pandas"))):
         raise ImportError('--engine ray needs Ray Data: pip install "aligndet[ray]"')
     if engine != "ray" and address is not None:
         raise ValueError(f"--ray-address {address} is for --engine ray, not for {engine}")
