@@ -101,11 +101,11 @@ def test_features_are_those_of_the_trained_detector(tmp_path: Path) -> None:
     state = {f"{side}.{k}": v + add for k, v in trained.state_dict().items() for side, add in SIDES.items()}
     (run / "checkpoints").mkdir()
     torch.save({"state_dict": state}, run / "checkpoints" / "last.ckpt")
-    pair = load_pretrainable(run)
-    for name, value in pair.after.state_dict().items():
+    before, after = load_pretrainable(run)
+    for name, value in after.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), name
-    assert not torch.equal(_neck(pair.before.detector), _neck(pair.after.detector))
-    trunks = [side.detector.backbone.body.state_dict() for side in pair]
+    assert not torch.equal(_neck(before.detector), _neck(after.detector))
+    trunks = [side.detector.backbone.body.state_dict() for side in (before, after)]
     assert all(torch.equal(value, trunks[1][name]) for name, value in trunks[0].items())
 
 

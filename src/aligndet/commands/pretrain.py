@@ -210,7 +210,7 @@ def pretrain(
             seed=seed,
         )
         run = {name: settings[name] for name in RUN_SETTINGS} | {
-            "sync_batch_norm": fpn_norm == "batch" or family_of(detector).weights_format == "transformers"
+            "sync_batch_norm": fpn_norm == "batch" or adapter.weights_format == "transformers"
         }
         if clip == "default":
             run["clip"] = defaults["clip"]
