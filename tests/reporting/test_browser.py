@@ -80,7 +80,7 @@ def test_tables_sort_by_mouse_and_keyboard(browser: Any, html: Path) -> None:
     def column(number: int) -> list[str]:
         return table.locator(f"tbody td:nth-child({number})").all_inner_texts()
 
-    labels, ap, against = (table.locator("th button").nth(place) for place in (0, 4, 5))
+    labels, ap, against = (table.locator("th button").nth(place) for place in (0, 5, 6))
     assert column(1) == ["10", "10", "100", "100"]
     labels.click()
     labels.click()
@@ -92,13 +92,13 @@ def test_tables_sort_by_mouse_and_keyboard(browser: Any, html: Path) -> None:
     assert column(1) == ["100", "100", "10", "10"]
     assert table.locator("th").first.get_attribute("aria-sort") == "descending"
     ap.click()
-    values = [float(text.split(" ")[0]) for text in column(5)]
+    values = [float(text.split(" ")[0]) for text in column(6)]
     assert values == sorted(values)
     assert len(set(values)) == 4
     assert table.locator("th[aria-sort]").count() == 1
     for _ in range(2):
         against.click()
-        assert column(6)[2:] == ["", ""]  # scratch has no difference to itself: last in both directions
+        assert column(7)[2:] == ["", ""]  # scratch has no difference to itself: last in both directions
 
 
 def test_light_and_dark(browser: Any, html: Path) -> None:

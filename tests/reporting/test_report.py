@@ -376,12 +376,18 @@ def test_of_many_losses_arms_and_classes_some_are_drawn_and_it_is_said(
     assert plot.note == "Mean. The first 10 of 12."
 
 
-def test_what_evaluate_has_written_beside_runs_is_passed_over(tmp_path: Path) -> None:
+def test_what_evaluate_has_written_beside_runs_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder(tmp_path / "runs" / "tuned", {"annotations": "t.json"})
     write(tmp_path / "runs" / "tuned.json", {"AP": 0.5})
     write(tmp_path / "runs" / "tuned_files" / "details_f1.png", "")
     (run,) = read_folders(sorted((tmp_path / "runs").iterdir()))[1]
     assert run.figures == {"AP": 0.5}
+    named = run_folder(tmp_path / "runs" / "tuned_files", {})  # a run all the same
+    assert len(read_folders([tmp_path / "runs" / "tuned", named])[1]) == 2
+    monkeypatch.chdir(tmp_path / "runs" / "tuned")
+    assert len(read_folders([Path()])[1]) == 1
     with pytest.raises(ValueError, match=r"tuned\.json: there is no such folder"):
         read_folders([tmp_path / "runs" / "tuned.json"])
 

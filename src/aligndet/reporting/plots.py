@@ -287,9 +287,8 @@ def _legend(figure: Figure, colours: Mapping[str, str], used: set[str]) -> None:
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides _names
     handles = [Line2D([], [], color=colour, linewidth=3) for colour in shown.values()]
     columns = min(len(names), max(1, int(13 * figure.get_figwidth() / (max(map(len, names)) + 7))))
-    figure.set_figheight(
-        figure.get_figheight() + 0.17 * (-(-len(names) // columns) - 1)
-    )  # the axes keep theirs
+    more = -(-len(names) // columns) - 1  # rows, which the axes need not give way to
+    figure.set_figheight(figure.get_figheight() + 0.17 * more)
     figure.legend(handles, names, loc="outside lower left", ncols=columns)
 
 

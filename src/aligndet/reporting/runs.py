@@ -71,10 +71,9 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
         ValueError: Naming the folder that holds none of these, or the file that cannot be read.
     """
     comparisons, runs = [], []
-    beside = {run.with_name(f"{run.name}{end}") for run in folders for end in (".json", "_files")}
+    # what `evaluate` has written, as in runs/*
+    beside = {Path(f"{run}{end}") for run in folders for end in (".json", "_files")}
     for folder in folders:
-        if folder in beside:  # what `evaluate` has written of a run, as in runs/*
-            continue
         if (folder / "results.json").is_file():
             comparisons.append(_read_comparison(folder))
         elif several := sorted(folder.glob("*/results.json")):
@@ -84,7 +83,7 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
             runs += [read_run(part) for part in parts if (part / "run.json").is_file()]
         elif (folder / "run.json").is_file():
             runs.append(read_run(folder))
-        else:
+        elif folder not in beside:
             wanted = "has neither results.json (aligndet compare) nor run.json (a run)"
             raise ValueError(f"{folder}: {wanted if folder.is_dir() else 'there is no such folder'}")
     return _named_apart(comparisons), _named_apart(runs)
