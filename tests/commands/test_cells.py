@@ -26,7 +26,7 @@ from aligndet.commands.propose import propose
 from aligndet.comparison import hold_out, labelled_subset
 from aligndet.files import atomic_write, locked
 from aligndet.reporting.runs import read_folders
-from tests.commands.test_compare import _compare
+from tests.commands.test_compare import RUN, SMALL, _compare
 
 FEW: dict[str, Any] = {"fractions": (1.0,), "arms": ("scratch", "aligndet")}
 
@@ -79,6 +79,16 @@ def test_each_cell_has_its_own_seed_fold_and_start(
     ]
     train, _ = hold_out(labelled_subset(document, 0.5, 1))
     assert all(json.loads(call.args[0].read_text()) == train for call in searched)
+
+
+def test_cells_are_measured_as_they_are_trained(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    _compare(sample, proposals, tmp_path / "small", fractions=(1.0,), arms=("scratch",))
+    large = {**RUN, "batch_size": 16, "accelerator": "auto"}
+    _compare(sample, proposals, tmp_path / "large", fractions=(1.0,), arms=("scratch",), finetuning=large)
+    given = [(call.kwargs["batch_size"], call.kwargs["device"]) for call in asked.evaluate.call_args_list]
+    assert given == [(2, "cpu"), (8, "auto")]
 
 
 @pytest.mark.parametrize("detectors", [("fcos",), ("fcos", "mask_rcnn")])
@@ -258,6 +268,19 @@ def test_draws_without_an_object_are_refused_before_training(
     with pytest.raises(ValueError, match=message):
         _compare(tmp_path / "data", proposals, tmp_path / "out", folds=(1, 0), learning_rates=rates)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_helps_through_may_change(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    _compare(sample, proposals, tmp_path, **FEW)
+    changed = {
+        stage: {**SMALL[stage], "workers": 1, "log_every": 3} for stage in ("pretraining", "finetuning")
+    }
+    _compare(sample, proposals, tmp_path, **FEW, **changed)
+    changed["finetuning"]["batch_size"] = 1
+    with pytest.raises(ValueError, match="was started with finetuning="):
+        _compare(sample, proposals, tmp_path, **FEW, **changed)
 
 
 def test_other_proposals_are_another_comparison(

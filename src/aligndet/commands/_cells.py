@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,6 +172,8 @@ class Bench:
                     images=images,
                     output=result,
                     details=not search,
+                    batch_size=min(8, self.finetuning.get("batch_size", 8)),
+                    device=_device(self.finetuning),
                 )
             _without_checkpoints(folder)
             self.tunings.append((time.monotonic() - begun, cell.steps))
@@ -267,6 +269,7 @@ class Bench:
                     trunk=self.model["trunk"],
                     trunk_weights=self.model["trunk_weights"],
                     clusters=options.get("num_clusters", 256),
+                    device=_device(self.pretraining),
                 )
         return folder
 
@@ -278,6 +281,11 @@ def _without_checkpoints(folder: Path) -> None:
 
 def _is_pretrained(folder: Path) -> bool:
     return (folder / "pretrained" / "manifest.json").is_file()
+
+
+def _device(settings: Mapping[str, Any]) -> str:
+    """Where `evaluate` and `cluster` compute when training has such settings."""
+    return "cpu" if settings.get("accelerator") == "cpu" else "auto"
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

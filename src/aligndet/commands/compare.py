@@ -12,6 +12,7 @@ from typing import Any
 from aligndet.commands._arms import check_arms, check_trunks, read_arms, remarks_on_images
 from aligndet.commands._cells import Bench
 from aligndet.commands._results import write_results, write_tables
+from aligndet.commands._runs import MAY_CHANGE
 from aligndet.commands._settings import provenance
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
@@ -283,10 +284,15 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
         noted = read_json(record) if record.is_file() and begun else provenance()
         before = noted.get("settings", {})
         for name, value in plain.items():
-            if name in before and before[name] != value:
+            if name in before and _lasting(before[name]) != _lasting(value):
                 raise ValueError(
                     f"{output}: was started with {name}={before[name]!r}, now {value!r}; go on with"
                     " the former or give another --output"
                 )
         if plain.keys() - before.keys():
             atomic_write(record, json.dumps({**noted, "settings": before | plain}, indent=2) + "\n")
+
+
+def _lasting(value: Any) -> Any:
+    """Settings of a stage without those that a run may change when it goes on."""
+    return {k: v for k, v in value.items() if k not in MAY_CHANGE} if isinstance(value, dict) else value or {}
