@@ -270,6 +270,36 @@ def test_draws_without_an_object_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_paths_are_the_same_however_they_are_spelt(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sample, tmp_path / "data")
+    shutil.copytree(proposals, tmp_path / "proposals")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    (tmp_path / "trunk.pth").write_text("")
+    monkeypatch.chdir(tmp_path)
+    given = []
+    for root in (Path(), Path("..", tmp_path.name), tmp_path, tmp_path / "linked"):
+        _compare(
+            root / "data",
+            root / "proposals",
+            root / "out",
+            **FEW,
+            images=root / "data" / "train",
+            val_images=root / "data" / "val",
+            unlabelled=root / "data" / "train",
+            trunk_weights=str(root / "trunk.pth"),
+        )
+        commands = (asked.finetune, asked.pretrain, asked.evaluate)
+        given.append([call for command in commands for call in command.call_args_list])
+        for command in commands:
+            command.reset_mock()
+        for folder in ("cells", "pretrained"):
+            shutil.rmtree(tmp_path / "out" / folder)
+    assert given[0] == given[1] == given[2] == given[3]
+    assert len(given[0]) == 5
+
+
 def test_what_helps_through_may_change(
     asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from aligndet.commands._arms import check_arms, check_trunks, read_arms, remarks_on_images
+from aligndet.commands._arms import WEIGHTS, check_arms, check_trunks, read_arms, remarks_on_images
 from aligndet.commands._cells import Bench
 from aligndet.commands._results import write_results, write_tables
 from aligndet.commands._runs import MAY_CHANGE
@@ -109,6 +109,15 @@ def compare(
         ValueError: If the folder holds a comparison with other data, model or training settings, or the input
             does not fit together; the message names the file or the value. At the end, if a cell has failed.
     """
+    if unlabelled is not None:
+        ImageSource(unlabelled)  # refuses an address
+    # the runs of cells are known by these names: the same ones, however they are spelt
+    annotations, val_annotations = map(_spelt_out, (annotations, val_annotations))
+    proposals = proposals and _spelt_out(proposals)
+    output, images = output.resolve(), images and images.resolve()
+    val_images, unlabelled = val_images and val_images.resolve(), unlabelled and unlabelled.resolve()
+    if trunk_weights not in WEIGHTS and Path(trunk_weights).exists():
+        trunk_weights = str(_spelt_out(Path(trunk_weights)))
     settings = {name: value for name, value in locals().items() if name in _SHARED}
     if not detectors or len(set(detectors)) < len(detectors):
         raise ValueError(f"detectors must be different names, at least one, not {list(detectors)}")
@@ -197,6 +206,11 @@ def compare(
         print(f"## {detector}\n\n{(bench.output / 'table.md').read_text()}")
     _tell_failures({name: message for bench in benches for name, message in bench.failures.items()})
     return output
+
+
+def _spelt_out(path: Path) -> Path:
+    """An absolute path; a link itself stays, as other files are looked for beside it."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
 def _count_labels(
