@@ -24,7 +24,7 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import hold_out, labelled_subset
-from aligndet.files import atomic_write, locked
+from aligndet.files import atomic_write, contents, locked
 from aligndet.reporting.runs import read_folders
 from tests.commands.test_compare import RUN, SMALL, _compare
 
@@ -324,6 +324,20 @@ def test_other_proposals_are_another_comparison(
     _compare(sample, copied, output, **FEW)  # nothing is left to be pre-trained with them
     with pytest.raises(ValueError, match=r"was started with proposals_data='12 images with .* boxes"):
         _compare(sample, copied, output, **FEW, seeds=(1,))
+
+
+def test_two_parts_may_start_together(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _compare(sample, proposals, tmp_path / "first", **FEW)
+
+    def look(folder: Path) -> list[str]:
+        shutil.copy(first / "compare.json", folder)  # by the other part, just now
+        return contents(folder)
+
+    monkeypatch.setattr("aligndet.commands.compare.contents", look)
+    (tmp_path / "out").mkdir()
+    _compare(sample, proposals, tmp_path / "out", **FEW)
 
 
 @pytest.mark.parametrize("made", ["cells_aligndet_1_steps1_fold0_seed0_lr0.001", "pretrained_aligndet_seed0"])

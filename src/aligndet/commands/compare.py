@@ -282,15 +282,16 @@ def _record(output: Path, settings: dict[str, Any]) -> None:
     """Writes down what the comparison is about, or refuses to mix it with another."""
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
-    if output.is_dir() and not record.is_file():
+    # first what is there: another part can begin meanwhile, and its record comes before anything else
+    used = contents(output) if output.is_dir() else []
+    if used and not record.is_file():
         several = sorted(path.parent.name for path in output.glob("*/compare.json"))
         if several:
             raise ValueError(
                 f"{output}: holds the comparisons of {', '.join(several)}; to go on with one of them give its"
                 f" folder, as in --output {output / several[0]}"
             )
-        if used := contents(output):
-            raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
+        raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
         begun = any(
             path for name in ("checkpoints", "model", "pretrained") for path in output.glob(f"*/*/{name}")
