@@ -155,7 +155,7 @@ def test_what_is_ahead_is_said(
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     best = {"scratch": 1e-4, "aligndet": 1e-3}
 
-    def measure(model: Path, *_: Any, output: Path, **__: Any) -> None:
+    def measure(model: Path, labels: Path, *, output: Path, **__: Any) -> None:
         arm, _, rest = model.parent.name.partition("_")
         output.write_text(json.dumps({"AP": 0.5 if rest.endswith(f"lr{best[arm]:g}") else 0.1}))
 
