@@ -163,6 +163,30 @@ def test_boxes_and_masks_are_told_apart() -> None:
     assert "masks_mean" not in rows_of(entries)[1]
 
 
+def test_rows_of_entries_tell_arms_whose_rates_were_chosen_from_other_lists() -> None:
+    entries = [
+        {**vars(Cell(0.1, 5, 0, 0, arm)), "labels": 10, "learning_rate": 1e-3}
+        | {"searched": searched, "figures": {"AP": figure}}
+        for arm, searched, figure in (("scratch", [1e-3], 0.1), ("aligndet", [1e-4, 1e-3], 0.2))
+    ]
+    (_, row) = rows_of(entries)
+    assert row["unlike"] == 1
+    assert "difference" not in row
+    (_, row) = rows_of([{**entry, "searched": [1e-3]} for entry in entries])
+    assert row["difference"] == pytest.approx(10)
+
+
+def test_what_a_gain_is_worth_is_of_its_own_budget() -> None:
+    figures = {}
+    for seed in range(6):
+        figures |= {Cell(f, 5, seed, 0, "scratch"): ap for f, ap in ((0.1, 0.1), (1.0, 0.3))}
+        figures |= {Cell(f, 50, seed, 0, "scratch"): ap for f, ap in ((0.1, 0.2), (1.0, 0.9))}
+        figures[Cell(0.1, 5, seed, 0, "aligndet")] = 0.2
+    rows = summarise(figures, {0.1: 10, 1.0: 100})
+    (row,) = (row for row in rows if row["arm"] == "aligndet")
+    assert row["scratch_labels"] == pytest.approx(math.sqrt(1000))
+
+
 def _results(gains: list[float]) -> list[dict[str, Any]]:
     figures = {}
     for seed, gain in enumerate(gains):
@@ -192,6 +216,7 @@ def test_a_gain_is_said_with_its_worth_in_labels() -> None:
 def test_few_pairs_prove_nothing_and_a_loss_is_a_loss() -> None:
     row = _results([0.1, 0.1])[1]
     assert "cannot be told apart from noise (n = 2, p = 0.5); so few pairs never can" in sentence(row)
+    assert "p = 0.062); so few pairs never can" in sentence(_results([0.1] * 5)[1])
     assert "so few" not in sentence(_results([0.1, -0.1] * 4)[1])
     assert "does not help, it costs: -5.0" in sentence(_results([-0.05] * 6)[1])
     single = _results([0.1])[1]

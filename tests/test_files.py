@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -77,6 +79,30 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+def test_who_waits_for_a_folder_says_so_and_gets_it_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = []
+
+    def wait() -> None:
+        with locked(tmp_path, wait=True):
+            order.append("second")
+
+    thread = Thread(target=wait)
+    with locked(tmp_path):
+        thread.start()
+        said, end = "", time.monotonic() + 10
+        while "waits" not in said and time.monotonic() < end:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert said == f"waits for another process in {tmp_path}\n"
+    with locked(tmp_path, wait=True):
+        assert not capsys.readouterr().out
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     Args:
         folder: Made if need be; the lock is its file ``.lock``.
-        wait: Until the other owner is done.
+        wait: Until the other owner is done; that it waits is printed.
 
     Raises:
         ValueError: If another process owns it, unless told to wait.
@@ -136,11 +136,15 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder}: is in use by another process; wait for it or give another output"
-            ) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if not wait:
+                    raise ValueError(
+                        f"{folder}: is in use by another process; wait for it or give another output"
+                    ) from error
+                print(f"waits for another process in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             message = f"the file system has no locks for the folder ({error.strerror})"
             raise OSError(error.errno, message, str(folder)) from error

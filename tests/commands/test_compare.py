@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from aligndet.commands import _cells as module
-from aligndet.commands._cells import detector_settings
+from aligndet.commands._arms import detector_settings
 from aligndet.commands.compare import compare
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.data.formats import read_labelled
+from aligndet.detectors.weights import save_weights
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.storage import write_shard
 from aligndet.proposals.table import ImageProposals
@@ -37,13 +38,12 @@ SMALL: dict[str, Any] = {
 }
 
 
-def _compare(sample: Path, proposals: Path, output: Path, **changes: Any) -> Path:
+def _compare(sample: Path, proposals: Path | None, output: Path, **changes: Any) -> Path:
     return compare(
         sample / "train.json",
-        val_annotations=sample / "val.json",
         output=output,
         proposals=proposals,
-        **{**SMALL, **changes},
+        **{"val_annotations": sample / "val.json", **SMALL, **changes},
     )
 
 
@@ -72,12 +72,11 @@ def test_mistakes_are_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_of_another_detector_are_refused(
-    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_another_detector_are_refused(sample: Path, proposals: Path, tmp_path: Path) -> None:
     theirs = {"detector": "faster_rcnn", "trunk": "resnet18", "fpn_channels": 64, "fpn_norm": "batch"}
-    monkeypatch.setattr("aligndet.commands.compare.load_weights", lambda path: ({}, {"architecture": theirs}))
-    given: dict[str, Any] = {"detectors": ("faster_rcnn",), "arms": ("scratch", "from:theirs")}
+    save_weights(tmp_path / "theirs", {}, {"architecture": theirs})
+    arms = ("scratch", f"from:{tmp_path / 'theirs'}")
+    given: dict[str, Any] = {"detectors": ("faster_rcnn",), "arms": arms}
     for settings, difference in (
         ({}, "fpn_norm 'batch', the other arms 'none'"),
         (
@@ -272,7 +271,8 @@ def test_resumed_refused_and_in_parts(
     assert len(list((whole / "pretrained").iterdir())) == 1  # shared by the fractions
     assert not list(whole.glob("cells/*/checkpoints"))  # of what is finished, the weights are enough
     with (whole / "results.csv").open() as file:
-        assert [row["arm"] for row in csv.DictReader(file)] == ["scratch", "aligndet"] * 2
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == ["scratch", "aligndet"] * 2
     assert "4 of 4 cells finished" in (whole / "table.md").read_text()
 
     removed = whole / "cells" / "aligndet_0.5_steps1_fold0_seed0_lr0.001"

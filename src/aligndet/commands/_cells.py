@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from aligndet.commands._settings import provenance
+from aligndet.commands._arms import ARMS, Source, detector_settings
 from aligndet.commands.cluster import cluster
 from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
-from aligndet.comparison import BASELINE, Cell, hold_out, labelled_subset, rows_of
+from aligndet.comparison import Cell, hold_out, labelled_subset
 from aligndet.data.coco import image_files
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.storage import read_proposals
-from aligndet.verdicts import markdown
-
-ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
-    BASELINE: None,
-    "trunk-only": {},
-    "boxes-only": {"contrast_weight": 0.0},
-    "contrast-only": {"box_weight": 0.0},
-    "aligndet": {},
-}
 
 
-def detector_settings(
-    detector: str, pretraining: dict[str, Any], finetuning: dict[str, Any]
-) -> dict[str, Any]:
-    """Settings of fine-tuning that make the detectors of all arms alike, pre-trained or not.
+class Ahead(NamedTuple):
+    """What is left to do."""
 
-    Args:
-        detector: A key of `DETECTORS`.
-        pretraining: Settings of `aligndet pretrain`.
-        finetuning: Of `aligndet finetune`; they come first.
+    cells: list[Cell]
+    searches: list[tuple[Cell, float]]  # fine-tunings to choose learning rates by
+    pretrainings: list[Path]  # folders
 
-    Returns:
-        Its ``options``, and ``fpn_norm`` if it is set.
-    """
-    shared = family_of(detector).shared_options()
-    given = {name: value for name, value in (pretraining.get("options") or {}).items() if name in shared}
-    norm = finetuning.get("fpn_norm") or pretraining.get("fpn_norm")
-    options = given | (finetuning.get("options") or {})
-    return {"options": options or None} | ({"fpn_norm": norm} if norm else {})
+    def __str__(self) -> str:
+        searches, pretrainings = len(self.searches), len(self.pretrainings)
+        return f"cells: {len(self.cells)}, searches of a rate: {searches}, pre-trainings: {pretrainings}"
 
 
 @dataclass
@@ -62,6 +43,7 @@ class Bench:
 
     output: Path
     document: dict[str, Any]
+    labels: dict[float, int]  # numbers of labelled images by fraction
     images: Path
     validation: tuple[Path, Path | None]
     measured: frozenset[str]  # its images' files
@@ -69,67 +51,98 @@ class Bench:
     proposals: Path  # written there first if it is not the user's
     locks: Path  # of what several detectors share
     proposing: dict[str, Any] | None  # settings of `aligndet propose`; None: they are the user's
-    sources: dict[str, Path]
+    sources: dict[str, Source]
     rates: tuple[float, ...]
     model: dict[str, Any]
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
     first: tuple[int, int]  # seed and fold of the search
+    remarks: list[str]  # that belong to the results
+    failures: dict[str, str] = field(default_factory=dict)  # messages by cell
+    tunings: list[tuple[float, int]] = field(default_factory=list)  # seconds and steps
+    pretrainings: list[float] = field(default_factory=list)  # seconds
 
-    def run_all(self, cells: Sequence[Cell]) -> None:
-        """Runs the cells that are not finished, and says what is ahead."""
-        seconds: list[float] = []
-        for index, cell in enumerate(cells):
-            left = (
-                f", about {sum(seconds) / len(seconds) * (len(cells) - index) / 60:.0f} min"
-                if seconds
-                else ""
-            )
-            name = f"{self.model['detector']}, {cell.name(self.rates[0])}"
-            print(f"== cell {index + 1} of {len(cells)}{left}: {name}", flush=True)
-            begun = time.monotonic()
-            if self.run(cell):
-                seconds.append(time.monotonic() - begun)
+    def ahead(self, cells: Sequence[Cell]) -> Ahead:
+        """What is not there yet of some cells, and of all that they need.
 
-    def pretrains(self, cells: Sequence[Cell]) -> bool:
-        """Whether a cell that is not finished wants a pre-training that is not there."""
-        return any(
-            ARMS.get(cell.arm) is not None
-            and self.figures(cell) is None
-            and not (self._pretrained(cell) / "pretrained" / "manifest.json").is_file()
-            for cell in cells
-        )
+        Args:
+            cells: Of the plan.
+        """
+        left = [cell for cell in cells if self.figures(cell) is None]
+        searched = dict.fromkeys(map(self._searched, left)) if len(self.rates) > 1 else {}
+        searches = [
+            (cell, rate)
+            for cell in searched
+            for rate in self.rates
+            if _read(self._folder(cell, rate, search=True)) is None
+        ]
+        wanting = [*(cell for cell, _ in searches), *left]
+        folders = dict.fromkeys(self._pretrained(c) for c in wanting if ARMS.get(c.arm) is not None)
+        return Ahead(left, searches, [path for path in folders if not _is_pretrained(path)])
 
-    def run(self, cell: Cell) -> bool:
-        """Runs a cell and whatever it needs; False if it is finished already."""
-        rate = self.rate(cell)
-        if rate is not None and _read(folder := self._folder(cell, rate)) is not None:
-            _without_checkpoints(folder)  # if it was stopped before that
-            return False
-        if len(self.rates) > 1:
-            for rate in self.rates:
-                self._tune(self._searched(cell), rate, search=True)
+    def run_all(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+        """Runs the cells that are not finished; where one fails, that is noted and the others go on.
+
+        Args:
+            cells: In the order of the plan.
+
+        Yields:
+            Each cell that has been run.
+        """
+        todo = self.ahead(cells).cells
+        for cell in set(cells).difference(todo):
+            _without_checkpoints(self._folder(cell, self.rate(cell) or 0))  # if it was stopped before that
+        for index, cell in enumerate(todo):
+            try:
+                self._run(cell, f"cell {index + 1} of {len(todo)}", todo[index:])
+            except (FloatingPointError, ValueError) as error:
+                name = f"{self.model['detector']}, {cell.name(self.rate(cell) or 0).removesuffix('_lr0')}"
+                self.failures[name] = str(error)
+                print(f"== failed: {name}: {error}", flush=True)
+            else:
+                yield cell
+
+    def _run(self, cell: Cell, title: str, ahead: Sequence[Cell]) -> None:
+        """Runs a cell and whatever it needs."""
+        for searched, rate in self.ahead([cell]).searches:
+            self._tune(searched, rate, f"search of a learning rate{self._left(ahead)}", search=True)
         chosen = self.rate(cell)
         assert chosen is not None  # all of its search is there
-        self._tune(cell, chosen)
-        return True
+        self._tune(cell, chosen, title + self._left(ahead))
+
+    def _left(self, cells: Sequence[Cell]) -> str:
+        """How long some cells will take, by those that have been run."""
+        if not self.tunings:
+            return ""
+        ahead = self.ahead(cells)
+        seconds, steps = map(sum, zip(*self.tunings, strict=True))
+        left = seconds / steps * sum(cell.steps for cell in [*ahead.cells, *(c for c, _ in ahead.searches)])
+        if self.pretrainings:
+            left += sum(self.pretrainings) / len(self.pretrainings) * len(ahead.pretrainings)
+        return f", about {left / 60:.0f} min left"
+
+    def _say(self, title: str, name: str) -> None:
+        print(f"== {title}: {self.model['detector']}, {name}", flush=True)
 
     def rate(self, cell: Cell) -> float | None:
         """The learning rate of a cell, or None while its search is not finished."""
         if len(self.rates) == 1:
             return self.rates[0]
         searched = self._searched(cell)
-        found = {rate: _read(self._folder(searched, rate, search=True)) for rate in self.rates}
-        if any(figures is None for figures in found.values()):
+        found = [_read(self._folder(searched, rate, search=True)) for rate in self.rates]
+        if None in found:
             return None
-        return max(self.rates, key=lambda rate: (found[rate] or {}).get("AP") or 0.0)
+        scores = [
+            -1.0 if figures is None or figures.get("AP") is None else figures["AP"] for figures in found
+        ]
+        return self.rates[scores.index(max(scores))]
 
     def figures(self, cell: Cell) -> dict[str, Any] | None:
         """What `aligndet evaluate` has written for a cell, or None."""
         rate = self.rate(cell)
         return None if rate is None else _read(self._folder(cell, rate))
 
-    def _search_ap(self, cell: Cell) -> list[float] | None:
+    def search_ap(self, cell: Cell) -> list[float] | None:
         """What a finished search has found, in the order of the rates."""
         folders = (self._folder(self._searched(cell), rate, search=True) for rate in sorted(self.rates))
         return [(_read(f) or {}).get("AP") or 0.0 for f in folders] if len(self.rates) > 1 else None
@@ -140,52 +153,80 @@ class Bench:
     def _folder(self, cell: Cell, rate: float, *, search: bool = False) -> Path:
         return self.output / ("search" if search else "cells") / cell.name(rate)
 
-    def _tune(self, cell: Cell, rate: float, *, search: bool = False) -> None:
+    def _tune(self, cell: Cell, rate: float, title: str, *, search: bool = False) -> None:
         folder = self._folder(cell, rate, search=search)
         with locked(self.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
-            if _read(folder) is not None:
+            if _read(folder) is not None:  # made while this waited
                 return
-            subset = labelled_subset(self.document, cell.fraction, cell.fold)
-            train, measured = subset, self.validation
-            labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
-            if search:
-                train, held_out = hold_out(subset)
-                measured = (labels.with_suffix(".held_out.json"), self.images)
-                atomic_write(measured[0], json.dumps(held_out))
-                labels = labels.with_suffix(".search.json")
-            atomic_write(labels, json.dumps(train))
+            labels, measured, images = self._data(cell, search)
+            start, result = self._start(cell), folder / "result.json"
+            self._say(title, folder.name)
+            begun = time.monotonic()
             if not (folder / "model" / "manifest.json").is_file():
-                # the same for all arms
-                kind, optimizer = self.model["detector"], self.finetuning.get("optimizer", "adamw")
-                decay = training_defaults(kind, optimizer)["weight_decay"]
-                alike = detector_settings(kind, self.pretraining, self.finetuning)
-                finetune(
-                    labels,
-                    images=self.images,
-                    output=folder,
-                    init_from=self._start(cell),
-                    init=("trunk",) if cell.arm == "trunk-only" else tuple(MODULES),
-                    steps=cell.steps,
-                    seed=cell.seed,
-                    learning_rate=rate,
-                    resume=folder.is_dir(),
-                    **{"weight_decay": decay, **self.model, **self.finetuning, **alike},
+                try:
+                    self._finetune(cell, rate, labels, start, folder)
+                except FloatingPointError as error:
+                    if not search:
+                        raise
+                    print(f"learning rate {rate:g} loses, as training diverges: {error}", flush=True)
+                    atomic_write(result, json.dumps({"AP": None, "failed": str(error)}))
+            if not result.is_file():
+                evaluate(
+                    folder / "model",
+                    measured,
+                    images=images,
+                    output=result,
+                    details=not search,
+                    batch_size=min(8, self.finetuning.get("batch_size", 8)),
+                    device=_device(self.finetuning),
                 )
-            result = folder / "result.json"
-            evaluate(folder / "model", measured[0], images=measured[1], output=result, details=not search)
             _without_checkpoints(folder)
+            self.tunings.append((time.monotonic() - begun, cell.steps))
+
+    def _data(self, cell: Cell, search: bool) -> tuple[Path, Path, Path | None]:
+        """Labels to train on, labels to measure by, and the images of these."""
+        subset = labelled_subset(self.document, cell.fraction, cell.fold)
+        labels = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
+        if not search:
+            atomic_write(labels, json.dumps(subset))
+            return labels, *self.validation
+        train, held_out = hold_out(subset)
+        parts = labels.with_suffix(".search.json"), labels.with_suffix(".held_out.json")
+        for path, part in zip(parts, (train, held_out), strict=True):
+            atomic_write(path, json.dumps(part))
+        return *parts, self.images
+
+    def _finetune(self, cell: Cell, rate: float, labels: Path, start: Path | None, folder: Path) -> None:
+        # the same for all arms
+        kind, optimizer = self.model["detector"], self.finetuning.get("optimizer", "adamw")
+        decay = training_defaults(kind, optimizer)["weight_decay"]
+        alike = detector_settings(kind, self.pretraining, self.finetuning)
+        finetune(
+            labels,
+            images=self.images,
+            output=folder,
+            init_from=start,
+            init=("trunk",) if cell.arm == "trunk-only" else tuple(MODULES),
+            steps=cell.steps,
+            seed=cell.seed,
+            learning_rate=rate,
+            resume=folder.is_dir(),
+            **{"weight_decay": decay, **self.model, **self.finetuning, **alike},
+        )
 
     def _start(self, cell: Cell) -> Path | None:
         """What a cell is fine-tuned from; a pre-training is made once for each seed."""
         if cell.arm in self.sources:
-            return self.sources[cell.arm]
+            return self.sources[cell.arm].path
         settings = ARMS[cell.arm]
         if settings is None:
             return None
         folder = self._pretrained(cell)
         with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
-            if not (folder / "pretrained" / "manifest.json").is_file():
+            if not _is_pretrained(folder):
+                self._say("pre-training", folder.name)
                 proposals = self._proposed()
+                begun = time.monotonic()
                 pretrain(
                     self.unlabelled,
                     proposals=proposals,
@@ -195,6 +236,7 @@ class Bench:
                     resume=folder.is_dir(),
                     **{**self.model, **self.pretraining, **settings},
                 )
+                self.pretrainings.append(time.monotonic() - begun)
         return folder
 
     def _pretrained(self, cell: Cell) -> Path:
@@ -232,48 +274,23 @@ class Bench:
                     trunk=self.model["trunk"],
                     trunk_weights=self.model["trunk_weights"],
                     clusters=options.get("num_clusters", 256),
+                    device=_device(self.pretraining),
                 )
         return folder
-
-    def write_results(self, cells: Sequence[Cell]) -> str:
-        """Table, JSON and CSV of the cells that are finished, those of earlier calls among them."""
-        path = self.output / "results.json"
-        labels = {
-            fraction: len(labelled_subset(self.document, fraction, 0)["images"])
-            for fraction in {cell.fraction for cell in cells}
-        }
-        found = [
-            {
-                **asdict(cell),
-                "labels": labels[cell.fraction],
-                "learning_rate": self.rate(cell),
-                "searched": sorted(self.rates),
-                "search_AP": self._search_ap(cell),
-                "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
-            }
-            for cell in cells
-            if (figures := self.figures(cell)) is not None
-        ]
-        before = read_json(path)["cells"] if path.is_file() else []
-        entries = [entry for entry in before if Cell.of(entry) not in cells] + found
-        rows = rows_of(entries)
-        table = markdown(rows) + f"\n{len(found)} of {len(cells)} cells finished\n"
-        atomic_write(self.output / "table.md", table)
-        atomic_write(path, json.dumps({"rows": rows, "cells": entries, **provenance()}, indent=2))
-        text = io.StringIO()
-        names = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
-        names += ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
-        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for entry in entries:
-            writer.writerow({**entry["figures"], **entry})
-        atomic_write(self.output / "results.csv", text.getvalue())
-        return table
 
 
 def _without_checkpoints(folder: Path) -> None:
     """Leaves a finished cell its weights; checkpoints are three times as large."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _is_pretrained(folder: Path) -> bool:
+    return (folder / "pretrained" / "manifest.json").is_file()
+
+
+def _device(settings: Mapping[str, Any]) -> str:
+    """Where `evaluate` and `cluster` compute when training has such settings."""
+    return "cpu" if settings.get("accelerator") == "cpu" else "auto"
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from aligndet.commands._settings import check_bounds, provenance
 from aligndet.files import atomic_write, contents, locked, read_json
 from aligndet.launch import check_launch
 
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "output",
     "resume",
     "overwrite",
@@ -56,7 +56,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
         used = contents(output)
         if record.is_file() and set(used) <= {record.name, "README.txt", "logs"}:
             used = []  # it failed before it had anything to keep
-        plain = {k: v for k, v in _plain(settings).items() if k not in _MAY_CHANGE}
+        plain = {k: v for k, v in _plain(settings).items() if k not in MAY_CHANGE}
         if first and used and settings["overwrite"]:
             if not record.is_file():
                 raise ValueError(f"{output}: holds {used[0]!r} and no run of aligndet; it is not overwritten")
@@ -65,7 +65,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
             before = read_json(record).get("settings", {})
-            gone = [k for k in before if k not in plain and k not in _MAY_CHANGE and before[k] is not None]
+            gone = [k for k in before if k not in plain and k not in MAY_CHANGE and before[k] is not None]
             if gone:
                 raise ValueError(f"{output}: was started with {gone[0]}, which this version does not have")
             changed = [k for k in plain if k in before and before[k] != plain[k]]

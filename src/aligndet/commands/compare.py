@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from aligndet.commands._cells import ARMS, Bench, detector_settings
+from aligndet.commands._arms import WEIGHTS, check_arms, check_trunks, read_arms, remarks_on_images
+from aligndet.commands._cells import Bench
+from aligndet.commands._results import write_results, write_tables
+from aligndet.commands._runs import MAY_CHANGE
 from aligndet.commands._settings import provenance
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
-from aligndet.comparison import part_of, plan
-from aligndet.data.coco import build_dataset, image_files
+from aligndet.comparison import Cell, hold_out, labelled_subset, part_of, plan
+from aligndet.data.coco import CocoDataset, build_dataset, image_files
 from aligndet.data.formats import load_labelled, read_labelled
 from aligndet.data.sources import ImageSource
 from aligndet.data.splits import with_images
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
-from aligndet.detectors.weights import load_weights
 from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json
 from aligndet.launch import data_summary
 from aligndet.proposals.storage import read_proposals
@@ -60,8 +61,10 @@ def compare(
     """Compares ways to start fine-tuning at equal budgets, seeds and labels.
 
     Every cell is a fine-tuning of its own in output/cells; the same command goes on where it was stopped, and
-    more arms, fractions, folds, seeds, steps or learning rates can be added later. The last weights are
-    measured, none are chosen by the validation images.
+    more arms, fractions, folds, seeds, steps or learning rates can be added later. The results are written
+    after every cell, so that a comparison can be looked at, also by `aligndet report`, while it runs. A cell
+    that fails is named, and the others go on. The last weights are measured, none are chosen by the
+    validation images.
 
     Args:
         annotations: Of the training images: COCO JSON, PASCAL VOC or YOLO (file or folder).
@@ -75,7 +78,9 @@ def compare(
             detectors, are made by `aligndet cluster` if there are none beside them.
         arms: "scratch" (neck and heads random, the trunk with its weights), "aligndet", "boxes-only" (no
             contrast), "contrast-only" (no box losses), "trunk-only" (the trunk of the pre-training; the
-            same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export).
+            same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export; other
+            weights there later are another arm). Its trunk must have the same --trunk-weights; whether it
+            has seen validation images is said, as far as it is known.
         fractions: Shares of the labelled images, above 0 and up to 1 (0.05 is 5 %), nested within a fold.
         folds: Numbers of the draws of labelled images; all labels (1.0) are one fold.
         seeds: Of pre-training and fine-tuning; pairs share seed and fold. The test takes seeds for
@@ -84,15 +89,16 @@ def compare(
         learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
             each arm takes its own best, for each fraction and budget: on the first seed and fold that the
             comparison was begun with, a fifth of the labels is held out and chooses; the validation images
-            have no part in it. With few labels this choice is noisy. The table says where the best lies at an
-            end of the list: give more rates there.
+            have no part in it. With few labels this choice is noisy. A rate at which training diverges loses.
+            The table says where the best lies at an end of the list: give more rates there.
         detectors: By name, as in `aligndet finetune`. Each of several is a comparison of its own, in a folder
             with its name in output.
         trunk: By name, as in `aligndet finetune`.
         trunk_weights: Of the trunk, for all arms.
         fpn_channels: Width of the feature pyramid.
         pretraining: Further settings of `aligndet pretrain`, such as --pretraining.steps 5000; those of one
-            of several detectors under its name: --pretraining.fcos.steps 5000.
+            of several detectors under its name: --pretraining.fcos.steps 5000. Only those that change no
+            result, such as workers, may be others when it goes on.
         finetuning: Further settings of `aligndet finetune`, likewise, such as --finetuning.batch_size 8.
         part: I/N: every N-th cell from the I-th on, for array tasks or devices that share the folder; what
             several parts need (proposals, pre-training, searches) is made by one, the others wait.
@@ -102,15 +108,24 @@ def compare(
 
     Raises:
         ValueError: If the folder holds a comparison with other data, model or training settings, or the input
-            does not fit together; the message names the file or the value.
+            does not fit together; the message names the file or the value. At the end, if a cell has failed.
     """
+    if unlabelled is not None:
+        ImageSource(unlabelled)  # refuses an address
+    # the runs of cells are known by these names: the same ones, however they are spelt
+    annotations, val_annotations = map(_spelt_out, (annotations, val_annotations))
+    proposals = proposals and _spelt_out(proposals)
+    output, images = output.resolve(), images and images.resolve()
+    val_images, unlabelled = val_images and val_images.resolve(), unlabelled and unlabelled.resolve()
+    if trunk_weights not in WEIGHTS and Path(trunk_weights).exists():
+        trunk_weights = str(_spelt_out(Path(trunk_weights)))
     settings = {name: value for name, value in locals().items() if name in _SHARED}
     if not detectors or len(set(detectors)) < len(detectors):
         raise ValueError(f"detectors must be different names, at least one, not {list(detectors)}")
     if len(detectors) > 1 and (output / "compare.json").is_file():
         raise ValueError(f"{output}: holds the comparison of one detector; give another --output")
-    sources = {_arm_name(arm): Path(arm[5:]) for arm in arms if arm.startswith("from:")}
-    names = [_arm_name(arm) for arm in arms]
+    read = read_arms(arms)
+    names, sources = [name for name, _ in read], {name: source for name, source in read if source}
     cells = plan(names, fractions, folds, steps, seeds)
     mine = part_of(cells, part)
     rates = learning_rates
@@ -121,8 +136,9 @@ def compare(
         before = _settings("pretraining", pretrain, pretraining, detector, set())
         after = _settings("finetuning", finetune, finetuning, detector, _PLANNED)
         model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
-        _check_arms(names, sources, before, after, model)
+        check_arms(names, sources, before, after, model)
         stages[detector] = (model, before, after)
+    remarks = check_trunks(sources, trunk_weights)
     labels = load_labelled(annotations, images, "train")
     coco = build_dataset(labels, annotations)
     held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
@@ -130,9 +146,15 @@ def compare(
     if all(crowds.all() for crowds in held_out.iscrowd):
         raise ValueError(f"{val_annotations}: has no object to measure by")
     if seen := len(measured.intersection(image_files(coco.folder, coco.file_names))):
-        print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
+        remarks.append(
+            f"{seen} of {len(held_out)} validation images are trained on, not new to the detector."
+        )
+    remarks += remarks_on_images(sources, measured)
     readable = set(coco.file_names)
     present = [image for image in labels.content["images"] if image["file_name"] in readable]
+    document = with_images(labels.content, present)
+    searched = folds[0] if rates is not None and len(rates) > 1 else None
+    counts = _count_labels(annotations, document, coco, cells, searched)
     classes = [category.name for category in coco.categories]
     settings["data"] = [
         data_summary(f"{len(part)} images", chain(classes, part.file_names), part.arrays())
@@ -143,7 +165,8 @@ def compare(
         recipe = training_defaults(detector, after.get("optimizer", "adamw"))
         bench = Bench(
             output=output / detector if len(detectors) > 1 else output,
-            document=with_images(labels.content, present),
+            document=document,
+            labels=counts,
             images=labels.folder,
             validation=(val_annotations, val_images),
             measured=measured,
@@ -157,61 +180,84 @@ def compare(
             pretraining=before,
             finetuning=after,
             first=_first(output / detector if len(detectors) > 1 else output, (seeds[0], folds[0])),
+            remarks=remarks,
         )
         benches.append(bench)
-    if any(bench.pretrains(mine) for bench in benches):  # a wrong folder is told before cells are tuned
+    if any(bench.ahead(mine).pretrainings for bench in benches):
+        # a wrong folder is told before cells are tuned
         source = ImageSource(unlabelled or labels.folder)
         source.check_here()
         if proposals is not None:
-            source.prepare(read_proposals(proposals).file_names, proposals)
+            table = read_proposals(proposals)
+            source.prepare(table.file_names, proposals)
+            count = f"{len(table)} images with {len(table.boxes)} boxes"
+            settings["proposals_data"] = data_summary(count, table.file_names, (table.boxes, table.offsets))
     for bench in benches:
         own = {"detector": bench.model["detector"]}
         own |= {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
         _record(bench.output, settings | own, bench.first)
-    tables = []
+    for remark in remarks:
+        print(remark)
     for detector, bench in zip(detectors, benches, strict=True):
-        bench.run_all(mine)
-        tables.append(f"## {detector}\n\n{bench.write_results(cells)}")
-        print(tables[-1])
-        if len(detectors) > 1:
-            atomic_write(output / "table.md", "\n".join(tables))
+        print(f"{detector}: {len(mine)} cells; to be done: {bench.ahead(mine)}", flush=True)
+    for detector, bench in zip(detectors, benches, strict=True):
+        for _ in bench.run_all(mine):
+            _write(bench, cells, output, detectors)
+        _write(bench, cells, output, detectors)  # also if nothing was left to be done
+        print(f"## {detector}\n\n{(bench.output / 'table.md').read_text()}")
+    _tell_failures({name: message for bench in benches for name, message in bench.failures.items()})
     return output
 
 
-def _arm_name(arm: str) -> str:
-    if arm.startswith("from:"):
-        path = Path(arm[5:]).resolve()
-        return f"from-{path.name}-{zlib.crc32(str(path).encode()):08x}"
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}; there are: {', '.join(ARMS)} and from:PATH")
-    return arm
+def _spelt_out(path: Path) -> Path:
+    """An absolute path; a link itself stays, as other files are looked for beside it."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
-def _check_arms(
-    names: Sequence[str],
-    sources: dict[str, Path],
-    pretraining: dict[str, Any],
-    finetuning: dict[str, Any],
-    model: dict[str, Any],
-) -> None:
-    if "trunk-only" in names and not pretraining.get("train_trunk"):
-        raise ValueError(
-            "arm 'trunk-only' is the same as 'scratch' while pre-training leaves the trunk frozen;"
-            " leave it out or give --pretraining.train_trunk true"
-        )
-    others: dict[str, Any] = {**model, "fpn_norm": "none"}
-    others |= detector_settings(model["detector"], pretraining, finetuning)
-    options = others.pop("options") or {}
-    shared = family_of(model["detector"]).shared_options()
-    others |= {name: options.get(name) for name in shared}
-    for path in sources.values():
-        architecture = load_weights(path)[1]["architecture"]
-        found = dict.fromkeys(shared) | architecture | architecture.get("options", {})
-        for name, value in others.items():
-            if found[name] != value:
+def _count_labels(
+    source: Path, document: dict[str, Any], coco: CocoDataset, cells: Sequence[Cell], searched: int | None
+) -> dict[float, int]:
+    """How many images a fraction has; draws that nothing can be learnt from or measured by are refused.
+
+    Args:
+        source: Of the labels, for messages.
+        document: All labels.
+        coco: The same, checked.
+        cells: Of the plan.
+        searched: The fold on which learning rates are searched, if they are.
+    """
+    shown = {name for name, crowds in zip(coco.file_names, coco.iscrowd, strict=True) if not crowds.all()}
+    counts = {}
+    draws = dict.fromkeys((cell.fraction, cell.fold, False) for cell in cells)
+    if searched is not None:
+        draws |= dict.fromkeys((cell.fraction, searched, True) for cell in cells)
+    for fraction, fold, is_search in draws:
+        subset = labelled_subset(document, fraction, fold)
+        counts[fraction] = len(subset["images"])
+        for part in hold_out(subset) if is_search else (subset,):
+            if shown.isdisjoint(image["file_name"] for image in part["images"]):
+                which = "that its search of learning rates takes " if is_search else ""
                 raise ValueError(
-                    f"{path}: has {name} {found[name]!r}, the other arms {value!r}: not comparable"
+                    f"{source}: fraction {fraction:g}, fold {fold}: the {len(part['images'])} images {which}"
+                    "show no object; give a larger fraction or another fold"
                 )
+    return counts
+
+
+def _write(bench: Bench, cells: Sequence[Cell], output: Path, detectors: Sequence[str]) -> None:
+    write_results(bench, cells)
+    if len(detectors) > 1:
+        write_tables(output, detectors)
+
+
+def _tell_failures(failures: dict[str, str]) -> None:
+    """Ends with an error if a cell has failed."""
+    cells: dict[str, list[str]] = {}
+    for name, message in failures.items():
+        cells.setdefault(message, []).append(name)
+    if cells:
+        told = "; ".join(f"{' and '.join(names)}: {message}" for message, names in cells.items())
+        raise ValueError(f"{len(failures)} cells failed, the same command tries them again: {told}")
 
 
 def _settings(
@@ -244,28 +290,34 @@ def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> N
     """Writes down what the comparison is about, or refuses to mix it with another."""
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
-    if output.is_dir() and not record.is_file():
+    # first what is there: another part can begin meanwhile, and its record comes before anything else
+    used = contents(output) if output.is_dir() else []
+    if used and not record.is_file():
         several = sorted(path.parent.name for path in output.glob("*/compare.json"))
         if several:
             raise ValueError(
                 f"{output}: holds the comparisons of {', '.join(several)}; to go on with one of them give its"
                 f" folder, as in --output {output / several[0]}"
             )
-        if used := contents(output):
-            raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
+        raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
         begun = any(
             path for name in ("checkpoints", "model", "pretrained") for path in output.glob(f"*/*/{name}")
         )
-        if record.is_file() and begun:
-            before = read_json(record).get("settings", {})
-            for name, value in plain.items():
-                if before.get(name) != value and (name != "data" or name in before):
-                    raise ValueError(
-                        f"{output}: was started with {name}={before.get(name)!r}, now {value!r}; go on with"
-                        " the former or give another --output"
-                    )
-        else:
+        noted = read_json(record) if record.is_file() and begun else provenance()
+        before = noted.get("settings", {})
+        for name, value in plain.items():
+            if name in before and _lasting(before[name]) != _lasting(value):
+                raise ValueError(
+                    f"{output}: was started with {name}={before[name]!r}, now {value!r}; go on with"
+                    " the former or give another --output"
+                )
+        if plain.keys() - before.keys():
             atomic_write(
-                record, json.dumps({"settings": plain, "first": first, **provenance()}, indent=2) + "\n"
+                record, json.dumps({"first": first, **noted, "settings": before | plain}, indent=2) + "\n"
             )
+
+
+def _lasting(value: Any) -> Any:
+    """Settings of a stage without those that a run may change when it goes on."""
+    return {k: v for k, v in value.items() if k not in MAY_CHANGE} if isinstance(value, dict) else value or {}

@@ -1,0 +1,71 @@
+"""The results of `aligndet compare`: a table, JSON and CSV of the cells that are finished."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from aligndet.commands._cells import Bench
+from aligndet.commands._settings import provenance
+from aligndet.comparison import Cell, rows_of
+from aligndet.files import atomic_write, locked, read_json
+from aligndet.verdicts import markdown
+
+_COLUMNS = ["arm", "labels", "fraction", "steps", "fold", "seed", "learning_rate", "AP", "AP50", "AP75"]
+
+
+def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
+    """Writes table.md, results.json and results.csv, with the cells of earlier calls.
+
+    Args:
+        bench: Of one detector.
+        cells: That this call has planned, also those of other parts.
+    """
+    path = bench.output / "results.json"
+    # another part must not put back what it has read before
+    with locked(bench.output / ".locks" / "results", wait=True):
+        found = [
+            {
+                **asdict(cell),
+                "labels": bench.labels[cell.fraction],
+                "learning_rate": bench.rate(cell),
+                "searched": sorted(bench.rates),
+                "search_AP": bench.search_ap(cell),
+                "figures": {n: value for n, value in figures.items() if n not in ("details", "warnings")},
+            }
+            for cell in cells
+            if (figures := bench.figures(cell)) is not None
+        ]
+        before = read_json(path) if path.is_file() else {}
+        entries = [entry for entry in before.get("cells", []) if Cell.of(entry) not in cells] + found
+        remarks = list(dict.fromkeys([*before.get("remarks", []), *bench.remarks]))
+        rows = rows_of(entries)
+        lines = [markdown(rows), *(f"{remark}\n" for remark in remarks)]
+        lines.append(f"{len(found)} of {len(cells)} cells finished\n")
+        content = {"rows": rows, "cells": entries, "planned": len(cells), "remarks": remarks, **provenance()}
+        text = io.StringIO()
+        masks = ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
+        writer = csv.DictWriter(text, [*_COLUMNS, *masks], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for entry in entries:
+            writer.writerow({**entry["figures"], **entry})
+        atomic_write(bench.output / "table.md", "\n".join(lines))
+        atomic_write(path, json.dumps(content, indent=2))
+        atomic_write(bench.output / "results.csv", text.getvalue())
+
+
+def write_tables(output: Path, detectors: Sequence[str]) -> None:
+    """Puts the tables of several detectors into one file.
+
+    Args:
+        output: Folder of the comparisons.
+        detectors: Those whose table is not there yet are left out.
+    """
+    with locked(output / ".locks" / "results", wait=True):
+        tables = {name: output / name / "table.md" for name in detectors}
+        texts = [f"## {name}\n\n{path.read_text()}" for name, path in tables.items() if path.is_file()]
+        atomic_write(output / "table.md", "\n".join(texts))
