@@ -177,7 +177,7 @@ def test_rows_of_entries_tell_arms_whose_rates_were_chosen_from_other_lists() ->
 
 
 def test_what_a_gain_is_worth_is_of_its_own_budget() -> None:
-    figures = {}
+    figures: dict[Cell, float] = {}
     for seed in range(6):
         figures |= {Cell(f, 5, seed, 0, "scratch"): ap for f, ap in ((0.1, 0.1), (1.0, 0.3))}
         figures |= {Cell(f, 50, seed, 0, "scratch"): ap for f, ap in ((0.1, 0.2), (1.0, 0.9))}
@@ -188,7 +188,7 @@ def test_what_a_gain_is_worth_is_of_its_own_budget() -> None:
 
 
 def _results(gains: list[float]) -> list[dict[str, Any]]:
-    figures = {}
+    figures: dict[Cell, float] = {}
     for seed, gain in enumerate(gains):
         figures[Cell(0.1, 5, seed, 0, "scratch")] = 0.10
         figures[Cell(1.0, 5, seed, 0, "scratch")] = 0.30
