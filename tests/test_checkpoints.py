@@ -10,19 +10,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation
+from aligndet.checkpoints import BestCheckpoint, LastCheckpoint, WeightAverage, best_validation
 from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
-from aligndet.training import TrainingModule, load_state, steps_done
+from aligndet.training import StepSampler, TrainingModule, load_state, steps_done
 
 SCORES = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.6}
 """By step."""
@@ -87,6 +88,7 @@ def train(
     ema: float | None = None,
     data: str = "8 images",
     steps: int = 8,
+    seed: int = 0,
 ) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     fit(
@@ -110,7 +112,7 @@ def train(
         log_every=1,
         loggers=(),
         workers=workers,
-        seed=0,
+        seed=seed,
         validation=ValidationDataset(Items()) if validated else None,
         validate_every=2,
         callbacks=_callbacks(output, validated, patience, ema),
@@ -172,6 +174,23 @@ def test_a_short_run_is_kept_every_tenth_of_it(steps: int, kept: int, tmp_path: 
     with pytest.raises(RuntimeError, match="killed"):
         train(Counting(killed_in_step=5), tmp_path, 1, checkpoint_every=None, validated=False, steps=steps)
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == kept
+
+
+def test_a_long_run_is_kept_every_500_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = create_autospec(LastCheckpoint, side_effect=InterruptedError)
+    monkeypatch.setattr("aligndet.trainer.LastCheckpoint", kept)
+    with pytest.raises(InterruptedError):
+        train(Counting(), tmp_path / "run", 1, checkpoint_every=None, steps=6000)
+    assert kept.call_args.args[1] == 500
+
+
+def test_the_seed_decides_the_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = create_autospec(DataLoader, side_effect=InterruptedError)
+    monkeypatch.setattr("aligndet.trainer.DataLoader", loader)
+    with pytest.raises(InterruptedError):
+        train(Counting(), tmp_path / "run", 2, seed=3)
+    order = list(loader.call_args.kwargs["batch_sampler"])
+    assert order == list(StepSampler(4, batch_size=1, batches=16, seed=3))
 
 
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +41,37 @@ def test_commands_parse(line: str) -> None:
     command, *arguments = shlex.split(line)
     function, parser = _parser_of(command)
     parser.parse_args(cli._as_options(function, arguments))
+
+
+def of_benchmarks(page: str) -> Iterator[str]:
+    """Command lines of benchmarks, and with each row of a table of options the last one before it."""
+    for section in page.split("\n## "):
+        command = ""
+        for found in re.finditer(r"`(python\s+benchmarks/[^`]+|--[^`]+)`", section):
+            code = " ".join(found[1].split())
+            if code.startswith("python"):
+                command = code
+                yield command
+            elif section[: found.start()].rpartition("\n\n")[2].partition("\n")[0].endswith("options |"):
+                yield f"{command} {code}"
+
+
+BENCHMARKS = [line for page in (README, *PAGES) for line in of_benchmarks(page)]
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+def test_commands_of_benchmarks_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = ArgumentParser.parse_args
+
+    def parse_and_stop(parser: ArgumentParser) -> None:
+        parse(parser)
+        raise InterruptedError
+
+    _, script, *arguments = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def test_the_command_of_torchrun_is_its_own() -> None:
@@ -81,6 +115,7 @@ def test_slurms_script_goes_on_when_its_time_is_over(
 
 def test_there_are_commands_to_test() -> None:
     assert len(COMMANDS) >= 12
+    assert len(BENCHMARKS) >= 25
 
 
 @pytest.mark.slow

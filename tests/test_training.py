@@ -112,6 +112,7 @@ def test_groups_of_parameters(name: str) -> None:
     }
     assert found.keys() == expected.keys()
     assert all(found[key] == pytest.approx(value) for key, value in expected.items())
+    assert optimizer.defaults.get("momentum") == (0.9 if name == "sgd" else None)
     with pytest.raises(ValueError, match="no parameter is trainable"):
         build_optimizer([(frozen.parameters(), 1.0)], "adamw", 1e-2, 0.05)
 

@@ -212,9 +212,6 @@ def fit(
             print(f"{output}: {said}")
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        leave_at_once(130)
-        raise
     except (Exception, SIGTERMException) as error:
         agreed = isinstance(error, SIGTERMException)
         if not agreed:
@@ -234,6 +231,9 @@ def fit(
             " as many times --accumulate, --precision bf16-mixed, or smaller images (--min-size, --max-size,"
             f" --crop-size): {error}"
         ) from error
+    except (KeyboardInterrupt, SystemExit):
+        leave_at_once(130)
+        raise
     return trainer.is_global_zero
 
 

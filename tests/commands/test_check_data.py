@@ -20,7 +20,6 @@ def test_a_good_set_and_a_bare_folder(
     coco = read_labelled(sample / "train.json")
     assert report["images"] == report["readable_images"] == 12
     assert report["boxes"] == sum(report["classes"].values()) == sum(map(len, coco.boxes))
-    assert sum(report["box_sizes"].values()) == report["boxes"]
     assert cli.main(["check-data", str(sample / "train")]) == 0
     assert "data.yaml" not in capsys.readouterr().out
     shutil.copytree(sample / "train", tmp_path / "yolo")
@@ -135,3 +134,18 @@ def test_odd_values_are_told_apart(
     path.write_text(json.dumps(document))
     assert set(check_data(path, images=sample / "train", fix=fixed)["problems"]) == {*kinds, "duplicate id"}
     assert read_labelled(fixed / "train.json", strict=True).boxes
+
+
+def test_sizes_and_imbalance_are_counted(sample: Path, tmp_path: Path) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    image, (first, second) = document["images"][0]["id"], document["categories"][:2]
+    sides = {31: first, 32: first, 95: first, 96: first, 97: second, 98: second}
+    document["annotations"] = [
+        {"id": side, "image_id": image, "category_id": category["id"], "bbox": [0, 0, side, side]}
+        for side, category in sides.items()
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    report = check_data(tmp_path / "train.json", images=sample / "train")
+    assert report["box_sizes"] == {"small": 1, "medium": 2, "large": 3}
+    assert report["box_side"] == {"min": 31, "median": 95.5, "max": 98}
+    assert report["imbalance"] == 2.0

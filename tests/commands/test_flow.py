@@ -11,6 +11,7 @@ from unittest.mock import create_autospec
 import pytest
 import supervision as sv
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 import aligndet
@@ -572,6 +573,116 @@ def test_what_is_asked_for_reaches_the_algorithm(
     given = {"proposals": proposals, "output": tmp_path / "run", **settings}
     module, _, _ = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
     assert {name: getattr(module, name) for name in settings} == settings
+
+
+def test_what_is_asked_for_reaches_the_data_of_pretraining(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "names.txt").write_text("00007.jpg\n00002.jpg\n")
+    given: dict[str, Any] = {"proposals": proposals, "names": tmp_path / "names.txt", "max_proposals": 3}
+    given |= {
+        "output": tmp_path / "run",
+        "strict": True,
+        "lr_schedule": "step",
+        "warmup_steps": 7,
+        "steps": 40,
+    }
+    module, dataset, asked = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
+    assert dataset.table.file_names == ["00002.jpg", "00007.jpg"]
+    assert asked["data"].startswith("2 images with ")
+    assert (dataset.max_proposals, dataset.strict) == (3, True)
+    assert module.schedule_settings == ("step", 40, 7)
+
+
+def test_what_is_asked_for_reaches_fine_tuning(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"learning_rate": 0.3, "weight_decay": 0.2, "lr_schedule": "step", "steps": 40}
+    given |= {"warmup_steps": 7, "trunk_factor": 0.5, "seed": 7, "patience": 3, "strict": True}
+    given |= {"val_annotations": sample / "val.json", "output": tmp_path / "tuned"}
+    module, dataset, asked = asked_of(aligndet.finetune, monkeypatch, sample / "train.json", **given)
+    assert module.optimizer_settings == ("adamw", 0.3, 0.2)
+    assert module.schedule_settings == ("step", 40, 7)
+    assert (module.trunk_factor, module.seed) == (0.5, 7)
+    assert dataset.strict
+    assert asked["validation"].strict
+    (stopping,) = (callback for callback in asked["callbacks"] if isinstance(callback, EarlyStopping))
+    assert (stopping.patience, stopping.mode, stopping.monitor) == (3, "max", "val/AP")
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "fpn_norm", "frozen", "synchronised"),
+    [
+        ("frozen", "none", True, False),
+        ("frozen", "batch", True, True),
+        ("trained", "batch", False, False),
+        ("sync", "none", False, True),
+    ],
+)
+def test_batch_norms_of_fine_tuning(
+    batch_norm: str,
+    fpn_norm: str,
+    frozen: bool,
+    synchronised: bool,
+    sample: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"batch_norm": batch_norm, "fpn_norm": fpn_norm, "output": tmp_path / "tuned"}
+    module, _, asked = asked_of(aligndet.finetune, monkeypatch, sample / "train.json", **given)
+    assert asked["sync_batch_norm"] == synchronised
+    trunk, pyramid = (
+        [layer.training for layer in part.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+        for part in (module.detector.backbone.body, module.detector.backbone.fpn)
+    )
+    assert set(trunk) == {not frozen}
+    assert set(pyramid) == ({True} if fpn_norm == "batch" else set())
+
+
+def test_parts_that_are_not_asked_for_start_anew(
+    run: Path, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"init": ("neck",), "init_from": run, "seed": 1, "output": tmp_path / "tuned"}
+    module, _, _ = asked_of(aligndet.finetune, monkeypatch, sample / "train.json", **given)
+    pretrained, found = load_file(run / "pretrained" / "model.safetensors"), module.detector.state_dict()
+    kernels = {name for name, value in pretrained.items() if value.ndim > 1}
+    taken = {name for name in kernels if torch.equal(found[name], pretrained[name])}
+    assert taken == {name for name in kernels if name.startswith("backbone.fpn.")} != set()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_strict_labels(part: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = json.loads((sample / f"{part}.json").read_text())
+    document["annotations"][0]["bbox"] = [-20, 4, 60, 20]
+    (tmp_path / f"{part}.json").write_text(json.dumps(document))
+    labels = {name: sample / f"{name}.json" for name in ("train", "val")}
+    labels[part] = tmp_path / f"{part}.json"
+    given: dict[str, Any] = {"images": sample / "train", "val_images": sample / "val"}
+    given |= {"val_annotations": labels["val"], "output": tmp_path / "tuned"}
+    asked_of(aligndet.finetune, monkeypatch, labels["train"], **given)
+    with pytest.raises(ValueError, match=rf"{part}\.json: annotation \d+ of .*: clipped the box"):
+        asked_of(aligndet.finetune, monkeypatch, labels["train"], strict=True, overwrite=True, **given)
+
+
+def test_crowds_are_not_learnt_but_validated_with(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((sample / "train.json").read_text())
+    crowd = document["annotations"][0]
+    crowd["iscrowd"] = 1
+    labels = tmp_path / "train.json"
+    labels.write_text(json.dumps(document))
+    given: dict[str, Any] = {
+        "images": sample / "train",
+        "val_annotations": labels,
+        "val_images": sample / "train",
+    }
+    _, dataset, asked = asked_of(aligndet.finetune, monkeypatch, labels, output=tmp_path / "tuned", **given)
+    assert "12 of 12 validation images are trained on" in capsys.readouterr().out
+    index = [image["id"] for image in document["images"]].index(crowd["image_id"])
+    learnt, validated = (part.images[index][1]["iscrowd"].tolist() for part in (dataset, asked["validation"]))
+    assert (sum(learnt), sum(validated)) == (0, 1)
+    assert len(validated) == len(learnt) + 1
 
 
 def test_the_best_weights_are_the_result(

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from aligndet.commands.cluster import _load, _Request
-from aligndet.commands.propose import propose
+from aligndet.commands.propose import Rank, _summarise, propose
+from aligndet.data.images import read_image
 from aligndet.data.labelled import geometric
+from aligndet.data.sources import ImageSource
 from aligndet.files import locked
-from aligndet.proposals.storage import read_proposals
+from aligndet.proposals.filters import filter_boxes
+from aligndet.proposals.segments import objectness
+from aligndet.proposals.selective_search import Mode, selective_search
+from aligndet.proposals.storage import clean, read_proposals
+from aligndet.proposals.table import ImageProposals
 
 
 @pytest.fixture
@@ -38,7 +45,6 @@ def test_broken_images_are_skipped_counted_and_named(
     assert summary.without == 1  # nothing to find in a white image
     assert summary.recall is not None
     assert 0.5 < summary.recall["recall50"] <= 1
-    assert summary.recall["recall70"] <= summary.recall["recall50"]
     printed = capsys.readouterr().out
     assert "broken.jpg" in printed
     assert "2 images skipped" in printed
@@ -173,3 +179,41 @@ def test_clusters_see_boxes_where_they_are(tmp_path: Path) -> None:
     assert position == 3
     assert image.shape == (3, 100, 150)
     assert resized.tolist() == [[15, 10, 75, 50]]
+
+
+def test_mode_and_rank_are_those_asked_for(sample: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("00002.jpg")
+    image = read_image(sample / "train" / "00002.jpg").permute(1, 2, 0).numpy()
+    bounds: dict[str, Any] = {"max_aspect_ratio": 3.0, "min_area": 0.008, "max_area": 0.81, "nms_iou": 0.5}
+    height, width = image.shape[:2]
+    found = []
+    for mode in get_args(Mode):
+        boxes = clean(selective_search(image, mode=mode), width, height)
+        for rank in get_args(Rank):
+            score = partial(objectness, image) if rank == "straddling" else None
+            output = tmp_path / f"{mode}-{rank}"
+            asked: dict[str, Any] = {"names": tmp_path / "names.txt", "mode": mode, "rank": rank}
+            propose(sample / "train", output=output, workers=1, max_proposals=None, **asked)
+            found.append(read_proposals(output).boxes)
+            expected = filter_boxes(boxes, width, height, score=score, **bounds)
+            np.testing.assert_array_equal(found[-1], expected)
+    assert len({boxes.tobytes() for boxes in found}) == 4
+
+
+def test_recall_counts_objects_by_their_best_box(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 100)).save(tmp_path / "a.png")
+    sizes = {"image_id": 1, "category_id": 1, "area": 1e4}
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 100}],
+        "categories": [{"id": 1, "name": "leaf"}],
+        "annotations": [
+            {"id": 1, "bbox": [0, 0, 100, 100], "iscrowd": 0, **sizes},
+            {"id": 2, "bbox": [200, 0, 100, 100], "iscrowd": 1, **sizes},  # not to be found
+        ],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(document))
+    boxes = np.array([[0, 0, 72, 100], [0, 0, 50, 100]], np.float32)
+    rows = [ImageProposals("a.png", 400, 100, boxes), ImageProposals("b.png", 0, 0, boxes[:0], "is empty")]
+    summary = _summarise(tmp_path / "out", rows, ImageSource(tmp_path), tmp_path / "labels.json")
+    assert summary.recall == {"recall50": 1.0, "recall70": 1.0, "AR": 0.5}  # IoU 0.72
+    assert (summary.images, summary.boxes, summary.skipped) == (1, 2, {"b.png": "is empty"})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -144,19 +145,22 @@ def test_htc_learns_to_detect() -> None:
 def test_pretraining_weighs_the_stages() -> None:
     adapter: Any = build_pretrainable("htc", trunk="resnet18", fpn_channels=64)
     masks = [torch.ones(2, 8, 8, dtype=torch.uint8), torch.ones(1, 8, 8, dtype=torch.uint8)]
-    output = adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks)
-    assert [stage.weight for stage in output.stages] == [1.0, 0.5, 0.25]
-    assert {f"loss_{kind}_{i}" for kind in ("box_reg", "mask") for i in (1, 2, 3)} < set(output.losses)
-    # what weights there are at a stage is in its losses: with the weight set to 0 it has none
-    adapter.weights = (0.0, 0.0, 0.0)
-    silent = adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks).losses
-    assert all(value == 0 for name, value in silent.items() if name[-1].isdigit())
+    outputs = []
+    for weights in ((1.0, 1.0, 1.0), adapter.weights):
+        adapter.weights = weights
+        torch.manual_seed(1)
+        outputs.append(adapter(IMAGES, [OBJECTS, OBJECTS[:1]], masks))
+    assert [stage.weight for stage in outputs[1].stages] == [1.0, 0.5, 0.25]
+    for depth, weight in enumerate((1.0, 0.5, 0.25), 1):
+        for name in (f"loss_box_reg_{depth}", f"loss_mask_{depth}"):
+            assert outputs[0].losses[name] > 0
+            torch.testing.assert_close(outputs[1].losses[name], weight * outputs[0].losses[name])
 
 
-def test_fine_tuning_weighs_the_stages() -> None:
-    cascade: Any = build_detector(
-        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
-    )
+@pytest.mark.parametrize("name", ["cascade_rcnn", "htc"])
+def test_fine_tuning_weighs_the_stages(name: str) -> None:
+    cascade: Any = build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96)
+    kinds = ("classifier", "box_reg", *(["mask"] if name == "htc" else []))
     cascade.train().backbone.eval()
     results = []
     for weights in ((1.0, 1.0, 1.0), cascade.roi_heads.weights):
@@ -164,8 +168,9 @@ def test_fine_tuning_weighs_the_stages() -> None:
         torch.manual_seed(1)
         results.append(cascade(IMAGES[1:], targets()[1:]))
     for depth, weight in enumerate((1.0, 0.5, 0.25), 1):
-        for name in (f"loss_classifier_{depth}", f"loss_box_reg_{depth}"):
-            torch.testing.assert_close(results[1][name], weight * results[0][name])
+        for loss in (f"loss_{kind}_{depth}" for kind in kinds):
+            assert results[0][loss] > 0
+            torch.testing.assert_close(results[1][loss], weight * results[0][loss])
     precisions = [stage.box_coder.weights for stage in cascade.roi_heads.stages]
     assert precisions == [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
 
@@ -200,3 +205,16 @@ def test_classes_are_the_mean_over_all_stages() -> None:
         found = cascade.eval()(IMAGES[1:])[0]
     assert set(found["labels"].tolist()) == {1, 2, 3}
     torch.testing.assert_close(found["scores"], chances.mean(0)[found["labels"]])
+
+
+def test_masks_are_the_mean_over_all_stages() -> None:
+    options = {"box_score_thresh": 0.0, "box_detections_per_img": 5}
+    htc: Any = build_detector(
+        "htc", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, options=options
+    )
+    for stage, chance in zip(htc.roi_heads.stages, (0.1, 0.2, 0.6), strict=True):
+        nn.init.zeros_(stage.mask_predictor.mask_fcn_logits.weight)
+        nn.init.constant_(stage.mask_predictor.mask_fcn_logits.bias, math.log(chance / (1 - chance)))
+    with torch.inference_mode():
+        masks = htc.eval()(IMAGES[1:])[0]["masks"]
+    torch.testing.assert_close(masks.amax(), torch.tensor(0.3))

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from aligndet.callbacks import Throughput
+
+
+def test_speed_is_told_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("aligndet.callbacks.time", SimpleNamespace(perf_counter=lambda: now))
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(device=torch.device("cpu"), log=logged.__setitem__)
+    trainer: Any = SimpleNamespace(log_every_n_steps=2, world_size=2)
+    throughput = Throughput()
+
+    def step(batch_idx: int, *, waits: float, works: float) -> None:
+        nonlocal now
+        now += waits
+        throughput.on_train_batch_start(trainer, module, [], batch_idx)
+        now += works
+        throughput.on_train_batch_end(trainer, module, None, ["an image"] * 3, batch_idx)
+
+    now = 5.0
+    throughput.on_train_start(trainer, module)
+    step(0, waits=1.0, works=2.0)
+    assert not logged
+    step(1, waits=0.0, works=1.0)
+    assert logged == {"speed/images_per_second": 6 * 2 / 4.0, "speed/data_wait": 0.25}
+    step(2, waits=0.5, works=0.5)
+    now += 100.0
+    throughput.on_validation_end(trainer, module)
+    step(3, waits=1.0, works=3.0)
+    assert logged == {"speed/images_per_second": 6 * 2 / 5.0, "speed/data_wait": 0.3}
