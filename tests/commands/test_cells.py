@@ -326,6 +326,19 @@ def test_other_proposals_are_another_comparison(
         _compare(sample, copied, output, **FEW, seeds=(1,))
 
 
+def test_what_is_tuned_is_only_measured(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    atomic_write(
+        tmp_path / "cells" / "aligndet_1_steps1_fold0_seed0_lr0.001" / "model" / "manifest.json", "{}"
+    )
+    atomic_write(tmp_path / "compare.json", "{}")
+    _compare(sample, proposals, tmp_path, fractions=(1.0,), arms=("aligndet",))
+    asked.pretrain.assert_not_called()
+    asked.finetune.assert_not_called()
+    asked.evaluate.assert_called_once()
+
+
 def test_two_parts_may_start_together(
     asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,10 +159,11 @@ class Bench:
             if _read(folder) is not None:  # made while this waited
                 return
             labels, measured, images = self._data(cell, search)
-            start, result = self._start(cell), folder / "result.json"
+            is_tuned, result = (folder / "model" / "manifest.json").is_file(), folder / "result.json"
+            start = None if is_tuned else self._start(cell)
             self._say(title, folder.name)
             begun = time.monotonic()
-            if not (folder / "model" / "manifest.json").is_file():
+            if not is_tuned:
                 try:
                     self._finetune(cell, rate, labels, start, folder)
                 except FloatingPointError as error:
