@@ -259,8 +259,11 @@ def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _choice(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     """The learning rate of a cell, if it lies at an end of its list or was no better than another."""
-    rates, scores = entry.get("searched") or [], entry.get("search_AP") or []
+    rates, tried = entry.get("searched") or [], entry.get("search_AP") or []
+    scores = [score for score in tried if score is not None]
     rate, best = entry["learning_rate"], max(scores, default=0.0)
+    if tried and not scores:
+        return {"kind": "lost", "rate": rate}
     if scores.count(best) > 1:
         return {"kind": "tie", "rate": rate, "AP": 100 * best}
     if len(rates) > 1 and rate in (min(rates), max(rates)):

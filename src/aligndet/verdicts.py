@@ -10,6 +10,7 @@ from aligndet.comparison import LEVEL
 _CHOSEN = {
     "smallest": "{rate}, the smallest learning rate tried, was best at {where}; a smaller one may be better",
     "largest": "{rate}, the largest learning rate tried, was best at {where}; a larger one may be better",
+    "lost": "training diverged at all learning rates tried at {where}; {rate}, the first of them, was taken",
     "tie": "several learning rates were equally good at {where}; {rate}, the first of them, was taken",
 }
 

@@ -24,6 +24,7 @@ from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import hold_out, labelled_subset
+from aligndet.detectors.weights import save_weights
 from aligndet.files import atomic_write, contents, locked
 from aligndet.reporting.runs import read_folders
 from tests.commands.test_compare import RUN, SMALL, _compare
@@ -202,6 +203,7 @@ def test_a_rate_that_diverges_loses(
     assert "learning rate 1 loses, as training diverges: the loss is not finite" in capsys.readouterr().out
     (cell,) = json.loads((output / "results.json").read_text())["cells"]
     assert cell["learning_rate"] == 1e-3
+    assert "equally good" not in (output / "table.md").read_text()  # of one that diverged and AP 0
     lost = output / "search" / "scratch_1_steps1_fold0_seed0_lr1"
     assert json.loads((lost / "result.json").read_text())["AP"] is None
     assert not (lost / "checkpoints").exists()
@@ -404,3 +406,80 @@ def test_results_are_read_and_written_by_one_part_at_a_time(
         ("aligndet", 0),
         ("scratch", 7),
     }
+
+
+def test_later_seeds_take_the_rates_of_the_first(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    """Also in a comparison of an earlier version, which had noted nothing; not if nothing was begun."""
+    changes: dict[str, Any] = {"arms": ("scratch",), "fractions": (0.5,), "learning_rates": (1e-3, 1e-4)}
+    _compare(sample, proposals, tmp_path / "other", **changes, seeds=(4,))
+    shutil.rmtree(tmp_path / "other" / "cells")
+    shutil.rmtree(tmp_path / "other" / "search")
+    output = _compare(sample, proposals, tmp_path / "out", **changes, seeds=(3,), folds=(1,)) / "search"
+    record = output.with_name("compare.json")
+    for _ in range(2):
+        _compare(sample, proposals, tmp_path / "out", **changes, seeds=(0,))
+        assert {path.name.split("_lr")[0] for path in output.iterdir()} == {"scratch_0.5_steps1_fold1_seed3"}
+        noted = json.loads(record.read_text())
+        assert noted.pop("first") == [3, 1]
+        record.write_text(json.dumps(noted))
+    _compare(sample, proposals, tmp_path / "other", **changes, seeds=(0,))
+    assert all("seed0" in path.name for path in (tmp_path / "other" / "search").iterdir())
+
+
+def test_a_lost_search_is_a_beginning(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    asked.finetune.side_effect = FloatingPointError("not finite")
+    changes: dict[str, Any] = {"arms": ("scratch",), "fractions": (1.0,), "learning_rates": (1e-3, 1e-4)}
+    with pytest.raises(ValueError, match="1 cells failed"):
+        _compare(sample, proposals, tmp_path, **changes)
+    with pytest.raises(ValueError, match="was started with finetuning"):
+        _compare(sample, proposals, tmp_path, **changes, finetuning={**SMALL["finetuning"], "clip": 0.1})
+
+
+def test_results_that_are_there_stay(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    def results() -> tuple[int, int]:
+        content = json.loads((tmp_path / "results.json").read_text())
+        return len(content["cells"]), content["planned"]
+
+    changes: dict[str, Any] = {"arms": ("scratch",), "fractions": (0.5,), "learning_rates": (1e-3, 1e-4)}
+    _compare(sample, proposals, tmp_path, **changes, seeds=(0, 1))
+    assert results() == (2, 2)
+    asked.finetune.side_effect = ValueError("no such luck")
+    with pytest.raises(ValueError, match="2 cells failed"):
+        _compare(sample, proposals, tmp_path, **changes, seeds=(1, 2, 3))
+    assert results() == (2, 4)
+    changes["learning_rates"] = (1e-3, 1e-4, 1e-5)
+    with pytest.raises(ValueError, match="2 cells failed"):
+        _compare(sample, proposals, tmp_path, **changes, seeds=(0, 1))
+    assert results()[0] == 2
+
+
+def test_a_pretraining_that_fails_is_not_tried_by_every_cell(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    asked.pretrain.side_effect = FloatingPointError("not finite")
+    with pytest.raises(ValueError, match=r"3 cells failed.*not finite$"):
+        _compare(sample, proposals, tmp_path, arms=("aligndet",), folds=(0, 1))
+    asked.pretrain.assert_called_once()
+
+
+def test_what_was_said_of_an_arm_gives_way(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    theirs = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64, "fpn_norm": "none"}
+    save_weights(tmp_path / "theirs", {}, {"architecture": theirs, "trunk": {"weights": "none"}})
+    changes: dict[str, Any] = {"arms": ("scratch", f"from:{tmp_path / 'theirs'}"), "fractions": (1.0,)}
+    output = _compare(sample, proposals, tmp_path / "out", **changes)
+    path = output / "results.json"
+    content = json.loads(path.read_text())
+    (remark,) = content["remarks"]
+    name = remark.partition(": ")[0]
+    others = ["7 of 9 validation images are trained on.", "from-else-1: was pre-trained on 3."]
+    path.write_text(json.dumps({**content, "remarks": [*others, f"{name}: was pre-trained on 2."]}))
+    _compare(sample, proposals, output, **changes)
+    assert json.loads(path.read_text())["remarks"] == [*others, remark]

@@ -61,6 +61,7 @@ class Bench:
     failures: dict[str, str] = field(default_factory=dict)  # messages by cell
     tunings: list[tuple[float, int]] = field(default_factory=list)  # seconds and steps
     pretrainings: list[float] = field(default_factory=list)  # seconds
+    lost: dict[Path, str] = field(default_factory=dict)  # messages by pre-training that has failed
 
     def ahead(self, cells: Sequence[Cell]) -> Ahead:
         """What is not there yet of some cells, and of all that they need.
@@ -142,10 +143,10 @@ class Bench:
         rate = self.rate(cell)
         return None if rate is None else _read(self._folder(cell, rate))
 
-    def search_ap(self, cell: Cell) -> list[float] | None:
-        """What a finished search has found, in the order of the rates."""
+    def search_ap(self, cell: Cell) -> list[float | None] | None:
+        """What a finished search has found, in the order of the rates; None where training has diverged."""
         folders = (self._folder(self._searched(cell), rate, search=True) for rate in sorted(self.rates))
-        return [(_read(f) or {}).get("AP") or 0.0 for f in folders] if len(self.rates) > 1 else None
+        return [(_read(f) or {}).get("AP") for f in folders] if len(self.rates) > 1 else None
 
     def _searched(self, cell: Cell) -> Cell:
         return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
@@ -224,21 +225,30 @@ class Bench:
             return None
         folder = self._pretrained(cell)
         with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
+            if folder in self.lost:  # would fail again
+                raise ValueError(self.lost[folder])
             if not _is_pretrained(folder):
                 self._say("pre-training", folder.name)
-                proposals = self._proposed()
                 begun = time.monotonic()
-                pretrain(
-                    self.unlabelled,
-                    proposals=proposals,
-                    names=self._unseen(proposals),
-                    output=folder,
-                    seed=cell.seed,
-                    resume=folder.is_dir(),
-                    **{**self.model, **self.pretraining, **settings},
-                )
+                try:
+                    self._pretrain(cell.seed, settings, folder)
+                except (FloatingPointError, ValueError) as error:
+                    self.lost[folder] = str(error)
+                    raise
                 self.pretrainings.append(time.monotonic() - begun)
         return folder
+
+    def _pretrain(self, seed: int, settings: dict[str, Any], folder: Path) -> None:
+        proposals = self._proposed()
+        pretrain(
+            self.unlabelled,
+            proposals=proposals,
+            names=self._unseen(proposals),
+            output=folder,
+            seed=seed,
+            resume=folder.is_dir(),
+            **{**self.model, **self.pretraining, **settings},
+        )
 
     def _pretrained(self, cell: Cell) -> Path:
         return self.output / "pretrained" / f"{cell.arm if ARMS[cell.arm] else 'aligndet'}_seed{cell.seed}"

@@ -41,12 +41,16 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
             if (figures := bench.figures(cell)) is not None
         ]
         before = read_json(path) if path.is_file() else {}
-        entries = [entry for entry in before.get("cells", []) if Cell.of(entry) not in cells] + found
-        remarks = list(dict.fromkeys([*before.get("remarks", []), *bench.remarks]))
+        new = {Cell.of(entry) for entry in found}
+        entries = [entry for entry in before.get("cells", []) if Cell.of(entry) not in new] + found
+        known = tuple(f"{name}: " for name in bench.sources)  # what was said of them may be otherwise now
+        former = [remark for remark in before.get("remarks", []) if not remark.startswith(known)]
+        remarks = list(dict.fromkeys([*former, *bench.remarks]))
         rows = rows_of(entries)
         lines = [markdown(rows), *(f"{remark}\n" for remark in remarks)]
         lines.append(f"{len(found)} of {len(cells)} cells finished\n")
-        content = {"rows": rows, "cells": entries, "planned": len(cells), "remarks": remarks, **provenance()}
+        planned = len(entries) + len(cells) - len(found)
+        content = {"rows": rows, "cells": entries, "planned": planned, "remarks": remarks, **provenance()}
         text = io.StringIO()
         masks = ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
         writer = csv.DictWriter(text, [*_COLUMNS, *masks], extrasaction="ignore", lineterminator="\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Sequence, Set
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -29,6 +31,7 @@ from aligndet.proposals.storage import read_proposals
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
 _OURS |= {"devices", "nodes", "strategy"}  # a cell is of one process: others would start the comparison anew
+_SEARCHED = re.compile(r"_fold(?P<fold>\d+)_seed(?P<seed>\d+)_")  # in the names of cells
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
 _SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}
@@ -153,7 +156,9 @@ def compare(
     readable = set(coco.file_names)
     present = [image for image in labels.content["images"] if image["file_name"] in readable]
     document = with_images(labels.content, present)
-    searched = folds[0] if rates is not None and len(rates) > 1 else None
+    own = {name: output / name if len(detectors) > 1 else output for name in detectors}
+    first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in own.items()}
+    searched = {fold for _, fold in first.values()} if rates is not None and len(rates) > 1 else set()
     counts = _count_labels(annotations, document, coco, cells, searched)
     classes = [category.name for category in coco.categories]
     settings["data"] = [
@@ -164,7 +169,7 @@ def compare(
     for detector, (model, before, after) in stages.items():
         recipe = training_defaults(detector, after.get("optimizer", "adamw"))
         bench = Bench(
-            output=output / detector if len(detectors) > 1 else output,
+            output=own[detector],
             document=document,
             labels=counts,
             images=labels.folder,
@@ -179,7 +184,7 @@ def compare(
             model={**model, "trunk_weights": trunk_weights},
             pretraining=before,
             finetuning=after,
-            first=_first(output / detector if len(detectors) > 1 else output, (seeds[0], folds[0])),
+            first=first[detector],
             remarks=remarks,
         )
         benches.append(bench)
@@ -193,9 +198,9 @@ def compare(
             count = f"{len(table)} images with {len(table.boxes)} boxes"
             settings["proposals_data"] = data_summary(count, table.file_names, (table.boxes, table.offsets))
     for bench in benches:
-        own = {"detector": bench.model["detector"]}
-        own |= {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
-        _record(bench.output, settings | own, bench.first)
+        stage = {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
+        about = {**settings, "detector": bench.model["detector"], **stage}
+        bench.first = _record(bench.output, about, bench.first)
     for remark in remarks:
         print(remark)
     for detector, bench in zip(detectors, benches, strict=True):
@@ -215,7 +220,7 @@ def _spelt_out(path: Path) -> Path:
 
 
 def _count_labels(
-    source: Path, document: dict[str, Any], coco: CocoDataset, cells: Sequence[Cell], searched: int | None
+    source: Path, document: dict[str, Any], coco: CocoDataset, cells: Sequence[Cell], searched: Set[int]
 ) -> dict[float, int]:
     """How many images a fraction has; draws that nothing can be learnt from or measured by are refused.
 
@@ -224,13 +229,12 @@ def _count_labels(
         document: All labels.
         coco: The same, checked.
         cells: Of the plan.
-        searched: The fold on which learning rates are searched, if they are.
+        searched: The folds on which learning rates are searched.
     """
     shown = {name for name, crowds in zip(coco.file_names, coco.iscrowd, strict=True) if not crowds.all()}
     counts = {}
     draws = dict.fromkeys((cell.fraction, cell.fold, False) for cell in cells)
-    if searched is not None:
-        draws |= dict.fromkeys((cell.fraction, searched, True) for cell in cells)
+    draws |= dict.fromkeys((cell.fraction, fold, True) for cell in cells for fold in searched)
     for fraction, fold, is_search in draws:
         subset = labelled_subset(document, fraction, fold)
         counts[fraction] = len(subset["images"])
@@ -282,12 +286,23 @@ def _settings(
 def _first(output: Path, given: tuple[int, int]) -> tuple[int, int]:
     """Seed and fold that learning rates are searched on: those that the comparison has begun with."""
     record = output / "compare.json"
-    seed, fold = (read_json(record) if record.is_file() else {}).get("first", given)
+    if not (record.is_file() and _is_begun(output)):
+        return given
+    former = [name for path in output.glob("search/*") if (name := _SEARCHED.search(path.name))]
+    searched = (int(former[0]["seed"]), int(former[0]["fold"])) if former else given  # of earlier versions
+    seed, fold = read_json(record).get("first", searched)
     return seed, fold
 
 
-def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> None:
-    """Writes down what the comparison is about, or refuses to mix it with another."""
+def _is_begun(output: Path) -> bool:
+    names = ("checkpoints", "model", "pretrained", "result.json")
+    return any(path for name in names for path in output.glob(f"*/*/{name}"))
+
+
+def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> tuple[int, int]:
+    """Writes down what the comparison is about, or refuses to mix it with another; returns whose seed and
+    fold are searched on, if another part has begun meanwhile.
+    """
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
     # first what is there: another part can begin meanwhile, and its record comes before anything else
@@ -301,10 +316,8 @@ def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> N
             )
         raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
-        begun = any(
-            path for name in ("checkpoints", "model", "pretrained") for path in output.glob(f"*/*/{name}")
-        )
-        noted = read_json(record) if record.is_file() and begun else provenance()
+        there = read_json(record) if record.is_file() else {}
+        noted = there if _is_begun(output) else provenance()
         before = noted.get("settings", {})
         for name, value in plain.items():
             if name in before and _lasting(before[name]) != _lasting(value):
@@ -312,12 +325,15 @@ def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> N
                     f"{output}: was started with {name}={before[name]!r}, now {value!r}; go on with"
                     " the former or give another --output"
                 )
-        if plain.keys() - before.keys():
-            atomic_write(
-                record, json.dumps({"first": first, **noted, "settings": before | plain}, indent=2) + "\n"
-            )
+        if "first" not in noted or plain.keys() - before.keys():
+            noted = {"first": first, **noted, "settings": before | plain}
+            atomic_write(record, json.dumps(noted, indent=2) + "\n")
+    seed, fold = noted["first"]
+    return seed, fold
 
 
 def _lasting(value: Any) -> Any:
     """Settings of a stage without those that a run may change when it goes on."""
+    if isinstance(value, str) and Path(value).exists():  # a file of weights, however it is spelt
+        return os.path.realpath(value)
     return {k: v for k, v in value.items() if k not in MAY_CHANGE} if isinstance(value, dict) else value or {}

@@ -121,7 +121,9 @@ def run_colours(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def _measured(run: Run) -> float:
-    return run.figures.get("AP") or next(reversed(run.curves.get("val/AP", {}).values()), 0.0)
+    measured: float | None = run.figures.get("AP")
+    last = next(reversed(run.curves.get("val/AP", {}).values()), 0.0)
+    return last if measured is None else measured
 
 
 def is_tuned(run: Run) -> bool:
