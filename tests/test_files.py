@@ -40,6 +40,20 @@ def test_names_as_tools_write_them(name: str, tmp_path: Path) -> None:
     assert plain_name("/etc/b.jpg", tmp_path) == "/etc/b.jpg"
 
 
+def test_a_folder_may_be_spelt_as_one_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "work")
+    for folder in ("../data", "../link", tmp_path / "work" / ".." / "data"):
+        assert plain_name(f"{tmp_path}/data/a.jpg", Path(folder)) == "a.jpg"
+
+
+def test_names_that_are_no_text_are_written(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    atomic_write(path, "whole")
+    assert path.read_text() == "whole"
+
+
 def test_a_disk_that_fills_up_is_named_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     atomic_write(path, "first")

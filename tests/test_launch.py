@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Trainer
 
 from aligndet import cli
-from aligndet.launch import SameStart, check_launch, environment, leave_at_once
+from aligndet.launch import SameStart, check_launch, environment, leave_as_usual, leave_at_once
 
 SLURM = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -122,3 +122,6 @@ def test_a_process_that_fails_on_gpus_takes_no_leave(backend: str, monkeypatch: 
     monkeypatch.setattr("os._exit", lambda status: registered.append(status))
     leave(status)
     assert registered[1] == 2
+    monkeypatch.setattr("atexit.unregister", lambda leave: registered.remove((leave, 2)))
+    leave_as_usual()
+    assert registered == [2]

@@ -33,7 +33,7 @@ from aligndet.callbacks import (
 )
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
 from aligndet.data.labelled import HostBatch, ValidationDataset
-from aligndet.launch import SameStart, environment, leave_at_once
+from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
 from aligndet.training import StepSampler, compile_networks, steps_done
 from aligndet.workers import cores, worker_settings
 
@@ -234,6 +234,7 @@ def fit(
     except (KeyboardInterrupt, SystemExit):
         leave_at_once(130)
         raise
+    leave_as_usual()
     return trainer.is_global_zero
 
 

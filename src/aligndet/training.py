@@ -99,11 +99,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             return order
         started = -epoch * self.length % self.step_size  # what the step wants that the epoch before has begun
         begun, rest = order[:started], order[started:]
-        rest = rest[self.tall[rest].int().argsort(stable=True)]
         whole = len(rest) // self.step_size
-        steps = rest[: whole * self.step_size].view(whole, self.step_size)
-        steps = steps[torch.randperm(whole, generator=generator)]
-        return torch.cat([begun, steps.flatten(), rest[whole * self.step_size :]])
+        sorted_, last = rest[: whole * self.step_size], rest[whole * self.step_size :]
+        sorted_ = sorted_[self.tall[sorted_].int().argsort(stable=True)]
+        steps = sorted_.view(whole, self.step_size)[torch.randperm(whole, generator=generator)]
+        return torch.cat([begun, steps.flatten(), last])
 
 
 def build_optimizer(

@@ -171,6 +171,19 @@ def test_the_one_list_of_other_tools_is_all_there_is(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path}: ")
 
 
+@pytest.mark.parametrize("names", [("trainval", "val"), ("training", "validation")])
+def test_lists_that_may_share_images_are_not_guessed_at(names: tuple[str, ...], tmp_path: Path) -> None:
+    year(tmp_path, "", {name: ["1"] for name in names})
+    with pytest.raises(ValueError, match=r"no list ImageSets/Main/train\.txt"):
+        read_labelled(tmp_path, split="train")
+
+
+@pytest.mark.parametrize("name", ["C:\\photos\\a.jpg", "/photos/a.jpg", "photos\\a.jpg"])
+def test_where_an_xml_saw_its_image_does_not_matter(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "1.xml", xml(("cat", (1, 1, 9, 9)), head=f"<filename>{name}</filename>"), "a.jpg")
+    assert read_labelled(tmp_path).file_names == ["a.jpg"]
+
+
 def test_xml_of_other_tools_is_no_voc(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg.aux.xml", '<?xml version="1.0"?><!-- <annotation> --><PAMDataset/>', "a.jpg")
     assert is_bare_folder(tmp_path)

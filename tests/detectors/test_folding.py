@@ -54,6 +54,15 @@ def test_a_trunk_of_transformers_is_folded() -> None:
         torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trunk", ["inception_v3", "efficientformer_l1"])
+def test_a_trunk_for_large_or_equal_images_is_run_as_it_is(trunk: str) -> None:
+    """Or folded; the first has unpadded convolutions, the second maps of one size."""
+    built = known(build_trunk(trunk)[0])
+    images = torch.rand(1, 3, 224, 224)
+    pairs = zip(trunk_features(folded(built), images), trunk_features(built, images), strict=True)
+    assert all(float((level - expected).norm() / expected.norm()) < 1e-4 for level, expected in pairs)
+
+
 class Layers(nn.Module):
     """A convolution, a norm and a way to use them."""
 

@@ -175,12 +175,12 @@ def _chosen(years: list[Path], split: str, chosen_list: Path | None) -> set[Path
     if chosen_list is None and split == "all":
         return None
     there = {path.stem for year in years for path in (year / "ImageSets" / "Main").glob("*.txt")}
-    if chosen_list is None and not there & {"train", "val", "trainval", "test"}:
+    if chosen_list is None and len(there) == 1 and not there & {"train", "val", "trainval", "test"}:
         return None  # some tools write one list, default.txt
     if "test" in there:
         wanted = ("test",) if split == "val" else ("trainval", "train")
     else:
-        wanted = ("val",) if split == "val" else ("train", "trainval")
+        wanted = ("val",) if split == "val" else ("train",) if "val" in there else ("train", "trainval")
     name = next((name for name in wanted if name in there), wanted[0])
     chosen: set[Path] = set()
     for year in years:
@@ -212,7 +212,8 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int], list[_Object], list[str
     except (LookupError, ValueError) as error:  # of an encoding that the parser does not know
         raise ElementTree.ParseError(str(error)) from error
     file_name = (tree.findtext("filename") or "").strip()
-    if file_name:
+    file_name = file_name.replace("\\", "/")
+    if file_name and not file_name.startswith("/"):  # of an absolute one, the last part counts alone
         safe_name(file_name, path)
     size = (_number(tree.findtext("size/width")), _number(tree.findtext("size/height")))
     objects: list[_Object] = []

@@ -16,7 +16,6 @@ from aligndet.detectors.backbones import trunk_features
 _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
-@torch.no_grad()
 def folded(trunk: nn.Module) -> nn.Module:
     """Copies a trunk in eval mode, with every batch norm that follows a convolution folded into it.
 
@@ -31,28 +30,36 @@ def folded(trunk: nn.Module) -> nn.Module:
     """
     if type(trunk) is nn.ModuleDict or not any(isinstance(module, _NORMS) for module in trunk.modules()):
         return trunk
-    example = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    try:
+        return _folded(copy.deepcopy(trunk)) or trunk
+    except (AssertionError, RuntimeError, ValueError):  # a trunk for images of one size
+        return trunk
+
+
+@torch.no_grad()
+def _folded(trunk: nn.Module) -> nn.Module | None:
+    """The same, in place; None if it cannot be."""
+    example = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     example = example.to(next(trunk.parameters()).device)
-    twin = copy.deepcopy(trunk)
-    pairs = _pairs(twin, example)
+    pairs, before = _pairs(trunk, example)
     for conv, norm in pairs:
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
     replaced = {norm: _activation(norm) for _, norm in pairs}
-    for parent in list(twin.modules()):
+    for parent in list(trunk.modules()):
         for name, child in parent.named_children():
             if child in replaced:
                 setattr(parent, name, replaced[child])
     # elsewhere than into its norm, a convolution's map may go unfolded: then the network is another one
     same = all(
-        float((ours - theirs).norm()) <= 1e-2 * float(theirs.norm())
-        for ours, theirs in zip(trunk_features(twin, example), trunk_features(trunk, example), strict=True)
+        float((after - former).norm()) <= 1e-2 * float(former.norm())
+        for after, former in zip(trunk_features(trunk, example), before, strict=True)
     )
-    return twin if pairs and same else trunk
+    return trunk if pairs and same else None
 
 
-def _pairs(trunk: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, Any]]:
-    """The convolutions that are called once, each with the norm that is given its map."""
+def _pairs(trunk: nn.Module, example: Tensor) -> tuple[list[tuple[nn.Conv2d, Any]], list[Tensor]]:
+    """Convolutions that are called once, each with the norm that is given its map; and the trunk's maps."""
     maps: list[tuple[Tensor, nn.Conv2d]] = []  # kept, so that no other tensor gets the place of one
     pairs: list[tuple[nn.Conv2d, Any]] = []
 
@@ -64,11 +71,11 @@ def _pairs(trunk: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, Any]]:
 
     hooks = [m.register_forward_hook(made) for m in trunk.modules() if isinstance(m, nn.Conv2d)]
     hooks += [m.register_forward_pre_hook(taken) for m in trunk.modules() if isinstance(m, _NORMS)]
-    trunk_features(trunk, example)
+    features = [level.clone() for level in trunk_features(trunk, example)]
     for hook in hooks:
         hook.remove()
     calls = [conv for _, conv in maps]
-    return [(conv, norm) for conv, norm in pairs if calls.count(conv) == 1]
+    return [(conv, norm) for conv, norm in pairs if calls.count(conv) == 1], features
 
 
 def _activation(norm: Any) -> nn.Module:
