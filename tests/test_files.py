@@ -8,7 +8,15 @@ from threading import Thread
 
 import pytest
 
-from aligndet.files import accepts_strings, atomic_write, locked, plain_name, read_json, whole_file
+from aligndet.files import (
+    accepts_strings,
+    atomic_write,
+    locked,
+    plain_name,
+    read_json,
+    whole_file,
+    whole_path,
+)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -46,6 +54,14 @@ def test_a_folder_may_be_spelt_as_one_likes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path / "work")
     for folder in ("../data", "../link", tmp_path / "work" / ".." / "data"):
         assert plain_name(f"{tmp_path}/data/a.jpg", Path(folder)) == "a.jpg"
+    assert plain_name(f"{tmp_path}/work/../data/a.jpg", Path("../data")) == "a.jpg"
+
+
+def test_a_name_on_the_way_is_text(tmp_path: Path) -> None:
+    """Libraries write to it that know no other names."""
+    with whole_path(tmp_path / f"{'画' * 40}.mp4") as partial:
+        str(partial).encode()
+        partial.touch()
 
 
 def test_names_that_are_no_text_are_written(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def whole_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # at random: processes on two machines or in two containers can have the same number
-    stem = os.fsdecode(os.fsencode(path.stem)[:100])  # a name may have no more than 255 bytes
+    stem = os.fsencode(path.stem)[:100].decode(errors="ignore")  # a name may have no more than 255 bytes
     partial = path.with_name(f".{stem}.{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         yield partial
@@ -189,7 +189,7 @@ def plain_name(name: str, folder: Path) -> str:
     if not name.startswith("/"):
         return name
     path = PurePosixPath(name)
-    for spelt in (os.path.normpath(folder.absolute()), os.path.realpath(folder)):
+    for spelt in (folder.absolute(), os.path.normpath(folder.absolute()), os.path.realpath(folder)):
         if path.is_relative_to(spelt):
             return path.relative_to(spelt).as_posix()
     return name

@@ -391,7 +391,8 @@ def test_results_are_read_and_written_by_one_part_at_a_time(
     def after_another(folder: Path, *, wait: bool) -> Iterator[None]:
         waited.append(wait)
         if len(waited) == 2:  # the last time, another part has just finished a cell, and added seed 7
-            atomic_write(tmp_path / "cells" / "aligndet_1_steps1_fold0_seed0_lr0.001" / "result.json", "{}")
+            for name in ("aligndet_1_steps1_fold0_seed0_lr0.001", "scratch_1_steps1_fold0_seed7_lr0.001"):
+                atomic_write(tmp_path / "cells" / name / "result.json", "{}")
             (cell,) = json.loads(path.read_text())["cells"]
             atomic_write(path, json.dumps({"cells": [{**cell, "seed": 7}]}))
         with locked(folder, wait=wait):
@@ -425,6 +426,8 @@ def test_later_seeds_take_the_rates_of_the_first(
         assert noted.pop("first") == [3, 1]
         record.write_text(json.dumps(noted))
     _compare(sample, proposals, tmp_path / "other", **changes, seeds=(0,))
+    cells = json.loads((tmp_path / "other" / "results.json").read_text())["cells"]
+    assert [cell["seed"] for cell in cells] == [0]  # those of seed 4 were thrown away
     assert all("seed0" in path.name for path in (tmp_path / "other" / "search").iterdir())
 
 
@@ -456,7 +459,7 @@ def test_results_that_are_there_stay(
     changes["learning_rates"] = (1e-3, 1e-4, 1e-5)
     with pytest.raises(ValueError, match="2 cells failed"):
         _compare(sample, proposals, tmp_path, **changes, seeds=(0, 1))
-    assert results()[0] == 2
+    assert results() == (2, 2)
 
 
 def test_a_pretraining_that_fails_is_not_tried_by_every_cell(

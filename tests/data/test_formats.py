@@ -163,10 +163,14 @@ def test_an_image_is_of_one_xml(tmp_path: Path) -> None:
 
 def test_the_one_list_of_other_tools_is_all_there_is(tmp_path: Path) -> None:
     year(tmp_path, "", {"default": ["1", "2"]})
+    for name in ("cat", "background"):  # of a class, and empty at times
+        put(tmp_path, f"ImageSets/Main/{name}_default.txt", "")
     assert len(read_labelled(tmp_path, split="train")) == len(read_labelled(tmp_path, split="val")) == 2
     year(tmp_path, "", {"trainval": ["1"]})
     assert len(read_labelled(tmp_path, split="train")) == 1
-    with pytest.raises(ValueError, match=r"no list .*/val\.txt .*\(default\.txt, trainval\.txt\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"no list .*/val\.txt .*\(background_default\.txt, .*trainval\.txt\)"
+    ) as caught:
         read_labelled(tmp_path, split="val")
     assert str(caught.value).startswith(f"{tmp_path}: ")
 

@@ -225,9 +225,9 @@ class Bench:
             return None
         folder = self._pretrained(cell)
         with locked(self.output / ".locks" / f"pretrained_{folder.name}", wait=True):
-            if folder in self.lost:  # would fail again
-                raise ValueError(self.lost[folder])
             if not _is_pretrained(folder):
+                if folder in self.lost:  # would fail again
+                    raise ValueError(self.lost[folder])
                 self._say("pre-training", folder.name)
                 begun = time.monotonic()
                 try:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from aligndet.commands._cells import Bench
 from aligndet.commands._settings import provenance
@@ -42,14 +43,15 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
         ]
         before = read_json(path) if path.is_file() else {}
         new = {Cell.of(entry) for entry in found}
-        entries = [entry for entry in before.get("cells", []) if Cell.of(entry) not in new] + found
+        former = [entry for entry in before.get("cells", []) if Cell.of(entry) not in new]
+        entries = [entry for entry in former if _is_there(bench.output, entry)] + found
         known = tuple(f"{name}: " for name in bench.sources)  # what was said of them may be otherwise now
-        former = [remark for remark in before.get("remarks", []) if not remark.startswith(known)]
-        remarks = list(dict.fromkeys([*former, *bench.remarks]))
+        said = [remark for remark in before.get("remarks", []) if not remark.startswith(known)]
+        remarks = list(dict.fromkeys([*said, *bench.remarks]))
         rows = rows_of(entries)
         lines = [markdown(rows), *(f"{remark}\n" for remark in remarks)]
         lines.append(f"{len(found)} of {len(cells)} cells finished\n")
-        planned = len(entries) + len(cells) - len(found)
+        planned = len({*map(Cell.of, entries), *cells})
         content = {"rows": rows, "cells": entries, "planned": planned, "remarks": remarks, **provenance()}
         text = io.StringIO()
         masks = ["mask_AP"] if any("mask_AP" in entry["figures"] for entry in entries) else []
@@ -60,6 +62,11 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
         atomic_write(bench.output / "table.md", "\n".join(lines))
         atomic_write(path, json.dumps(content, indent=2))
         atomic_write(bench.output / "results.csv", text.getvalue())
+
+
+def _is_there(output: Path, entry: dict[str, Any]) -> bool:
+    """Whether a cell of an earlier call has not been thrown away since."""
+    return (output / "cells" / Cell.of(entry).name(entry["learning_rate"]) / "result.json").is_file()
 
 
 def write_tables(output: Path, detectors: Sequence[str]) -> None:

@@ -175,8 +175,9 @@ def _chosen(years: list[Path], split: str, chosen_list: Path | None) -> set[Path
     if chosen_list is None and split == "all":
         return None
     there = {path.stem for year in years for path in (year / "ImageSets" / "Main").glob("*.txt")}
-    if chosen_list is None and len(there) == 1 and not there & {"train", "val", "trainval", "test"}:
-        return None  # some tools write one list, default.txt
+    whole = {name for name in there if not any(name.endswith(f"_{other}") for other in there)}
+    if chosen_list is None and len(whole) == 1 and not whole & {"train", "val", "trainval", "test"}:
+        return None  # some tools write one list, default.txt, beside those of each class (cat_default.txt)
     if "test" in there:
         wanted = ("test",) if split == "val" else ("trainval", "train")
     else:
