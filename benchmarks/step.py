@@ -11,7 +11,7 @@
     layers of the trunk, all losses, backward, AdamW, fused as ours is (cascades, which it lacks: ours, built
     of its parts)
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
-    momentum
+    momentum; the frozen trunk has its batch norms folded, which (a) and (b) run
 
 Times alternate within one process, also between variants, and are medians; "c/plain" is (c) by the first
 variant's. On a machine with other work, --clock cpu counts the processor's time of all threads instead. Each

@@ -195,6 +195,17 @@ def plain_name(name: str, folder: Path) -> str:
     return name
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether a folder has the image of a name.
+
+    Args:
+        folder: Of images.
+        name: As `plain_name` takes it.
+    """
+    name = plain_name(name, folder)
+    return not name.startswith("/") and (folder / name).is_file()
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a list that are not empty, without the space around them.
 

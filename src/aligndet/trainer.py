@@ -216,8 +216,8 @@ def fit(
         agreed = isinstance(error, SIGTERMException)
         if not agreed:
             leave_at_once(128 + signal.SIGTERM if ending.told else 2)
-        if not agreed and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # on GPUs, the others would wait for half an hour
+            if trainer.strategy.launcher is not None:  # on GPUs, the others would wait for half an hour
+                trainer.strategy.launcher.kill(signal.SIGKILL)
         forget_processes(trainer)
         if agreed or ending.told:  # a success to whoever asks for the exit status; loaders may die of it
             if trainer.is_global_zero:

@@ -13,7 +13,6 @@ import torch
 from aligndet.commands._arms import Source, check_trunks, read_arms, remarks_on_images
 from aligndet.data.coco import image_files
 from aligndet.detectors.weights import save_weights
-from tests.commands.test_cells import asked  # noqa: F401
 from tests.commands.test_compare import _compare
 
 FCOS = {"detector": "fcos", "trunk": "resnet18", "fpn_channels": 64, "fpn_norm": "none"}

@@ -19,9 +19,6 @@ import pytest
 
 from aligndet.cli import main
 from aligndet.commands import _cells as module
-from aligndet.commands.evaluate import evaluate
-from aligndet.commands.finetune import finetune
-from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import hold_out, labelled_subset
 from aligndet.detectors.weights import save_weights
@@ -30,29 +27,6 @@ from aligndet.reporting.runs import read_folders
 from tests.commands.test_compare import RUN, SMALL, _compare
 
 FEW: dict[str, Any] = {"fractions": (1.0,), "arms": ("scratch", "aligndet")}
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Commands that write no more than what shows that they are done."""
-
-    def tune(*_: Any, output: Path, **__: Any) -> None:
-        atomic_write(output / "model" / "manifest.json", "{}")
-
-    def pre(*_: Any, output: Path, **__: Any) -> None:
-        atomic_write(output / "pretrained" / "manifest.json", "{}")
-
-    def measure(*_: Any, output: Path, **__: Any) -> None:
-        output.write_text('{"AP": 0.1}')
-
-    fakes = SimpleNamespace(
-        finetune=create_autospec(finetune, side_effect=tune),
-        pretrain=create_autospec(pretrain, side_effect=pre),
-        evaluate=create_autospec(evaluate, side_effect=measure),
-    )
-    for name, fake in vars(fakes).items():
-        monkeypatch.setattr(module, name, fake)
-    return fakes
 
 
 def _in(folder: str, command: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aligndet.files import plain_name, read_json
+from aligndet.files import holds, plain_name, read_json
 
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what every entry has to have
     "images": {"id": (int,), "file_name": (str,), "width": (int, float), "height": (int, float)},
@@ -138,9 +138,4 @@ def _guess_folder(annotations: Path, content: dict[str, Any]) -> Path:
     ]
     folders = [*(folder for folder in candidates if folder.is_dir()), annotations.parent]
     some = [image["file_name"] for image in content["images"][:20]]
-    return next((f for f in folders if any(_holds(f, name) for name in some)), folders[0])
-
-
-def _holds(folder: Path, name: str) -> bool:
-    name = plain_name(name, folder)
-    return not Path(name).is_absolute() and (folder / name).is_file()
+    return next((f for f in folders if any(holds(f, name) for name in some)), folders[0])

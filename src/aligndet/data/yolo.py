@@ -11,7 +11,7 @@ import yaml
 
 from aligndet.data.document import Document
 from aligndet.data.images import ImageError, list_images, read_image_size
-from aligndet.files import plain_name, read_lines, safe_name
+from aligndet.files import holds, plain_name, read_lines, safe_name
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -154,13 +154,8 @@ def _image_files(entry: Path, source: Path) -> list[Path]:
     names = [line.removeprefix("./") for line in read_lines(entry)]
     # relative to the list; some exporters mean the folder of data.yaml, some write absolute names
     folders = (entry.parent, source.parent)
-    folder = next((f for f in folders for name in names[:1] if _is_in(f, name)), entry.parent)
+    folder = next((f for f in folders for name in names[:1] if holds(f, name)), entry.parent)
     return [folder / safe_name(plain_name(name, folder), entry) for name in names]
-
-
-def _is_in(folder: Path, name: str) -> bool:
-    name = plain_name(name, folder)
-    return not Path(name).is_absolute() and (folder / name).exists()
 
 
 def _label_file(image: Path) -> Path:
