@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import aligndet
+from aligndet.commands import cluster as module
 from aligndet.data.images import ImageError
-from aligndet.proposals.clusters import with_clusters
+from aligndet.proposals.clusters import FeatureClusters, with_clusters
 from aligndet.proposals.storage import read_proposals, write_shard
 from aligndet.proposals.table import ImageProposals
 
@@ -69,3 +70,28 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
     monkeypatch.setattr("aligndet.commands.cluster.build_trunk", lambda *_, **__: pytest.fail("the work"))
     with pytest.raises(PermissionError, match=r"cannot be written to.*proposals"):
         aligndet.cluster(images, proposals=proposals, **SMALL)
+
+
+def test_what_was_stopped_goes_on_to_the_same_clusters(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (images / "4.png").write_bytes(b"")
+    settings: dict[str, Any] = {**SMALL, "proposals": images / "proposals", "sample": 20, "overwrite": True}
+    whole = aligndet.cluster(images, **settings).read_bytes()
+    seen: list[int] = []  # the order is 3, 2, 5, on which clusters are found, and 4, 0, 1
+    last = 1
+
+    def assign(describe: Any, group: Any, loaded: Any, assign: Any = module._assign) -> Any:
+        if len(seen) == last:
+            raise KeyboardInterrupt
+        seen.append(loaded[0])
+        return assign(describe, group, loaded)
+
+    monkeypatch.setattr(module, "_assign", assign)
+    monkeypatch.setattr(module, "_WRITE_EVERY", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        aligndet.cluster(images, **settings)
+    last = 9
+    monkeypatch.setattr(FeatureClusters, "fit", lambda *_, **__: pytest.fail("these are there"))
+    again = aligndet.cluster(images, **settings)
+    assert seen == [0, 1]
+    assert again.read_bytes() == whole
+    assert not again.with_suffix(".partial").exists()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import roi_align
@@ -25,13 +27,20 @@ from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import allow_tf32, resolve_device
 from aligndet.files import accepts_strings, check_writable, print_skipped
-from aligndet.proposals.clusters import FeatureClusters, clusters_file, write_clusters
+from aligndet.proposals.clusters import (
+    FeatureClusters,
+    PartialClusters,
+    clusters_file,
+    digest,
+    write_clusters,
+)
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.storage import read_proposals
 from aligndet.proposals.table import ProposalTable
 from aligndet.workers import worker_settings
 
 _GRID = 7  # cells of a box whose features are averaged, as RoI heads have them
+_WRITE_EVERY = 300.0  # seconds: what is lost at most where the command is stopped
 
 
 @accepts_strings
@@ -58,7 +67,8 @@ def cluster(
 
     A trunk's features of each proposal (RoI align on its last map), reduced to principal components, are
     grouped by k-means, as for the official DETR. `aligndet pretrain` reads the result, a Parquet file beside
-    the proposals, where a detector needs it.
+    the proposals, where a detector needs it. The same command goes on where it was stopped, from
+    clusters.partial, which is written there every five minutes.
 
     Args:
         images: Folder of images, or an address; see `aligndet pretrain --help`.
@@ -99,43 +109,61 @@ def cluster(
     check_writable(clusters_file(proposals).parent)
     source = ImageSource(images)
     source.prepare(table.file_names, proposals)
-    broken: list[str] = []
-    order = np.random.default_rng(seed).permutation(len(table)).tolist()
-    boxes = _Boxes(source.absolute(), table, min_size, max_size)
     torch.manual_seed(seed)  # a trunk without weights is a random one
     describe = _BoxFeatures(trunk, trunk_weights, resolve_device(device, elsewhere=engine == "ray"))
-    if engine == "ray":
-        stream = _on_ray(describe, boxes, order, workers, ray_address)
-    else:
-        stream = map(describe, DataLoader(boxes, batch_size=None, sampler=order, **worker_settings(workers)))
-    features = _sound(tqdm(stream, total=len(table), desc="cluster", unit="image"), strict, broken)
-    drawn = _take(features, sample)
-    if not drawn:
-        raise ImageError(f"{images}: none of the {len(table)} images can be read; the first: {broken[0]}")
-    group = FeatureClusters(
-        np.concatenate([rows for _, rows in drawn]), clusters=clusters, components=components, seed=seed
-    )
-    found = np.zeros(len(table.boxes), np.int32)
-    for index, rows in chain(drawn, features):
-        found[table.offsets[index] : table.offsets[index + 1]] = group(rows)
+    boxes = _Boxes(source.absolute(), table, min_size, max_size)
+    on_gpu = describe.device.type == "cuda"
+    stream = partial(_stream, boxes, strict, engine, workers, ray_address, on_gpu)
+    order = np.random.default_rng(seed).permutation(len(table)).tolist()
+    decides = {name: settings[name] for name in ("clusters", "components", "sample", "seed")}
+    decides |= {"sizes": [min_size, max_size], "trunk": describe.fingerprint(), "proposals": digest(table)}
+    begun = clusters_file(proposals).with_suffix(".partial")
+    state = PartialClusters.read(begun, decides)
+    if state is None:
+        enough = 1 + int(np.searchsorted(np.diff(table.offsets)[order].cumsum(), sample))
+        first, broken = order[:enough], list[str]()
+        seen = tqdm(stream(describe, first, broken), total=len(first), desc="sample", unit="image")
+        drawn = [item for item in seen if item]
+        if not any(len(rows) for _, rows in drawn):
+            raise ImageError(f"{images}: none of {len(first)} images can be read; the first: {broken[0]}")
+        features = np.concatenate([rows for _, rows in drawn])
+        group = FeatureClusters.fit(features, clusters=clusters, components=components, seed=seed)
+        state = PartialClusters(group, np.zeros(len(table.boxes), np.int32), len(first), broken)
+        for index, rows in drawn:
+            state.found[slice(*table.offsets[index : index + 2])] = group(rows)
+        state.write(begun, decides)
+    written = monotonic()
+    rest = stream(partial(_assign, describe, state.group), order[state.done :], state.broken)
+    for item in tqdm(rest, total=len(order), initial=state.done, desc="cluster", unit="image"):
+        state.done += 1
+        if item:
+            state.found[slice(*table.offsets[item[0] : item[0] + 2])] = item[1]
+        if monotonic() - written > _WRITE_EVERY:
+            state.write(begun, decides)
+            written = monotonic()
     path = write_clusters(
         proposals,
         table,
-        found,
+        state.found,
         {
-            "clusters": group.clusters,
-            "components": group.components,
-            "skipped": broken,
+            "clusters": len(state.group.centres),
+            "components": len(state.group.components),
+            "skipped": state.broken,
             "settings": settings,
             **provenance(),
         },
     )
-    print_skipped(broken)
-    print(f"{len(found)} proposals in {group.clusters} clusters, {len(broken)} images skipped: {path}")
+    begun.unlink(missing_ok=True)
+    print_skipped(state.broken)
+    print(
+        f"{len(state.found)} proposals in {len(state.group.centres)} clusters, {len(state.broken)} images"
+        f" skipped: {path}"
+    )
     return path
 
 
-Described = tuple[int, npt.NDArray[np.float32]]  # position of an image, features (N, C) of its boxes
+Loaded = tuple[int, Tensor, Tensor]
+"""Position of an image, the image (3, H, W) uint8 and its boxes (N, 4), resized."""
 
 
 class _Request(NamedTuple):
@@ -148,7 +176,7 @@ class _Request(NamedTuple):
 
 
 class _Boxes(Dataset[Any]):
-    """Position, image (3, H, W) uint8 and boxes (N, 4), resized; or in the place of a broken one, why."""
+    """Images and their boxes; in the place of a broken one, why."""
 
     def __init__(self, images: ImageSource, table: ProposalTable, min_size: int, max_size: int) -> None:
         self.images, self.table = images, table
@@ -157,7 +185,7 @@ class _Boxes(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | str:
+    def __getitem__(self, index: int) -> Loaded | str:
         return _load(self.request(index), self.resize)
 
     def request(self, index: int) -> _Request:
@@ -165,7 +193,7 @@ class _Boxes(Dataset[Any]):
         return _Request(index, image, self.table.sizes[index], self.table.boxes_of(index))
 
 
-def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
+def _load(request: _Request, resize: Any) -> Loaded | str:
     try:
         image = read_image(request.image)
         check_shape(image, request.size, request.image)
@@ -176,53 +204,61 @@ def _load(request: _Request, resize: Any) -> tuple[int, Tensor, Tensor] | str:
     return request.position, image, torch.from_numpy(request.boxes) * size.repeat(2)
 
 
-def _on_ray(
-    describe: _BoxFeatures, boxes: _Boxes, order: list[int], workers: int, address: str | None
-) -> Iterator[Described | str]:
-    """Features of all images, from the machines of a cluster."""
-    results = run(
-        partial(_read_and_describe, describe, boxes.images, boxes.resize),
-        map(boxes.request, order),
-        engine="ray",
-        workers=workers or None,
-        gpus=float(describe.device.type == "cuda"),
-        address=address,
-    )
+def _stream(
+    boxes: _Boxes,
+    strict: bool,
+    engine: Engine,
+    workers: int,
+    address: str | None,
+    on_gpu: bool,
+    do: Callable[[Loaded], Any],
+    order: list[int],
+    broken: list[str],
+) -> Iterator[Any]:
+    """What is done to images, in order; None for a broken one, and why is added to the list."""
+    if engine == "ray":
+        results = run(
+            partial(_read_and_do, do, boxes.images, boxes.resize),
+            map(boxes.request, order),
+            engine="ray",
+            workers=workers or None,
+            gpus=float(on_gpu),
+            address=address,
+        )
+    else:
+        loader = DataLoader(boxes, batch_size=None, sampler=order, **worker_settings(workers))
+        results = (loaded if isinstance(loaded, str) else do(loaded) for loaded in loader)
     with closing(results):
-        yield from results
+        for result in results:
+            if isinstance(result, str):
+                if strict:
+                    raise ImageError(result)
+                broken.append(result)
+                result = None
+            yield result
 
 
-def _read_and_describe(
-    describe: _BoxFeatures, images: ImageSource, resize: Any, request: _Request
-) -> Described | str:
+def _read_and_do(do: Callable[[Loaded], Any], images: ImageSource, resize: Any, request: _Request) -> Any:
     images.check_here()
-    return describe(_load(request, resize))
-
-
-def _sound(described: Iterable[Described | str], strict: bool, broken: list[str]) -> Iterator[Described]:
-    """What could be read; messages about broken images are put into a list."""
-    for item in described:
-        if not isinstance(item, str):
-            yield item
-        elif strict:
-            raise ImageError(item)
-        else:
-            broken.append(item)
+    loaded = _load(request, resize)
+    return loaded if isinstance(loaded, str) else do(loaded)
 
 
 class _BoxFeatures:
-    """Features (N, C) of an image's boxes: the mean over each box on a trunk's last map; messages pass."""
+    """Features (N, C) of an image's boxes: the mean over each box on a trunk's last map."""
 
     def __init__(self, trunk: str, weights: str, device: torch.device) -> None:
         body, _ = build_trunk(trunk, strides=(8, 16, 32), weights=weights)
         self.body, self.device = body.eval(), device
         self.mean, self.std = normalisation(trunk)
 
+    def fingerprint(self) -> str:
+        """Of the weights (CRC-32)."""
+        return f"{crc32(save(self.body.state_dict())):08x}"
+
     @torch.inference_mode()
-    def __call__(self, item: tuple[int, Tensor, Tensor] | str) -> Described | str:
-        if isinstance(item, str):
-            return item
-        index, image, boxes = item
+    def __call__(self, loaded: Loaded) -> tuple[int, npt.NDArray[np.float32]]:
+        index, image, boxes = loaded
         allow_tf32(self.device)
         self.body.to(self.device)  # here, because a machine of a cluster has GPUs of its own
         pixels = transforms.normalize(image.to(self.device).float() / 255, list(self.mean), list(self.std))
@@ -234,12 +270,9 @@ class _BoxFeatures:
         return index, cells.mean((2, 3)).cpu().numpy()
 
 
-def _take(features: Iterator[Described], sample: int) -> list[Described]:
-    """The first images, until they have as many boxes together."""
-    taken, count = [], 0
-    for index, rows in features:
-        taken.append((index, rows))
-        count += len(rows)
-        if count >= sample:
-            break
-    return taken if count else []
+def _assign(
+    describe: _BoxFeatures, group: FeatureClusters, loaded: Loaded
+) -> tuple[int, npt.NDArray[np.int32]]:
+    """Position of an image, and the clusters (N,) of its boxes."""
+    index, features = describe(loaded)
+    return index, group(features)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from aligndet.files import whole_file
 from aligndet.proposals.table import ProposalTable
@@ -24,12 +26,18 @@ _SCHEMA = pa.schema([("file_name", pa.string()), ("clusters", pa.list_(pa.int32(
 _MANIFEST = b"aligndet"
 
 
+@dataclass(frozen=True)
 class FeatureClusters:
-    """Principal components of features, and k-means on them; the seed decides."""
+    """Principal components of features, and the centres of k-means on them."""
 
-    def __init__(
-        self, features: npt.NDArray[np.float32], *, clusters: int, components: int, seed: int
-    ) -> None:
+    mean: npt.NDArray[np.float32]  # (C,)
+    components: npt.NDArray[np.float32]  # (components, C)
+    centres: npt.NDArray[np.float32]  # (clusters, components)
+
+    @classmethod
+    def fit(
+        cls, features: npt.NDArray[np.float32], *, clusters: int, components: int, seed: int
+    ) -> FeatureClusters:
         """Finds components and clusters.
 
         Args:
@@ -46,14 +54,15 @@ class FeatureClusters:
             from sklearn.decomposition import PCA
         except ImportError as error:
             raise ValueError('clusters need scikit-learn: pip install "aligndet[detr]"') from error
-        self.clusters = max(1, min(clusters, len(features) // SMALLEST))
-        self.components = min(components, *features.shape)
-        self._pca = PCA(self.components, random_state=seed).fit(features)
-        self._means = MiniBatchKMeans(self.clusters, batch_size=4096, n_init=3, random_state=seed)
-        self._means.fit(self._pca.transform(features))
+        clusters = max(1, min(clusters, len(features) // SMALLEST))
+        pca = PCA(min(components, *features.shape), random_state=seed).fit(features)
+        means = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed)
+        means.fit(pca.transform(features))
+        found = pca.mean_, pca.components_, means.cluster_centers_
+        return cls(*(np.ascontiguousarray(array, np.float32) for array in found))
 
     def __call__(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Tells the clusters of features.
+        """Tells the clusters of features: the nearest centres.
 
         Args:
             features: (M, C).
@@ -61,9 +70,53 @@ class FeatureClusters:
         Returns:
             (M,) from 0 on.
         """
-        if not len(features):
-            return np.zeros(0, np.int32)
-        return self._means.predict(self._pca.transform(features)).astype(np.int32)
+        reduced = (features - self.mean) @ self.components.T
+        distances = (self.centres**2).sum(1) - 2 * reduced @ self.centres.T  # but for what all centres share
+        return distances.argmin(1).astype(np.int32)
+
+
+@dataclass
+class PartialClusters:
+    """What a clustering has so far, so that one that was stopped goes on."""
+
+    group: FeatureClusters
+    found: npt.NDArray[np.int32]  # (all boxes,)
+    done: int  # images, in the order of the work
+    broken: list[str]
+
+    def write(self, path: Path, decides: dict[str, Any]) -> None:
+        """Writes it, whole or not at all.
+
+        Args:
+            path: Of the file.
+            decides: What the result depends on.
+        """
+        noted = {"decides": json.dumps(decides), "done": str(self.done), "broken": json.dumps(self.broken)}
+        with whole_file(path) as file:
+            file.write(save({"found": self.found, **vars(self.group)}, noted))
+
+    @classmethod
+    def read(cls, path: Path, decides: dict[str, Any]) -> PartialClusters | None:
+        """Reads it; None if there is none, or it is of something else.
+
+        Args:
+            path: Of the file.
+            decides: What the result depends on.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                noted = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if noted["decides"] != json.dumps(decides):
+                print(f"{path}: is of other settings, proposals or weights; begins anew")
+                return None
+            found = tensors.pop("found")
+            return cls(FeatureClusters(**tensors), found, int(noted["done"]), json.loads(noted["broken"]))
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            print(f"{path}: is broken ({error}); begins anew")
+            return None
 
 
 def clusters_file(proposals: Path) -> Path:
@@ -92,7 +145,7 @@ def write_clusters(
         The file.
     """
     rows = np.split(clusters, table.offsets[1:-1])
-    manifest = {**parameters, "proposals": _digest(table)}
+    manifest = {**parameters, "proposals": digest(table)}
     schema = _SCHEMA.with_metadata({_MANIFEST: json.dumps(manifest, default=str).encode()})
     columns = {"file_name": table.file_names, "clusters": rows}
     path = clusters_file(proposals)
@@ -121,17 +174,20 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
             " (--options.objectness true)"
         )
     try:
-        content = pq.read_table(path)
+        lists = pq.read_table(path)["clusters"].combine_chunks()
         manifest = read_manifest(path)
-        clusters = content["clusters"].combine_chunks().flatten().to_numpy().astype(np.int32)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        made_of, count = manifest["proposals"], int(manifest["clusters"])
+        clusters = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        if clusters.min(initial=0) < 0 or clusters.max(initial=0) >= count:
+            raise ValueError(f"not all are from 0 to {count - 1}")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: broken clusters ({error}); run `aligndet cluster` again") from error
-    if manifest.get("proposals") != _digest(table) or len(clusters) != len(table.boxes):
+    if made_of != digest(table) or lists.value_lengths().to_pylist() != np.diff(table.offsets).tolist():
         raise ValueError(f"{path}: these clusters are of other proposals; run `aligndet cluster` again")
-    if most is not None and manifest["clusters"] > most:
+    if most is not None and count > most:
         raise ValueError(
-            f"{path}: holds {manifest['clusters']} clusters, the detector tells {most} apart; give"
-            f" --options.num_clusters {manifest['clusters']}, or make fewer with `aligndet cluster`"
+            f"{path}: holds {count} clusters, the detector tells {most} apart; give"
+            f" --options.num_clusters {count}, or make fewer with `aligndet cluster`"
         )
     return replace(table, clusters=clusters)
 
@@ -146,9 +202,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _digest(table: ProposalTable) -> str:
-    """Of the boxes and of whose they are."""
-    digest = hashlib.sha256(json.dumps(list(table.file_names)).encode())
+def digest(table: ProposalTable) -> str:
+    """Of the boxes and of whose they are.
+
+    Args:
+        table: Of them.
+    """
+    known = hashlib.sha256(json.dumps(list(table.file_names)).encode())
     for array in (table.offsets, table.boxes):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+        known.update(np.ascontiguousarray(array).data)
+    return known.hexdigest()
