@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -19,11 +21,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-from aligndet.checkpoints import BestCheckpoint, LastCheckpoint, WeightAverage, best_validation
+from aligndet.checkpoints import (
+    BestCheckpoint,
+    LastCheckpoint,
+    WeightAverage,
+    best_validation,
+    load_state,
+    steps_done,
+)
 from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
 from aligndet.trainer import fit
-from aligndet.training import StepSampler, TrainingModule, load_state, steps_done
+from aligndet.training import StepSampler, TrainingModule
 
 SCORES = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.6}
 """By step."""
@@ -214,9 +223,9 @@ def test_a_run_that_is_terminated_says_so_by_its_status(tmp_path: Path) -> None:
     assert stop.value.code == 143
 
 
-@pytest.mark.parametrize(("told_in", "kept"), [(3, 4), (4, 4), (7, 8)])
+@pytest.mark.parametrize(("told_in", "kept"), [(3, 4), (4, 5), (5, 6), (7, 8)])
 @pytest.mark.parametrize(("validated", "in_validation"), [(False, False), (True, False), (True, True)])
-def test_what_is_due_is_kept_before_a_run_ends(
+def test_a_run_that_is_terminated_keeps_its_last_step(
     told_in: int, kept: int, validated: bool, in_validation: bool, tmp_path: Path
 ) -> None:
     class Terminated(Counting):
@@ -229,9 +238,25 @@ def test_what_is_due_is_kept_before_a_run_ends(
             if self.global_step == kept and in_validation:
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    if in_validation and kept == 5:  # there is none after an odd step
+        return
     with nullcontext() if kept == 8 else pytest.raises(SystemExit):  # the last step is the end anyway
-        train(Terminated(), tmp_path, 1, validated=validated)
+        train(Terminated(), tmp_path, 1, validated=validated, checkpoint_every=4)
     assert steps_done(tmp_path / "checkpoints" / "last.ckpt") == kept
+
+
+def test_a_checkpoint_that_has_changed_is_named(tmp_path: Path) -> None:
+    train(Counting(), tmp_path, 1, steps=4)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(np.float32(4).tobytes())] ^= 1  # a bit of the weight
+    checkpoint.write_bytes(content)
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]["weight"] != 4
+    for read in (steps_done, partial(load_state, Counting())):
+        with pytest.raises(ValueError, match=r"last\.ckpt: no checkpoint of .* is not what was written"):
+            read(checkpoint)
+    with pytest.raises(ValueError, match=r"last\.ckpt: no checkpoint"):
+        train(Counting(), tmp_path, 1)
 
 
 def test_more_devices_than_images_for_validation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from pathlib import Path
 from threading import Thread
@@ -85,12 +86,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     path, flushed, flush = tmp_path / "file.txt", [], os.fsync
 
     def watched(descriptor: int) -> None:
-        flushed.append((path.exists(), os.fstat(descriptor).st_size))
+        state = os.fstat(descriptor)
+        flushed.append((path.exists(), "folder" if stat.S_ISDIR(state.st_mode) else state.st_size))
         flush(descriptor)
 
     monkeypatch.setattr("aligndet.files.os.fsync", watched)
     atomic_write(path, "whole")
-    assert flushed == [(False, 5)]
+    assert flushed == [(False, 5), (True, "folder")]
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:

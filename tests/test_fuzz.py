@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from aligndet.boxes import BACKGROUND
+from aligndet.checkpoints import read_checkpoint
 from aligndet.commands.check_data import check_data
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image, read_image_size
@@ -34,6 +35,7 @@ from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.reading import read_tensors
 from aligndet.files import read_json
 from aligndet.losses import box_contrastive_loss
+from aligndet.proposals.clusters import with_clusters, write_clusters
 from aligndet.proposals.storage import clean, read_proposals, write_shard
 from aligndet.proposals.table import ImageProposals, ProposalTable
 
@@ -144,6 +146,20 @@ def parquet(folder: Path) -> bytes:
     return (folder / "valid.parquet").read_bytes()
 
 
+def clusters(folder: Path) -> bytes:
+    (folder / "files" / "a.parquet").write_bytes(parquet(folder))
+    table = read_proposals(folder / "files" / "a.parquet")
+    path = write_clusters(
+        folder / "files" / "a.parquet", table, np.arange(6, dtype=np.int32), {"clusters": 6}
+    )
+    return path.read_bytes()
+
+
+def read_clusters(path: Path) -> None:
+    proposals = path.with_name("a.parquet")
+    with_clusters(read_proposals(proposals), proposals)
+
+
 def labels() -> bytes:
     document = {
         "images": [{"id": 1, "file_name": "image.png", "width": 32, "height": 24}],
@@ -163,7 +179,7 @@ def voc() -> bytes:
 
 def torch_file() -> bytes:
     buffer = io.BytesIO()
-    torch.save({"state_dict": {"conv1.weight": torch.ones(2, 3)}, "epoch": 3}, buffer)
+    torch.save({"state_dict": {"conv1.weight": torch.ones(2, 3)}, "global_step": 3}, buffer)
     return buffer.getvalue()
 
 
@@ -187,6 +203,8 @@ FILES: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any]]] = {
     "xml/image.xml": (lambda _: voc(), lambda path: load_voc(path.parent)),
     "a.safetensors": (lambda _: save(TENSORS), read_tensors),
     "a.pth": (lambda _: torch_file(), read_tensors),
+    "last.ckpt": (lambda _: torch_file(), read_checkpoint),
+    "a.clusters.parquet": (clusters, read_clusters),
     "a.pkl": (lambda _: pickle.dumps(PICKLE), read_tensors),
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
-from aligndet.losses import box_contrastive_loss
+from aligndet.losses import MOST_SIMILARITIES, box_contrastive_loss
 
 
 def naive_loss(z1: Tensor, l1: list[int], z2: Tensor, l2: list[int], tau: float) -> Tensor:
@@ -65,6 +65,27 @@ def test_many_boxes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append((loss, online.grad))
     for part in results[1:]:
         torch.testing.assert_close(part, results[0])
+
+
+def test_what_is_kept_for_the_way_back_does_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two proposals nearly half of all (query, key) are pairs."""
+    kept: dict[int, int] = {}  # bytes of memory that is not known from elsewhere
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(200) % 2
+    online, momentum = (BoxPredictions(torch.randn(200, 64, requires_grad=True), ids) for _ in range(2))
+    assert MOST_SIMILARITIES * 4 == 128 * 2**20
+    for limit in (MOST_SIMILARITIES, 200 * 64):
+        monkeypatch.setattr("aligndet.losses.MOST_SIMILARITIES", limit)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = box_contrastive_loss(online, momentum)
+        assert loss.requires_grad
+        few = sum(kept.values()) < 8 * 4 * 200 * 200  # eight matrices of queries by keys; pairs by 64 were 20
+        assert few == (limit < MOST_SIMILARITIES)
 
 
 ids = st.lists(st.integers(BACKGROUND, 4), max_size=9)

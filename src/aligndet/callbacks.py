@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from aligndet.checkpoints import is_validated
+from aligndet.checkpoints import LastCheckpoint, is_validated
 from aligndet.files import print_skipped
 from aligndet.processes import mean_over_processes
 
@@ -102,23 +102,29 @@ def forget_processes(trainer: Trainer) -> None:
 class Termination(Checkpoint):
     """Ends a run that is told to (SIGTERM) after a step, in all processes after the same one.
 
-    Lightning's own handler asks the other processes wherever this one happens to be, amid other questions of
-    theirs. A kind of checkpoint, since Lightning calls these last: what is due is kept before; of a step that
-    is validated, after that.
+    Lightning's own handler starts a collective operation at an arbitrary point, amid others. This one waits
+    for the end of a step, of one that is validated for that of its validation. It is a kind of checkpoint,
+    which Lightning calls last.
     """
 
-    told = False
+    def __init__(self, last: LastCheckpoint) -> None:
+        """Waits for a signal.
+
+        Args:
+            last: Keeps the step that the run ends after.
+        """
+        self.last, self.requested = last, False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Takes the signal over; Lightning gives it back at the end."""
 
-        def told(number: int, _: Any) -> None:
-            if not self.told and trainer.strategy.launcher is not None:
+        def request(number: int, _: Any) -> None:
+            if not self.requested and trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(number)
-            self.told = True
+            self.requested = True
 
         if threading.current_thread() is threading.main_thread():  # which signals go to
-            signal.signal(signal.SIGTERM, told)
+            signal.signal(signal.SIGTERM, request)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,13 +138,14 @@ class Termination(Checkpoint):
         self._ask(trainer, module)
 
     def _ask(self, trainer: Trainer, module: LightningModule) -> None:
-        """Ends the run if any process has been told; after the last step it ends anyway."""
+        """Ends the run if any process has got the signal; after the last step it ends anyway."""
         if trainer.global_step >= trainer.max_steps:
             return
-        told = self.told
+        requested = self.requested
         if trainer.world_size > 1:
-            told = bool(mean_over_processes(torch.tensor(float(told), device=module.device)) > 0)
-        if told:
+            requested = bool(mean_over_processes(torch.tensor(float(requested), device=module.device)) > 0)
+        if requested:
+            self.last.keep(trainer)
             forget_processes(trainer)
             raise SIGTERMException
 

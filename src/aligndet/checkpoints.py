@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from aligndet.files import whole_file
+from aligndet.files import check_zip, whole_file
 
 
 def is_validated(trainer: Trainer) -> bool:
@@ -36,8 +36,8 @@ class _Checkpoint(ModelCheckpoint):
 class LastCheckpoint(_Checkpoint):
     """The newest state, to go on from.
 
-    Where a step is validated, it is written after that: Lightning does not repeat a validation that a
-    checkpoint is from before of, so its score would be lost.
+    Where a step is validated, it is written after that: a run that goes on from a checkpoint of before would
+    skip the validation.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -57,7 +57,7 @@ class LastCheckpoint(_Checkpoint):
         )
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Remembers that the step it goes on from is saved: the next batch may be but a part of the next."""
+        """Does not save the resumed step again: with accumulation, the next batch may not finish a step."""
         super().on_train_start(trainer, module)
         self._last_global_step_saved = trainer.global_step
 
@@ -73,7 +73,16 @@ class LastCheckpoint(_Checkpoint):
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         """If it is time to, and after the last step."""
         super().on_train_batch_end(trainer, module, None, None, 0)
-        if trainer.global_step >= trainer.max_steps > self._last_global_step_saved:
+        if trainer.global_step >= trainer.max_steps:
+            self.keep(trainer)
+
+    def keep(self, trainer: Trainer) -> None:
+        """Saves the step that has just ended, unless that is done.
+
+        Args:
+            trainer: In all processes.
+        """
+        if trainer.global_step > self._last_global_step_saved:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -96,6 +105,48 @@ class BestCheckpoint(_Checkpoint):
         return super().check_monitor_top_k(trainer, current)
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of a run, without running code from it.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: If it is none, or damaged.
+    """
+    try:
+        check_zip(path)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        int(content["global_step"])
+        return content
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and missing keys: all mean the same here
+        raise ValueError(f"{path}: no checkpoint of a run, or damaged: {error}") from error
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    """Optimizer steps that a checkpoint has behind it.
+
+    Args:
+        checkpoint: Of a run, or None.
+
+    Raises:
+        ValueError: As of `read_checkpoint`.
+    """
+    return 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
+
+
+def load_state(module: LightningModule, checkpoint: Path) -> None:
+    """Loads a checkpoint's weights into a module.
+
+    Args:
+        module: Of the run that wrote the checkpoint.
+        checkpoint: A file.
+    """
+    module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+
+
 def best_validation(checkpoint: Path) -> dict[str, Any]:
     """What `BestCheckpoint` has kept, from its file alone: a run may be resumed when it is over.
 
@@ -105,7 +156,7 @@ def best_validation(checkpoint: Path) -> dict[str, Any]:
     Returns:
         Its step, and its AP in 0..1, or None if there was no object to measure by.
     """
-    kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    kept = read_checkpoint(checkpoint)
     (state,) = (s for name, s in kept["callbacks"].items() if name.startswith(BestCheckpoint.__name__))
     score = float(state["best_model_score"])
     return {"step": int(kept["global_step"]), "AP": score if math.isfinite(score) else None}

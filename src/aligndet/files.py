@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
 from itertools import islice
@@ -80,6 +81,12 @@ def whole_path(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        with suppress(OSError):  # the name as well; some file systems cannot
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -255,6 +262,22 @@ def fingerprint(path: Path) -> str:
         while part := file.read(2**22):
             value = crc32(part, value)
     return f"{value:08x}"
+
+
+def check_zip(path: Path) -> None:
+    """Compares the parts of a zip, as torch.save writes them, with their checksums, which torch does not.
+
+    Args:
+        path: To read.
+
+    Raises:
+        ValueError: If a part has changed since.
+        zipfile.BadZipFile: If it is no zip.
+    """
+    with zipfile.ZipFile(path) as file:
+        broken = file.testzip()
+    if broken is not None:
+        raise ValueError(f"{broken} is not what was written")
 
 
 def print_skipped(messages: Collection[str]) -> None:

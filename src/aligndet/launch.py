@@ -16,6 +16,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from aligndet.checkpoints import read_checkpoint
+
 
 def environment() -> ClusterEnvironment | None:
     """Finds out who has started this process.
@@ -119,8 +121,7 @@ class SameStart(Callback):
         Raises:
             ValueError: If the data has changed.
         """
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        before = content["callbacks"].get(self.state_key, {}).get("data", self.data)
+        before = read_checkpoint(checkpoint)["callbacks"].get(self.state_key, {}).get("data", self.data)
         if before != self.data:
             raise ValueError(
                 f"{self.output}: began with {before}; there are {self.data} now; resume with the former data"

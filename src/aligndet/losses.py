@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,25 +53,34 @@ def box_contrastive_loss(
         if len(queries) == 0:
             return boxes.sum() * 0.0
 
-        query, key = (ids[:, None] == momentum.proposal_ids).nonzero(as_tuple=True)  # the P pairs: few
-        positives = (queries[query] * keys[key]).sum(1) / temperature  # (P,)
+        query, key = (ids[:, None] == momentum.proposal_ids).nonzero(as_tuple=True)  # the P pairs
+        rows = max(1, MOST_SIMILARITIES // boxes.shape[1])
+        positives = _in_parts(_similarities, rows, (query, key), queries, keys) / temperature  # (P,)
         keys = torch.cat([keys, boxes.detach()])  # (N + M, D)
         key_ids = torch.cat([momentum.proposal_ids, online.proposal_ids])
         if elsewhere is not None:
             keys = torch.cat([keys, F.normalize(elsewhere.embeddings.detach().float(), dim=1)])
             key_ids = torch.cat([key_ids, elsewhere.proposal_ids])
         rows = max(1, MOST_SIMILARITIES // len(keys))
-        negatives = torch.cat(
-            [
-                checkpoint(_negatives, *part, keys, key_ids, temperature, use_reentrant=False)
-                if rows < len(queries)  # made once more on the way back rather than kept
-                else _negatives(*part, keys, key_ids, temperature)
-                for part in zip(queries.split(rows), ids.split(rows), strict=True)
-            ]
-        )  # (Q,)
+        negatives = _in_parts(_negatives, rows, (queries, ids), keys, key_ids, temperature)  # (Q,)
         pair_losses = F.softplus(negatives[query] - positives)  # (P,)
         _, proposal, pairs = ids[query].unique(return_inverse=True, return_counts=True)
         return (pair_losses / pairs[proposal]).sum() / len(pairs)
+
+
+def _in_parts(
+    compute: Callable[..., Tensor], rows: int, split: tuple[Tensor, ...], *whole: Tensor | float
+) -> Tensor:
+    """Computes many rows part by part; on the way back once more, rather than to keep all."""
+    if len(split[0]) <= rows:
+        return compute(*split, *whole)
+    parts = zip(*(tensor.split(rows) for tensor in split), strict=True)
+    return torch.cat([checkpoint(compute, *part, *whole, use_reentrant=False) for part in parts])
+
+
+def _similarities(query: Tensor, key: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Cosines of P pairs, (P,)."""
+    return (queries[query] * keys[key]).sum(1)
 
 
 def _negatives(queries: Tensor, ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:

@@ -31,10 +31,10 @@ from aligndet.callbacks import (
     ValidateLast,
     forget_processes,
 )
-from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO
+from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, steps_done
 from aligndet.data.labelled import HostBatch, ValidationDataset
 from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
-from aligndet.training import StepSampler, compile_networks, steps_done
+from aligndet.training import StepSampler, compile_networks
 from aligndet.workers import cores, worker_settings
 
 LoggerName = Literal["wandb", "mlflow"]
@@ -117,7 +117,8 @@ def fit(
     warnings.filterwarnings("ignore", "|".join(f".*{text}" for text in expected))
     validate_every = min(steps, validate_every or max(1, steps // 10))
     checkpoint_every = min(steps, checkpoint_every or min(500, max(1, steps // 10)))
-    last, ending = LastCheckpoint(output / "checkpoints", checkpoint_every), Termination()
+    last = LastCheckpoint(output / "checkpoints", checkpoint_every)
+    ending = Termination(last)
     first = steps_done(checkpoint)
     start = SameStart(output, first, data)
     if checkpoint is not None:
@@ -215,11 +216,11 @@ def fit(
     except (Exception, SIGTERMException) as error:
         agreed = isinstance(error, SIGTERMException)
         if not agreed:
-            leave_at_once(128 + signal.SIGTERM if ending.told else 2)
+            leave_at_once(128 + signal.SIGTERM if ending.requested else 2)
             if trainer.strategy.launcher is not None:  # on GPUs, the others would wait for half an hour
                 trainer.strategy.launcher.kill(signal.SIGKILL)
         forget_processes(trainer)
-        if agreed or ending.told:  # a success to whoever asks for the exit status; loaders may die of it
+        if agreed or ending.requested:  # a success to whoever asks for the exit status; loaders may die of it
             if trainer.is_global_zero:
                 kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
                 print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")

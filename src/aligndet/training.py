@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -190,33 +189,6 @@ def _called(part: nn.Module) -> Iterator[nn.Module]:
         return
     for child in part.values():
         yield from _called(child)
-
-
-def steps_done(checkpoint: Path | None) -> int:
-    """Optimizer steps that a checkpoint has behind it.
-
-    Args:
-        checkpoint: Of a run, or None.
-
-    Raises:
-        ValueError: If the file is no checkpoint of a run.
-    """
-    if checkpoint is None:
-        return 0
-    try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # zip, pickle and missing keys: all mean the same here
-        raise ValueError(f"{checkpoint}: no checkpoint of a run: {error}") from error
-
-
-def load_state(module: LightningModule, checkpoint: Path) -> None:
-    """Loads a checkpoint's weights into a module.
-
-    Args:
-        module: Of the run that wrote the checkpoint.
-        checkpoint: A file.
-    """
-    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
 
 
 class TrainingModule(LightningModule):

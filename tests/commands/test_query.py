@@ -204,9 +204,13 @@ def test_what_query_based_detectors_cannot_be_built_of() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build_detector("deformable_detr", num_classes=2, **settings)  # type: ignore[arg-type]
-    few: Any = build_detector("rt_detr", num_classes=2, trunk="resnet18", fpn_channels=32, min_size=64)
-    with pytest.raises(ValueError, match="64 by 64 pixels have 84 places for 300 queries"):
-        few.eval()([torch.rand(3, 64, 64)])
+
+
+def test_small_images_are_enlarged_until_there_are_places_for_all_queries() -> None:
+    detector: Any = build_detector("rt_detr", num_classes=2, trunk="resnet18", fpn_channels=32, min_size=64)
+    pixels, _ = detector.eval()._batch([torch.rand(3, 40, 640)])
+    assert pixels.shape[2:] == (128, 128)  # 16 * 16 + 8 * 8 + 4 * 4 places for 300 queries; 96 have 189
+    assert detector.processor.size == {"height": 128, "width": 128}
 
 
 @pytest.mark.parametrize("name", slow_but("detr", "d_fine"))

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import socket
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -327,6 +329,22 @@ def flaky(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> type[Fla
     monkeypatch.setattr(Flaky, "left", 0)
     monkeypatch.setattr(addresses, "PAUSES", (0.001,) * 3)
     return Flaky
+
+
+def test_a_web_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, Any] = {}
+    monkeypatch.setattr(addresses, "PAUSES", ())
+    monkeypatch.setattr(addresses, "_SILENCE", 0.2)
+    monkeypatch.setattr(addresses, "conf", known)
+    monkeypatch.setattr("fsspec.config.conf", known)
+    addresses._limit_silence.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        source = ImageSource(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ImageError, match=r"1\.jpg: 1 attempts have failed"):
+            content(source, "1.jpg")
+        assert time.monotonic() - began < 30
+    addresses._limit_silence.cache_clear()
 
 
 def table(source: ImageSource, names: list[str]) -> ProposalTable:

@@ -100,7 +100,7 @@ def test_features_are_those_of_the_trained_detector(tmp_path: Path) -> None:
     trained: Any = build_pretrainable("fcos", **SMALL)
     state = {f"{side}.{k}": v + add for k, v in trained.state_dict().items() for side, add in SIDES.items()}
     (run / "checkpoints").mkdir()
-    torch.save({"state_dict": state}, run / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": state, "global_step": 0}, run / "checkpoints" / "last.ckpt")
     before, after = load_pretrainable(run)
     for name, value in after.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), name

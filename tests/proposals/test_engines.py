@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,34 @@ def test_a_killed_process_ends_the_work_with_a_word() -> None:
     results = run(killed, range(40), workers=2)
     with pytest.raises(ChildProcessError, match=r"a worker process was killed, .* fewer --workers"):
         list(results)
+
+
+def killed_once(path: Path) -> str:
+    if not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path.name
+
+
+def test_what_kills_the_process_beside_rays_is_done_once_more(tmp_path: Path) -> None:
+    piece = {"item": pickle.dumps([tmp_path / "a"])}
+    assert pickle.loads(engines._Piece(killed_once)(piece)["item"]) == [("a", None)]
+    ((nothing, error),) = pickle.loads(engines._Piece(killed)({"item": pickle.dumps([3])})["item"])
+    assert nothing is None
+    assert isinstance(error, ChildProcessError)
+    assert "killed twice" in str(error)
+
+
+def gpus(number: int) -> tuple[int, str | None]:
+    return number, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_worker_of_ray_can_be_given_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = engines._Piece(gpus)
+    for given in ("0", "1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        found = pickle.loads(piece({"item": pickle.dumps([1, 2])})["item"])
+        assert found == [((1, given), None), ((2, given), None)]
 
 
 def sleeping(path: Path) -> None:

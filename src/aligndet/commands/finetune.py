@@ -10,7 +10,7 @@ from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation
+from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, load_state, steps_done
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
 from aligndet.data.coco import CocoDetection, check_objects, image_files
@@ -24,7 +24,7 @@ from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
 from aligndet.launch import data_summary
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
-from aligndet.training import OptimizerName, ScheduleName, load_state, steps_done
+from aligndet.training import OptimizerName, ScheduleName
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images (paper section 4.2 and table 7)."""

@@ -6,11 +6,13 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
@@ -20,6 +22,7 @@ PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further attempt to read, give or take a half."""
 
 _BLOCK = 2**20  # bytes a request of `open_file`
+_SILENCE = 20.0  # seconds without an answer
 
 Result = TypeVar("Result")
 
@@ -43,6 +46,8 @@ def file_system(root: str) -> tuple[Any, str]:
         ImportError: If a package for such addresses is missing; the message names it.
         ValueError: If fsspec knows no such addresses.
     """
+    if is_web(root):
+        _limit_silence()
     try:
         files, path = url_to_fs(root)
     except (ImportError, ValueError) as error:
@@ -51,6 +56,19 @@ def file_system(root: str) -> tuple[Any, str]:
         hint = f"; pip install {package}" if package != "fsspec" else ""
         raise type(error)(f"{root}: {error}{hint}") from error
     return files, path.rstrip("/")
+
+
+@cache
+def _limit_silence() -> None:
+    """Gives up a web server that says nothing, where aiohttp would wait for five minutes.
+
+    Limits that the user has set stay.
+    """
+    import aiohttp
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    for protocol in ("http", "https"):
+        conf.setdefault(protocol, {}).setdefault("client_kwargs", {}).setdefault("timeout", limits)
 
 
 def path_at(root: str, name: str) -> tuple[Any, str]:

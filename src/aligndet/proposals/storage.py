@@ -89,7 +89,7 @@ def read_shard(path: Path, *, masks: bool = False) -> list[ImageProposals]:
     """
     schema = SCHEMA
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         if masks and "masks" in file.schema_arrow.names:
             schema = pa.unify_schemas([SCHEMA, MASK_SCHEMA])
         table = file.read(schema.names).select(schema.names).cast(schema)
@@ -171,7 +171,7 @@ def write_shard(path: Path, rows: Sequence[ImageProposals]) -> None:
         columns["mask_side"] = [MASK_SIDE for _ in rows]
         columns["masks"] = [row.masks for row in rows]
     with whole_file(path) as file:
-        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", write_page_checksum=True)
 
 
 def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:

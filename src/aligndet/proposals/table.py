@@ -27,20 +27,45 @@ class ImageProposals(NamedTuple):
     masks: Sequence[bytes] | None = None  # (N,) run lengths on the grid over each box, if known
 
 
-class _Names(Sequence[str]):
-    """Names in two tensors, which processes share; a list would be copied, string by string."""
+class SharedNames(Sequence[str]):
+    """Names in two tensors, which a loader's processes share; a list would be copied, string by string."""
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
-        self._text, self._ends = text.numpy(), ends.numpy()
+        """Takes them over; see `of`.
+
+        Args:
+            text: (bytes,) uint8, all names.
+            ends: (N + 1,) where each begins, and where the last one ends.
+        """
+        self._text, self._ends = text, ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> SharedNames:
+        """Makes them of strings.
+
+        Args:
+            names: In order.
+        """
+        encoded = [name.encode() for name in names]
+        text = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
+        return cls(text, torch.from_numpy(_offsets([len(name) for name in encoded])))
+
+    def __reduce__(self) -> Any:
+        try:
+            return SharedNames, (self._text.share_memory_(), self._ends.share_memory_())
+        except RuntimeError as error:
+            _check_is_full(error)
+            return list, (list(self),)
 
     def __len__(self) -> int:
+        """Number of names."""
         return len(self._ends) - 1
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        begin, end = self._ends[range(len(self))[index] :][:2]
-        return self._text[begin:end].tobytes().decode()
+        begin, end = self._ends[range(len(self))[index] :][:2].tolist()
+        return self._text[begin:end].numpy().tobytes().decode()
 
 
 @dataclass(frozen=True)
@@ -64,10 +89,7 @@ class ProposalTable:
 
     @cached_property
     def _shared(self) -> tuple[Any, ...]:
-        names = [name.encode() for name in self.file_names]
-        text = np.frombuffer(b"".join(names), np.uint8)
-        ends = _offsets([len(name) for name in names])
-        shared = [torch.tensor(array).share_memory_() for array in (text, ends)]
+        shared: list[Any] = [SharedNames.of(self.file_names)]
         for name in ("sizes", "boxes", "offsets", "clusters"):
             array = getattr(self, name)
             shared.append(None if array is None else torch.from_numpy(array).share_memory_())
@@ -81,9 +103,8 @@ class ProposalTable:
     def __reduce__(self) -> Any:
         try:
             return _received, self._shared
-        except RuntimeError as error:  # /dev/shm is too small: a copy for each process
-            if "shared memory" not in str(error):
-                raise
+        except RuntimeError as error:
+            _check_is_full(error)
             arrays = self.sizes, self.boxes, self.offsets, self.masks, self.clusters
             return ProposalTable, (list(self.file_names), *arrays)
 
@@ -177,8 +198,7 @@ class ProposalTable:
 
 
 def _received(
-    text: Tensor,
-    ends: Tensor,
+    names: Sequence[str],
     sizes: Tensor,
     boxes: Tensor,
     offsets: Tensor,
@@ -187,13 +207,19 @@ def _received(
 ) -> ProposalTable:
     """A table out of what was sent."""
     return ProposalTable(
-        _Names(text, ends),
+        names,
         sizes.numpy(),
         boxes.numpy(),
         offsets.numpy(),
         None if masks is None else (masks[0], masks[1].numpy()),
         None if clusters is None else clusters.numpy(),
     )
+
+
+def _check_is_full(error: RuntimeError) -> None:
+    """Raises what is not that /dev/shm is too small: then each process gets a copy."""
+    if "shared memory" not in str(error):
+        raise error
 
 
 def _offsets(lengths: Any) -> npt.NDArray[np.int64]:
