@@ -27,6 +27,7 @@ test: lint types ## lint, types and the fast tests
 	$(RUN)pytest --numprocesses auto --dist worksteal --durations=8
 
 test-slow: install ## the tests that take minutes
+	$(INSTALL) --editable '.[dev,ray]'
 	$(RUN)pytest -m slow --durations=8
 	$(RUN)pytest tests/test_fuzz.py --hypothesis-profile thorough
 

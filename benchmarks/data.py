@@ -49,7 +49,7 @@ def table_of(folder: Path, names: list[str], boxes: int = 50) -> ProposalTable:
 
 def floor(path: Path, ours: TwoViewDataset, rng: np.random.Generator) -> None:
     with Image.open(path) as file:
-        part = min(1.0, ours.max_size / max(file.size))
+        part = min(1.0, ours.max_size / max(file.size), ours.short_sides[-1] / min(file.size))
         file.draft("RGB", (round(file.width * part), round(file.height * part)))
         image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
     height, width = image.shape[1:]

@@ -59,7 +59,8 @@ def batch(args: argparse.Namespace) -> list[TwoViews]:
             sides = torch.rand(args.proposals, 2) * args.size * 0.25 + args.size * 0.05
             masks = torch.ones(args.proposals, 56, 56, dtype=torch.uint8).tril()
             clusters = torch.randint(0, 256, (args.proposals,))
-            views.append(View(image, torch.cat([corner, corner + sides], dim=1), masks, clusters))
+            made = image, torch.cat([corner, corner + sides], dim=1), masks, clusters
+            views.append(View(*(tensor.to(args.device) for tensor in made)))
         items.append(TwoViews(views[0], views[1], str(index), ()))
     return items
 
@@ -68,11 +69,12 @@ def prepared(module: Module, args: argparse.Namespace) -> Module:
     if "compile" in args.variant:
         compile_networks(module)
     last = "channels-last" in args.variant
+    module.to(args.device)
     return module.to(memory_format=torch.channels_last if last else torch.preserve_format)
 
 
 def in_precision(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled="bf16" in args.variant)
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled="bf16" in args.variant)
 
 
 def pretraining(detector: str, args: argparse.Namespace, **settings: Any) -> BoxPretraining:
@@ -140,11 +142,11 @@ def query_network(adapter: Any, images: Tensor, labels: list[dict[str, Tensor]])
 
 def bare(detector: str, args: argparse.Namespace) -> Step:
     module = pretraining(detector, args)
-    images = torch.rand(args.batch, 3, args.size, args.size)
+    images = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     networks = [lambda: dense_network(module.momentum, images), lambda: dense_network(module.online, images)]
     if isinstance(module.online, QueryPretraining):
-        classes = torch.zeros(args.proposals, dtype=torch.int64)
+        classes = torch.zeros(args.proposals, dtype=torch.int64, device=args.device)
         labels = [relative_targets(i.online.image, i.online.proposals, classes) for i in batch(args)]
         networks = [
             lambda: query_network(module.momentum, images, labels),
@@ -172,9 +174,8 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
 
 
 def finetuning(detector: str, args: argparse.Namespace) -> Step:
-    model: Any = build_detector(
-        detector, num_classes=90, trunk=args.trunk, min_size=args.size, max_size=args.size
-    )
+    sizes = {"min_size": args.size, "max_size": args.size, "fpn_channels": args.fpn_channels}
+    model: Any = build_detector(detector, num_classes=90, trunk=args.trunk, **sizes)
     for name, parameter in model.backbone.body.named_parameters():
         parameter.requires_grad_(any(f"layer{depth}." in name for depth in (2, 3, 4)))
     for layer in model.backbone.body.modules():
@@ -187,8 +188,8 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     targets = [
         {
             "boxes": item.online.proposals,
-            "labels": torch.ones(args.proposals, dtype=torch.int64),
-            "masks": torch.ones(args.proposals, args.size, args.size, dtype=torch.uint8),
+            "labels": torch.ones(args.proposals, dtype=torch.int64, device=args.device),
+            "masks": torch.ones(args.proposals, args.size, args.size, dtype=torch.uint8, device=args.device),
         }
         for item in items
     ]
@@ -248,6 +249,8 @@ def timings(detector: str, args: argparse.Namespace) -> dict[tuple[str, str], fl
         for key, step in steps.items():
             start = CLOCKS[args.clock]()
             step()
+            if args.device != "cpu":
+                torch.cuda.synchronize(args.device)
             if repeat >= 2:
                 taken[key].append(CLOCKS[args.clock]() - start)
     return {key: statistics.median(values) for key, values in taken.items()}
@@ -261,8 +264,10 @@ def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def peak_memory() -> float:
-    """Of this process alone, in GiB; getrusage would count what the parent held when it was forked."""
+def peak_memory(device: str) -> float:
+    """In GiB, of a GPU's tensors or of this process alone; getrusage would count what the parent held."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**20
 
@@ -281,6 +286,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--proposals", type=int, default=50)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--fpn-channels", type=int, default=256)
@@ -295,9 +301,9 @@ def main() -> None:
         step = PARTS[args.memory_of](args.detectors[0], of_variant(args.variants[0], args))
         for _ in range(3):
             step()
-        print(peak_memory())
+        print(peak_memory(args.device))
         return
-    shape = ("trunk", "size", "batch", "proposals", "threads", "fpn_channels")
+    shape = ("trunk", "size", "batch", "proposals", "device", "threads", "fpn_channels")
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shape]
     head = ("a: bare", "b: finetune", "c: ours", "c/a", "c/b", "c/plain", "peak a", "peak b", "peak c (GiB)")
     print(f"{'detector':>20}{'variant':>20}" + "".join(f"{name:>13}" for name in head))

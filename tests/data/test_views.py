@@ -114,6 +114,31 @@ def test_views_are_the_resized_image(
     assert flips == {True, False}
 
 
+@pytest.mark.parametrize(("max_size", "decoded"), [(400, (250, 200)), (125, (125, 100))])
+def test_a_large_jpeg_is_decoded_no_larger_than_its_largest_view(
+    tmp_path: Path, max_size: int, decoded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (1000, 800)).save(tmp_path / "a.jpg")
+    box = np.array([[0, 0, 500, 500]], np.float32)
+    views = TwoViewDataset(
+        tmp_path,
+        ProposalTable.of([ImageProposals("a.jpg", 1000, 800, box)]),
+        min_size=(64, 120),
+        max_size=max_size,
+    )
+    sizes = []
+
+    def recorded(*call: Any, **settings: Any) -> torch.Tensor:
+        image = read_image(*call, **settings)
+        sizes.append((image.shape[2], image.shape[1]))
+        return image
+
+    monkeypatch.setattr("aligndet.data.views.read_image", recorded)
+    largest = max(view.image.shape[1] for seed in range(9) for view in views[0, seed][:2])
+    assert set(sizes) == {decoded}
+    assert largest == min(120, max_size * 4 // 5)
+
+
 def test_a_broken_image_is_replaced_and_named(tmp_path: Path) -> None:
     proposals = table(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")

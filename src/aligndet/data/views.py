@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,9 @@ class TwoViewDataset(Dataset[TwoViews]):
 
     def _read(self, index: int) -> Tensor:
         path = self.images / self.table.file_names[index]
-        image = read_image(path, long_side=self.max_size)
+        short, long = sorted(self.table.sizes[index].tolist())
+        largest = min(self.max_size, math.ceil(self.short_sides[-1] * long / short))
+        image = read_image(path, long_side=largest)
         check_shape(image, self.table.sizes[index], path)
         return image
 
