@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -98,7 +99,7 @@ def test_schedules_after_a_linear_warm_up(name: ScheduleName, expected: dict[int
 def test_groups_of_parameters(name: str) -> None:
     trunk, head, frozen = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
     optimizer = build_optimizer(
-        [(trunk.parameters(), 0.1), ([*head.parameters(), *frozen.parameters()], 1.0)],
+        [(trunk.named_parameters(), 0.1), ([*head.named_parameters(), *frozen.named_parameters()], 1.0)],
         name,  # type: ignore[arg-type]
         1e-2,
         0.05,
@@ -114,10 +115,21 @@ def test_groups_of_parameters(name: str) -> None:
     assert all(found[key] == pytest.approx(value) for key, value in expected.items())
     assert optimizer.defaults.get("momentum") == (0.9 if name == "sgd" else None)
     with pytest.raises(ValueError, match="no parameter is trainable"):
-        build_optimizer([(frozen.parameters(), 1.0)], "adamw", 1e-2, 0.05)
+        build_optimizer([(frozen.named_parameters(), 1.0)], "adamw", 1e-2, 0.05)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+def test_embeddings_of_positions_do_not_decay(name: str) -> None:
+    """As timm says of its models."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    groups = build_optimizer([(model.named_parameters(), 1.0)], "adamw", 1e-3, 0.05).param_groups
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    found = {key for key, p in model.named_parameters() if id(p) in spared and p.ndim > 1}
+    assert found == {key for key in model.no_weight_decay() if key in dict(model.named_parameters())} != set()
 
 
 def test_a_gpu_has_torchs_default_of_adamw() -> None:
     for device, fused in (("cpu", True), ("meta", None)):
         weight = nn.Parameter(torch.zeros(2, 2, device=device))
-        assert build_optimizer([([weight], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused
+        assert build_optimizer([([("weight", weight)], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused

@@ -80,11 +80,11 @@ class Finetuning(TrainingModule):
             self.log_dict(figures, prog_bar=True, sync_dist=False)
             self.log("val/images", float(result.images), sync_dist=False)
 
-    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+    def parameter_groups(self) -> list[tuple[Iterable[tuple[str, nn.Parameter]], float]]:
         """A smaller learning rate for the trunk."""
         trunk = {id(p) for p in self._trunk().parameters()}
-        rest = [p for p in self.detector.parameters() if id(p) not in trunk]
-        return [(rest, 1.0), (self._trunk().parameters(), self.trunk_factor)]
+        rest = [(name, p) for name, p in self.detector.named_parameters() if id(p) not in trunk]
+        return [(rest, 1.0), (self._trunk().named_parameters(), self.trunk_factor)]
 
     def _trunk(self) -> nn.Module:
         return self.detector.backbone.body  # type: ignore[union-attr, return-value]

@@ -105,27 +105,28 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return torch.cat([begun, steps.flatten(), last])
 
 
+_POSITIONS = {"pos_embed", "absolute_pos_embed", "cls_token", "relative_position_bias_table"}  # timm's names
+
+
 def build_optimizer(
-    groups: Iterable[tuple[Iterable[nn.Parameter], float]],
+    groups: Iterable[tuple[Iterable[tuple[str, nn.Parameter]], float]],
     name: OptimizerName,
     learning_rate: float,
     weight_decay: float,
 ) -> Optimizer:
-    """Builds AdamW, or SGD with momentum 0.9; biases and norms (one-dimensional parameters) do not decay.
+    """Builds AdamW, or SGD with momentum 0.9; biases, norms and embeddings of positions do not decay.
 
     Args:
-        groups: Parameters, each with the factor of its learning rate.
+        groups: Named parameters, and the factor of their learning rate.
         name: Of the optimizer.
         learning_rate: Of factor 1.
         weight_decay: Of matrices and kernels.
     """
     settings: list[dict[str, Any]] = []
     for parameters, factor in groups:
-        trainable = [p for p in parameters if p.requires_grad]
-        for chosen, decay in (
-            ([p for p in trainable if p.ndim > 1], weight_decay),
-            ([p for p in trainable if p.ndim <= 1], 0.0),
-        ):
+        trainable = [(name.rpartition(".")[2], p) for name, p in parameters if p.requires_grad]
+        for decays, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for name, p in trainable if (p.ndim > 1 and name not in _POSITIONS) == decays]
             if chosen:
                 settings.append({"params": chosen, "lr": learning_rate * factor, "weight_decay": decay})
     if not settings:
@@ -212,9 +213,9 @@ class TrainingModule(LightningModule):
         self.optimizer_settings = optimizer, learning_rate, weight_decay
         self.schedule_settings = schedule, steps, min(warmup_steps, steps // 4)
 
-    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+    def parameter_groups(self) -> list[tuple[Iterable[tuple[str, nn.Parameter]], float]]:
         """What is trained, each group with the factor of its learning rate."""
-        return [(self.parameters(), 1.0)]
+        return [(self.named_parameters(), 1.0)]
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule from the settings."""
