@@ -19,8 +19,9 @@ from aligndet.commands._settings import provenance
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import Cell, hold_out, labelled_subset, part_of, plan
-from aligndet.data.coco import CocoDataset, build_dataset, image_files
+from aligndet.data.coco import CocoDataset, build_dataset, check_objects, image_files
 from aligndet.data.formats import load_labelled, read_labelled
+from aligndet.data.labelled import remark_on_shared_images
 from aligndet.data.sources import ImageSource
 from aligndet.data.splits import with_images
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
@@ -146,12 +147,9 @@ def compare(
     coco = build_dataset(labels, annotations)
     held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
     measured = frozenset(image_files(held_out.folder, held_out.file_names))
-    if all(crowds.all() for crowds in held_out.iscrowd):
-        raise ValueError(f"{val_annotations}: has no object to measure by")
-    if seen := len(measured.intersection(image_files(coco.folder, coco.file_names))):
-        remarks.append(
-            f"{seen} of {len(held_out)} validation images are trained on, not new to the detector."
-        )
+    check_objects(held_out, val_annotations)
+    if remark := remark_on_shared_images(coco, held_out):
+        remarks.append(f"{remark}.")
     remarks += remarks_on_images(sources, measured)
     readable = set(coco.file_names)
     present = [image for image in labels.content["images"] if image["file_name"] in readable]

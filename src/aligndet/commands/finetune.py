@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDetection, check_objects, image_files
+from aligndet.data.coco import CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
-from aligndet.data.labelled import LabelledDataset, ValidationDataset
+from aligndet.data.labelled import LabelledDataset, ValidationDataset, remark_on_shared_images
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
@@ -218,9 +218,8 @@ def finetune(
             check_objects(held_out, val_annotations)
             read.append(held_out)
             counts += f", {len(held_out)} images for validation"
-            files = (image_files(part.folder, part.file_names) for part in read)
-            if seen := len(set.intersection(*map(set, files))):
-                print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
+            if remark := remark_on_shared_images(coco, held_out):
+                print(remark)
             evaluator = CocoEvaluator(held_out.categories, masks=masks)
             validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
         module = Finetuning(

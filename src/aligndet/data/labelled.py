@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from aligndet.data.coco import CocoDataset, CocoDetection
+from aligndet.data.coco import CocoDataset, CocoDetection, image_files
 from aligndet.data.images import ImageError, first_readable
 from aligndet.data.views import short_sides
 
@@ -133,6 +133,19 @@ class ValidationDataset(Dataset[Any]):
                 print(f"skipped in validation: {error}")
             self._named.add(index)
             return None
+
+
+def remark_on_shared_images(training: CocoDataset, validation: CocoDataset) -> str | None:
+    """Says how many validation images are trained on, if any are.
+
+    Args:
+        training: Images to train on.
+        validation: Images to measure by.
+    """
+    files = (set(image_files(part.folder, part.file_names)) for part in (training, validation))
+    count = len(set.intersection(*files))
+    total = len(validation)
+    return f"{count} of {total} validation images are trained on, not new to the detector" if count else None
 
 
 class HostBatch:
