@@ -44,6 +44,17 @@ def check_bounds(settings: dict[str, Any]) -> None:
             raise ValueError(f"{option} must be above 0, not {value}")
 
 
+def with_recipe(settings: dict[str, Any], recipe: dict[str, float]) -> dict[str, Any]:
+    """Fills in the numbers of a recipe where no others were asked for.
+
+    Args:
+        settings: Of a training command; where nothing was asked for: None, and "default" for clip.
+        recipe: Of `training_defaults`.
+    """
+    unset = {"clip": "default"}  # its None is no clipping
+    return settings | {name: value for name, value in recipe.items() if settings[name] == unset.get(name)}
+
+
 def provenance() -> dict[str, Any]:
     """What it takes to do the same again: command line and versions."""
     packages = ("aligndet", "torch", "torchvision", "lightning", "timm")
