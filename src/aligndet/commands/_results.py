@@ -32,7 +32,7 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
         found = [
             {
                 **asdict(cell),
-                "labels": bench.labels[cell.fraction],
+                "labels": bench.labels.counts[cell.fraction],
                 "learning_rate": bench.rate(cell),
                 "searched": sorted(bench.rates),
                 "search_AP": bench.search_ap(cell),

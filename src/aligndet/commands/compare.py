@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from aligndet.commands._arms import WEIGHTS, check_arms, check_trunks, read_arms, remarks_on_images
-from aligndet.commands._cells import Bench
+from aligndet.commands._cells import Bench, Labels, Runner
 from aligndet.commands._results import write_results, write_tables
 from aligndet.commands._runs import MAY_CHANGE
 from aligndet.commands._settings import provenance
@@ -32,7 +32,6 @@ from aligndet.proposals.storage import read_proposals
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
 _OURS |= {"devices", "nodes", "strategy"}  # a cell is of one process: others would start the comparison anew
-_SEARCHED = re.compile(r"_fold(?P<fold>\d+)_seed(?P<seed>\d+)_")  # in the names of cells
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
 _SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}
@@ -124,92 +123,107 @@ def compare(
     if trunk_weights not in WEIGHTS and Path(trunk_weights).exists():
         trunk_weights = str(_spelt_out(Path(trunk_weights)))
     settings = {name: value for name, value in locals().items() if name in _SHARED}
-    if not detectors or len(set(detectors)) < len(detectors):
-        raise ValueError(f"detectors must be different names, at least one, not {list(detectors)}")
-    if len(detectors) > 1 and (output / "compare.json").is_file():
-        raise ValueError(f"{output}: holds the comparison of one detector; give another --output")
-    read = read_arms(arms)
-    names, sources = [name for name, _ in read], {name: source for name, source in read if source}
+    _check_lists(output, detectors, learning_rates)
+    named = read_arms(arms)
+    names, sources = [name for name, _ in named], {name: source for name, source in named if source}
     cells = plan(names, fractions, folds, steps, seeds)
     mine = part_of(cells, part)
-    rates = learning_rates
-    if rates is not None and (not rates or min(rates) <= 0 or len(set(rates)) < len(rates)):
-        raise ValueError(f"learning_rates must be different positive numbers, not {list(rates)}")
     stages = {}
     for detector in detectors:
         before = _settings("pretraining", pretrain, pretraining, detector, set())
         after = _settings("finetuning", finetune, finetuning, detector, _PLANNED)
         model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
         check_arms(names, sources, before, after, model)
-        stages[detector] = (model, before, after)
-    remarks = check_trunks(sources, trunk_weights)
-    labels = load_labelled(annotations, images, "train")
-    coco = build_dataset(labels, annotations)
-    held_out = read_labelled(val_annotations, val_images, split="val", categories=coco.categories)
-    measured = frozenset(image_files(held_out.folder, held_out.file_names))
-    check_objects(held_out, val_annotations)
-    if remark := remark_on_shared_images(coco, held_out):
-        remarks.append(f"{remark}.")
-    remarks += remarks_on_images(sources, measured)
-    readable = set(coco.file_names)
-    present = [image for image in labels.content["images"] if image["file_name"] in readable]
-    document = with_images(labels.content, present)
-    own = {name: output / name if len(detectors) > 1 else output for name in detectors}
-    first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in own.items()}
-    searched = {fold for _, fold in first.values()} if rates is not None and len(rates) > 1 else set()
-    counts = _count_labels(annotations, document, coco, cells, searched)
-    classes = [category.name for category in coco.categories]
-    settings["data"] = [
-        data_summary(f"{len(part)} images", chain(classes, part.file_names), part.arrays())
-        for part in (coco, held_out)
-    ]
-    benches = []
-    for detector, (model, before, after) in stages.items():
         recipe = training_defaults(detector, after.get("optimizer", "adamw"))
-        bench = Bench(
-            output=own[detector],
-            document=document,
-            labels=counts,
-            images=labels.folder,
-            validation=(val_annotations, val_images),
-            measured=measured,
-            unlabelled=unlabelled or labels.folder,
+        rates = learning_rates or (recipe["learning_rate"],)
+        stages[detector] = (model, rates, before, after)
+    remarks = check_trunks(sources, trunk_weights)
+    folders = {name: output / name if len(detectors) > 1 else output for name in detectors}
+    first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in folders.items()}
+    searched = {fold for _, fold in first.values()} if learning_rates and len(learning_rates) > 1 else set()
+    labels, datasets = _read_labels(annotations, images, val_annotations, val_images, cells, searched)
+    if remark := remark_on_shared_images(*datasets):
+        remarks.append(f"{remark}.")
+    remarks += remarks_on_images(sources, labels.validation_files)
+    settings["data"] = [_summary(dataset) for dataset in datasets]
+    benches = [
+        Bench(
+            output=folders[detector],
+            labels=labels,
+            unlabelled=unlabelled or labels.images,
             proposals=proposals or output / "proposals",
             locks=output / ".locks",
             proposing=None if proposals else {"masks": any(family_of(name).masks for name in detectors)},
             sources=sources,
-            rates=rates or (recipe["learning_rate"],),
+            rates=rates,
             model={**model, "trunk_weights": trunk_weights},
             pretraining=before,
             finetuning=after,
             first=first[detector],
             remarks=remarks,
         )
-        benches.append(bench)
+        for detector, (model, rates, before, after) in stages.items()
+    ]
     if any(bench.ahead(mine).pretrainings for bench in benches):
         # a wrong folder is told before cells are tuned
-        source = ImageSource(unlabelled or labels.folder)
-        source.check_here()
-        if proposals is not None:
-            table = read_proposals(proposals)
-            source.prepare(table.file_names, proposals)
-            count = f"{len(table)} images with {len(table.boxes)} boxes"
-            settings["proposals_data"] = data_summary(count, table.file_names, (table.boxes, table.offsets))
+        settings |= _check_pretraining_data(benches[0].unlabelled, proposals)
+    runners = []
     for bench in benches:
         stage = {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
         about = {**settings, "detector": bench.model["detector"], **stage}
-        bench.first = _record(bench.output, about, bench.first)
+        runners.append(Runner(replace(bench, first=_record(bench.output, about, bench.first))))
     for remark in remarks:
         print(remark)
-    for detector, bench in zip(detectors, benches, strict=True):
-        print(f"{detector}: {len(mine)} cells; to be done: {bench.ahead(mine)}", flush=True)
-    for detector, bench in zip(detectors, benches, strict=True):
-        for _ in bench.run_all(mine):
-            _write(bench, cells, output, detectors)
-        _write(bench, cells, output, detectors)  # also if nothing was left to be done
-        print(f"## {detector}\n\n{(bench.output / 'table.md').read_text()}")
-    _tell_failures({name: message for bench in benches for name, message in bench.failures.items()})
+    _run(runners, cells, mine, output)
     return output
+
+
+def _check_lists(output: Path, detectors: Sequence[str], rates: Sequence[float] | None) -> None:
+    if not detectors or len(set(detectors)) < len(detectors):
+        raise ValueError(f"detectors must be different names, at least one, not {list(detectors)}")
+    if len(detectors) > 1 and (output / "compare.json").is_file():
+        raise ValueError(f"{output}: holds the comparison of one detector; give another --output")
+    if rates is not None and (not rates or min(rates) <= 0 or len(set(rates)) < len(rates)):
+        raise ValueError(f"learning_rates must be different positive numbers, not {list(rates)}")
+
+
+def _read_labels(
+    annotations: Path,
+    images: Path | None,
+    val_annotations: Path,
+    val_images: Path | None,
+    cells: Sequence[Cell],
+    searched: Set[int],
+) -> tuple[Labels, tuple[CocoDataset, CocoDataset]]:
+    """The labels as the cells take them, and the training and validation sets that they were checked as."""
+    labels = load_labelled(annotations, images, "train")
+    training = build_dataset(labels, annotations)
+    validation = read_labelled(val_annotations, val_images, split="val", categories=training.categories)
+    check_objects(validation, val_annotations)
+    readable = set(training.file_names)
+    present = [image for image in labels.content["images"] if image["file_name"] in readable]
+    document = with_images(labels.content, present)
+    counts = _count_labels(annotations, document, training, cells, searched)
+    files = frozenset(image_files(validation.folder, validation.file_names))
+    paths = val_annotations, val_images
+    return Labels(document, labels.folder, counts, paths, files), (training, validation)
+
+
+def _summary(dataset: CocoDataset) -> str:
+    classes = (category.name for category in dataset.categories)
+    return data_summary(f"{len(dataset)} images", chain(classes, dataset.file_names), dataset.arrays())
+
+
+def _check_pretraining_data(unlabelled: Path, proposals: Path | None) -> dict[str, str]:
+    """Refuses images and proposals that do not fit together; returns a summary of the user's proposals."""
+    source = ImageSource(unlabelled)
+    source.check_here()
+    if proposals is None:
+        return {}
+    table = read_proposals(proposals)
+    source.prepare(table.file_names, proposals)
+    count = f"{len(table)} images with {len(table.boxes)} boxes"
+    return {"proposals_data": data_summary(count, table.file_names, (table.boxes, table.offsets))}
 
 
 def _spelt_out(path: Path) -> Path:
@@ -220,15 +234,7 @@ def _spelt_out(path: Path) -> Path:
 def _count_labels(
     source: Path, document: dict[str, Any], coco: CocoDataset, cells: Sequence[Cell], searched: Set[int]
 ) -> dict[float, int]:
-    """How many images a fraction has; draws that nothing can be learnt from or measured by are refused.
-
-    Args:
-        source: Of the labels, for messages.
-        document: All labels.
-        coco: The same, checked.
-        cells: Of the plan.
-        searched: The folds on which learning rates are searched.
-    """
+    """The number of images of each fraction; refuses draws without an object to learn from or measure by."""
     shown = {name for name, crowds in zip(coco.file_names, coco.iscrowd, strict=True) if not crowds.all()}
     counts = {}
     draws = dict.fromkeys((cell.fraction, cell.fold, False) for cell in cells)
@@ -246,10 +252,23 @@ def _count_labels(
     return counts
 
 
-def _write(bench: Bench, cells: Sequence[Cell], output: Path, detectors: Sequence[str]) -> None:
-    write_results(bench, cells)
-    if len(detectors) > 1:
-        write_tables(output, detectors)
+def _run(runners: Sequence[Runner], cells: Sequence[Cell], mine: Sequence[Cell], output: Path) -> None:
+    """Runs the cells of this part for one detector after another; writes the results after every cell."""
+    detectors = [runner.bench.model["detector"] for runner in runners]
+
+    def write(bench: Bench) -> None:
+        write_results(bench, cells)
+        if len(detectors) > 1:
+            write_tables(output, detectors)
+
+    for detector, runner in zip(detectors, runners, strict=True):
+        print(f"{detector}: {len(mine)} cells; to be done: {runner.bench.ahead(mine)}", flush=True)
+    for detector, runner in zip(detectors, runners, strict=True):
+        for _ in runner.run_all(mine):
+            write(runner.bench)
+        write(runner.bench)  # also if nothing was left to be done
+        print(f"## {detector}\n\n{(runner.bench.output / 'table.md').read_text()}")
+    _tell_failures({name: message for runner in runners for name, message in runner.failures.items()})
 
 
 def _tell_failures(failures: dict[str, str]) -> None:
@@ -286,9 +305,7 @@ def _first(output: Path, given: tuple[int, int]) -> tuple[int, int]:
     record = output / "compare.json"
     if not (record.is_file() and _is_begun(output)):
         return given
-    former = [name for path in output.glob("search/*") if (name := _SEARCHED.search(path.name))]
-    searched = (int(former[0]["seed"]), int(former[0]["fold"])) if former else given  # of earlier versions
-    seed, fold = read_json(record).get("first", searched)
+    seed, fold = read_json(record).get("first", given)
     return seed, fold
 
 
