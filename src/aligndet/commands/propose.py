@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
-from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError, read_image, read_image_size
-from aligndet.data.rle import EncodedMasks, encode, overlaps
 from aligndet.data.sources import ImageSource
 from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
 from aligndet.proposals.clusters import clusters_file
 from aligndet.proposals.engines import Engine, check_engine, run
-from aligndet.proposals.filters import best_proposals, filter_boxes
-from aligndet.proposals.masks import MASK_SIDE, pseudo_masks
-from aligndet.proposals.segments import objectness
-from aligndet.proposals.selective_search import Mode, selective_search
-from aligndet.proposals.storage import clean, read_shard, whole_masks, write_coco, write_shard
+from aligndet.proposals.masks import MASK_SIDE
+from aligndet.proposals.pipeline import Rank, propose_image
+from aligndet.proposals.recall import Recall
+from aligndet.proposals.selective_search import Mode
+from aligndet.proposals.storage import read_shard, write_coco, write_shard
 from aligndet.proposals.table import ImageProposals
-
-Rank = Literal["straddling", "search"]
 
 _EXPLANATION = f"""Proposals of `aligndet propose`.
 
@@ -129,151 +122,98 @@ def propose(
     check_bounds(locals())
     check_engine(engine, ray_address)
     source = ImageSource(images)
+    recall = None
     if annotations is not None:  # fails before the work
-        read_labelled(annotations, source.labelled_folder("--annotations"), masks=None)
+        recall = Recall(read_labelled(annotations, source.labelled_folder("--annotations"), masks=None))
     file_names = source.names(names)
-    parameters: dict[str, Any] = {
-        "mode": mode,
-        "resolution": resolution,
-        "rank": rank,
+    filters = {
         "max_aspect_ratio": max_aspect_ratio,
         "min_area": min_area,
         "max_area": max_area,
         "nms_iou": nms_iou,
         "max_proposals": max_proposals,
+    }
+    parameters: dict[str, Any] = {
+        "mode": mode,
+        "resolution": resolution,
+        "rank": rank,
+        **filters,
         "shard_size": shard_size,
         "images": len(file_names),
         "image_list": hashlib.sha256("\n".join(file_names).encode()).hexdigest(),
     }
+    outlines = None
     if masks:
-        if segmentation[0] < 0 or segmentation[1] <= 0 or segmentation[2] < 1:
+        sigma, scale, min_size = segmentation
+        if sigma < 0 or scale <= 0 or min_size < 1:
             raise ValueError(f"segmentation must be sigma, scale and smallest size, not {segmentation}")
         parameters |= {"masks": True, "segmentation": list(segmentation), "min_inside": min_inside}
+        outlines = {"sigma": sigma, "scale": scale, "min_size": min_size, "min_inside": min_inside}
     as_json = output.suffix == ".json"
     if as_json and output.exists() and not overwrite:
         raise ValueError(f"{output}: is there already; give --overwrite or another output")
     folder = output.with_name(f".{output.name}.partial") if as_json else output
+    shards = {
+        folder / f"part-{start // shard_size:05d}.parquet": file_names[start : start + shard_size]
+        for start in range(0, len(file_names), shard_size)
+    }
+    search: dict[str, Any] = {"mode": mode, "resolution": resolution, "rank": rank}
+    work = partial(propose_image, source.absolute(), **search, filters=filters, outlines=outlines)
     with locked(folder):
         _check_folder(folder, parameters, overwrite)
         for path in folder.glob(".part-*.partial*"):  # of a write that was killed
             path.unlink(missing_ok=True)
-        work = partial(
-            propose_image,
-            source.absolute(),
-            mode=mode,
-            resolution=resolution,
-            rank=rank,
-            filters={
-                k: parameters[k]
-                for k in ("max_aspect_ratio", "min_area", "max_area", "nms_iou", "max_proposals")
-            },
-            outlines=dict(zip(("sigma", "scale", "min_size"), segmentation, strict=True))
-            | {"min_inside": min_inside}
-            if masks
-            else None,
-        )
-        shards = [file_names[start : start + shard_size] for start in range(0, len(file_names), shard_size)]
-        paths = [folder / f"part-{index:05d}.parquet" for index in range(len(shards))]
-        left = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.is_file()]
-        waiting = [name for shard, _ in left for name in shard]
-        with (
-            tqdm(
-                total=len(file_names), initial=len(file_names) - len(waiting), desc="propose", unit="image"
-            ) as bar,
-            closing(run(work, waiting, engine=engine, workers=workers, address=ray_address)) as results,
-        ):
-            for shard, path in left:
-                write_shard(path, _rows(shard, results, bar, strict))
-        reread = masks and (as_json or annotations is not None)
-        rows: Iterable[ImageProposals] = (row for path in paths for row in read_shard(path, masks=reread))
-        if as_json:
-            rows = list(rows)
-        summary = _summarise(output, rows, source, annotations)
+        find = partial(run, work, engine=engine, workers=workers, address=ray_address)
+        _write_shards(shards, find, strict)
+        summary = _summarise(output, _read(shards, masks=masks and recall is not None), recall)
+        if recall is not None and not summary.recall:
+            raise ValueError(f"{annotations}: has no object in the images of {source}")
         if strict and summary.skipped:  # by a former run that was not strict
             raise ValueError(f"{next(iter(summary.skipped.values()))}; mend it and give --overwrite")
+        _write_manifest(folder, parameters, "complete", summary)
         if as_json:
-            write_coco(output, rows)
-            others = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
-            for path in (*paths, *others, *folder.glob(".*.partial*")):
+            write_coco(output, _read(shards, masks=masks))
+            files = (folder / name for name in ("manifest.json", "README.txt", ".lock"))
+            for path in (*shards, *files, *folder.glob(".*.partial*")):
                 path.unlink(missing_ok=True)
-        else:
-            counts = {
-                "done": summary.images,
-                "boxes": summary.boxes,
-                "skipped": summary.skipped,
-                "recall": summary.recall,
-                "mask_iou": summary.mask_iou,
-            }
-            _write_manifest(folder, parameters, "complete", counts)
     if as_json:
         folder.rmdir()
     _print(summary)
     return summary
 
 
-def _rows(
-    shard: list[str], results: Iterator[ImageProposals], bar: tqdm[Any], strict: bool
-) -> list[ImageProposals]:
-    """The next results, which are those of a shard."""
-    rows = []
-    for row in islice(results, len(shard)):
-        if row.skipped is not None and strict:
-            raise ValueError(row.skipped)
-        rows.append(row)
-        bar.update()
-    assert [row.file_name for row in rows] == shard
-    return rows
+def _write_shards(
+    shards: dict[Path, list[str]],
+    find: Callable[[list[str]], Generator[ImageProposals, None, None]],
+    strict: bool,
+) -> None:
+    """Finds and writes what is not there yet, each shard as soon as it is complete."""
+    missing = {path: names for path, names in shards.items() if not path.is_file()}
+    waiting, total = list(chain.from_iterable(missing.values())), sum(map(len, shards.values()))
+    with (
+        tqdm(total=total, initial=total - len(waiting), desc="propose", unit="image") as bar,
+        closing(find(waiting)) as results,
+    ):
+        for path, names in missing.items():
+            rows = []
+            for row in islice(results, len(names)):
+                if row.skipped is not None and strict:
+                    raise ValueError(row.skipped)
+                rows.append(row)
+                bar.update()
+            assert [row.file_name for row in rows] == names
+            write_shard(path, rows)
 
 
-def propose_image(
-    folder: ImageSource,
-    name: str,
-    *,
-    mode: Mode,
-    resolution: int | None,
-    rank: Rank,
-    filters: dict[str, Any],
-    outlines: dict[str, Any] | None,
-) -> ImageProposals:
-    """Finds the boxes of one image, and their masks if asked for.
-
-    Args:
-        folder: Of the images.
-        name: Of the file in it.
-        mode: Of selective search.
-        resolution: Longest side at which to run.
-        rank: Order of the boxes.
-        filters: Arguments of `filter_boxes`.
-        outlines: Arguments of `pseudo_masks`; None: no masks.
-
-    Returns:
-        The boxes, or why there are none.
-
-    Raises:
-        ValueError: If this machine does not have the folder.
-    """
-    try:
-        file = folder / name
-        size = read_image_size(file)
-        image = read_image(file, long_side=resolution).permute(1, 2, 0).numpy()
-    except ImageError as error:
-        folder.check_here()
-        return ImageProposals(name, 0, 0, np.zeros((0, 4), np.float32), str(error))
-    height, width = image.shape[:2]  # as decoded: a large JPEG is smaller than its size
-    boxes = clean(selective_search(image, mode=mode, resolution=resolution), width, height)
-    score = partial(objectness, image) if rank == "straddling" else None
-    boxes = filter_boxes(boxes, width, height, score=score, **filters)
-    masks = None
-    if outlines is not None:
-        masks = encode(pseudo_masks(image, boxes, resolution=resolution, **outlines)).counts
-    boxes = boxes * np.array([size[0] / width, size[1] / height] * 2, np.float32)
-    return ImageProposals(name, *size, boxes, None, masks)
+def _read(shards: Iterable[Path], *, masks: bool) -> Iterator[ImageProposals]:
+    """One by one: all images of a large set are larger than the memory."""
+    return (row for path in shards for row in read_shard(path, masks=masks))
 
 
 def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> None:
     manifest = folder / "manifest.json"
     if overwrite and manifest.is_file():
-        _write_manifest(folder, {}, "in progress", {})
+        _write_manifest(folder, {}, "in progress")
         for path in [*folder.glob("part-*.parquet"), *folder.glob(".*.partial*"), clusters_file(folder)]:
             path.unlink(missing_ok=True)
     elif manifest.is_file():
@@ -290,59 +230,32 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
     elif used := contents(folder):
         raise ValueError(f"{folder}: holds {used[0]!r} and no proposals; give another output")
     # the manifest first: a folder without it is taken for somebody else's
-    _write_manifest(folder, parameters, "in progress", {})
+    _write_manifest(folder, parameters, "in progress")
     atomic_write(folder / "README.txt", _EXPLANATION)
 
 
-def _write_manifest(folder: Path, parameters: dict[str, Any], status: str, counts: dict[str, Any]) -> None:
+def _write_manifest(
+    folder: Path, parameters: dict[str, Any], status: str, summary: ProposeSummary | None = None
+) -> None:
     versions = {"aligndet": version("aligndet"), "opencv": cv2.__version__}
-    document = {"status": status, "parameters": parameters, "versions": versions, **counts}
+    document: dict[str, Any] = {"status": status, "parameters": parameters, "versions": versions}
+    if summary is not None:
+        names = ("boxes", "skipped", "recall", "mask_iou")
+        document |= {"done": summary.images, **{name: getattr(summary, name) for name in names}}
     atomic_write(folder / "manifest.json", json.dumps(document, indent=2) + "\n")
 
 
-def _summarise(
-    output: Path, rows: Iterable[ImageProposals], images: ImageSource, annotations: Path | None
-) -> ProposeSummary:
-    coco = None
-    if annotations is not None:
-        coco = read_labelled(annotations, images.labelled_folder("--annotations"), masks=None)
-    labelled = frozenset(coco.file_names if coco else ())
-    skipped, kept, counts = {}, {}, []
-    for row in rows:  # one by one: all of a large set are larger than the memory
+def _summarise(output: Path, rows: Iterable[ImageProposals], recall: Recall | None) -> ProposeSummary:
+    skipped, counts = {}, []
+    for row in rows:
         if row.skipped is not None:
             skipped[row.file_name] = row.skipped
             continue
         counts.append(len(row.boxes))
-        if row.file_name in labelled:
-            kept[row.file_name] = row
-    recall, mask_iou = None, None
-    if coco is not None:
-        found, fitted = _measure(kept, coco)
-        if not len(found):
-            raise ValueError(f"{annotations}: has no object in the images of {images}")
-        at = {f"recall{round(100 * t)}": float((found >= t).mean()) for t in (0.5, 0.7)}
-        recall = {**at, "AR": float(np.mean([(found >= t).mean() for t in np.arange(0.5, 1.0, 0.05)]))}
-        mask_iou = float(fitted.mean()) if len(fitted) else None
-    return ProposeSummary(output, len(counts), skipped, sum(counts), counts.count(0), recall, mask_iou)
-
-
-def _measure(
-    kept: dict[str, ImageProposals], coco: CocoDataset
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-    """IoU of every object with its best box, and of the masks of objects whose box is found at IoU 0.7."""
-    found, fitted = [np.zeros(0, np.float32)], [np.zeros(0)]
-    for index, name in enumerate(coco.file_names):
-        if name not in kept:
-            continue
-        row, objects = kept[name], np.flatnonzero(~coco.iscrowd[index])
-        overlap, best = best_proposals(row.boxes, coco.boxes[index][objects])
-        found.append(overlap)
-        same_size = coco.sizes[index].tolist() == [row.width, row.height]
-        if coco.masks is not None and row.masks is not None and same_size:
-            sure = overlap >= 0.7
-            true = [coco.masks[index][i] for i in objects[sure].tolist()]
-            fitted.append(overlaps(whole_masks(row, best[sure]), EncodedMasks(row.height, row.width, true)))
-    return np.concatenate(found), np.concatenate(fitted)
+        if recall is not None:
+            recall.add(row)
+    figures, mask_iou = (recall.figures(), recall.mask_iou()) if recall is not None else (None, None)
+    return ProposeSummary(output, len(counts), skipped, sum(counts), counts.count(0), figures, mask_iou)
 
 
 def _print(summary: ProposeSummary) -> None:
