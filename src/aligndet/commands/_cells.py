@@ -1,4 +1,4 @@
-"""The cells of `aligndet compare`: each a fine-tuning of its own, with whatever it needs made once."""
+"""The cells of `aligndet compare`: each is a fine-tuning of its own; what several need is made once."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Labels(NamedTuple):
 
     document: dict[str, Any]  # COCO JSON of the training images
     images: Path  # their folder
-    counts: dict[float, int]  # of training images by fraction
-    validation: tuple[Path, Path | None]  # annotations and folder of images
+    counts: dict[float, int]  # numbers of training images by fraction
+    validation: tuple[Path, Path | None]  # annotations, and folder of the images
     validation_files: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the cells of one detector have in common, and where what they make lies."""
+    """What the cells of one detector have in common, and how what they need is made."""
 
     output: Path
     labels: Labels
     unlabelled: Path
-    proposals: Path  # written there first if it is not the user's
-    locks: Path  # of what several detectors share
+    proposals: Path  # made there first if they are not the user's
+    locks: Path  # folder of locks for what several detectors share
     proposing: dict[str, Any] | None  # settings of `aligndet propose`; None: the proposals are the user's
     sources: dict[str, Source]
     rates: tuple[float, ...]
@@ -63,13 +63,13 @@ class Bench:
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
     first: tuple[int, int]  # seed and fold on which learning rates are searched
-    remarks: list[str]  # that belong to the results
+    remarks: list[str]  # to be written with the results
 
     def ahead(self, cells: Sequence[Cell]) -> Ahead:
-        """What is not there yet of some cells, and of all that they need.
+        """What some cells, and all that they need, still lack.
 
         Args:
-            cells: Of the plan.
+            cells: Cells of the plan.
         """
         left = [cell for cell in cells if self.figures(cell) is None]
         searched = dict.fromkeys(map(self.searched, left)) if len(self.rates) > 1 else {}
@@ -100,7 +100,7 @@ class Bench:
         return None if rate is None else _read(self.folder(cell, rate))
 
     def search_ap(self, cell: Cell) -> list[float | None] | None:
-        """What a finished search has found, in the order of the rates; None where training has diverged."""
+        """AP of each rate in a finished search, in ascending order; None where training has diverged."""
         folders = (self.folder(self.searched(cell), rate, search=True) for rate in sorted(self.rates))
         return [(_read(f) or {}).get("AP") for f in folders] if len(self.rates) > 1 else None
 
@@ -109,14 +109,14 @@ class Bench:
         return Cell(cell.fraction, cell.steps, *self.first, cell.arm)
 
     def folder(self, cell: Cell, rate: float, *, search: bool = False) -> Path:
-        """Of the run of a cell, or of a search."""
+        """The run folder of a cell, or of its search."""
         return self.output / ("search" if search else "cells") / cell.name(rate)
 
     def pretrained(self, cell: Cell) -> Path:
         """Folder of the pre-training that a cell needs, which the cells of a seed share."""
         return self.output / "pretrained" / f"{cell.arm if ARMS[cell.arm] else 'aligndet'}_seed{cell.seed}"
 
-    def label_files(self, cell: Cell, *, search: bool) -> tuple[Path, Path, Path | None]:
+    def write_labels(self, cell: Cell, *, search: bool) -> tuple[Path, Path, Path | None]:
         """Writes the labels of a cell: to train on, and to measure by, with the folder of their images."""
         subset = labelled_subset(self.labels.document, cell.fraction, cell.fold)
         path = self.output / "labels" / f"{cell.fraction:g}_fold{cell.fold}.json"
@@ -159,7 +159,7 @@ class Bench:
         )
 
     def pretrain(self, seed: int, settings: dict[str, Any], folder: Path) -> None:
-        """Pre-trains for the cells of a seed, with the settings of an arm before the common ones."""
+        """Pre-trains for the cells of a seed, with the settings of an arm overriding the common ones."""
         proposals = self._proposed()
         pretrain(
             self.unlabelled,
@@ -172,7 +172,7 @@ class Bench:
         )
 
     def _unseen(self, proposals: Path) -> Path | None:
-        """A list of the images for pre-training without those of the validation; None if there are none."""
+        """A list of the images for pre-training without validation images; None if it has none of these."""
         names = read_proposals(proposals).file_names
         files = zip(names, image_files(self.unlabelled, names), strict=True)
         kept = [name for name, file in files if file not in self.labels.validation_files]
@@ -188,7 +188,7 @@ class Bench:
         return path
 
     def _proposed(self) -> Path:
-        """The folder of the proposals, which are made first, with clusters, if need be."""
+        """The folder of the proposals; makes them, and their clusters, if need be."""
         folder = self.proposals
         kind, options = self.model["detector"], self.pretraining.get("options") or {}
         with locked(self.locks / "proposals", wait=True):
@@ -211,15 +211,13 @@ class Bench:
 
 @dataclass
 class Runner:
-    """Runs cells, and makes what they need once; keeps what has failed, and how long the rest has taken."""
+    """Runs cells and makes what they need, each once; notes what fails and how long the rest takes."""
 
     bench: Bench
     failures: dict[str, str] = field(default_factory=dict)  # messages by cell
     tunings: list[tuple[float, int]] = field(default_factory=list)  # seconds and steps
     pretrainings: list[float] = field(default_factory=list)  # seconds
-    lost: dict[Path, str] = field(
-        default_factory=dict
-    )  # messages by folder of a pre-training that has failed
+    lost: dict[Path, str] = field(default_factory=dict)  # messages by pre-training that has failed
 
     def run_all(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Runs the cells that are not finished; where one fails, that is noted and the others go on.
@@ -233,7 +231,7 @@ class Runner:
         bench = self.bench
         unfinished = bench.ahead(cells).cells
         for cell in set(cells).difference(unfinished):
-            _without_checkpoints(bench.folder(cell, bench.rate(cell) or 0))  # if it was stopped before that
+            _without_checkpoints(bench.folder(cell, bench.rate(cell) or 0))  # left if it was stopped
         for index, cell in enumerate(unfinished):
             try:
                 self._run(cell, f"cell {index + 1} of {len(unfinished)}", unfinished[index:])
@@ -250,11 +248,11 @@ class Runner:
         for searched, rate in self.bench.ahead([cell]).searches:
             self._tune(searched, rate, f"search of a learning rate{self._left(ahead)}", search=True)
         chosen = self.bench.rate(cell)
-        assert chosen is not None  # all of its search is there
+        assert chosen is not None  # its search is complete
         self._tune(cell, chosen, title + self._left(ahead))
 
     def _left(self, cells: Sequence[Cell]) -> str:
-        """How long some cells will take, by those that have been run."""
+        """How long some cells will take, judged by those that have been run."""
         if not self.tunings:
             return ""
         ahead = self.bench.ahead(cells)
@@ -270,7 +268,7 @@ class Runner:
         with locked(self.bench.output / ".locks" / f"{folder.parent.name}_{folder.name}", wait=True):
             if _read(folder) is not None:  # made while this waited
                 return
-            labels, val_labels, val_images = self.bench.label_files(cell, search=search)
+            labels, val_labels, val_images = self.bench.write_labels(cell, search=search)
             is_tuned = (folder / "model" / "manifest.json").is_file()
             start = None if is_tuned else self._start(cell)
             print(f"== {title}: {self.bench.model['detector']}, {folder.name}", flush=True)

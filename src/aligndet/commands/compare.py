@@ -31,7 +31,7 @@ from aligndet.proposals.storage import read_proposals
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
-_OURS |= {"devices", "nodes", "strategy"}  # a cell is of one process: others would start the comparison anew
+_OURS |= {"devices", "nodes", "strategy"}  # a cell is one process: more would each start the whole comparison
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}
 _SHARED |= {"trunk", "trunk_weights", "fpn_channels", "pretraining", "finetuning"}
@@ -70,34 +70,35 @@ def compare(
     validation images.
 
     Args:
-        annotations: Of the training images: COCO JSON, PASCAL VOC or YOLO (file or folder).
-        val_annotations: Of the images that all cells are measured on, likewise.
+        annotations: Labels of the training images: COCO JSON, PASCAL VOC or YOLO (file or folder).
+        val_annotations: Labels of the validation images, on which all cells are measured.
         output: Folder of the comparison.
         images: Folder of the training images; by default looked for.
         val_images: Folder of the validation images.
-        unlabelled: Folder of the images for pre-training; by default that of the training images. Those of
-            the validation are left out.
-        proposals: Of these images; by default made by `aligndet propose`. Clusters, for query-based
-            detectors, are made by `aligndet cluster` if there are none beside them.
+        unlabelled: Folder of the images for pre-training; by default that of the training images. Validation
+            images are left out.
+        proposals: Proposals of these images; by default made by `aligndet propose`. The clusters that
+            query-based detectors need are made by `aligndet cluster` if the proposals have none.
         arms: "scratch" (neck and heads random, the trunk with its weights), "aligndet", "boxes-only" (no
             contrast), "contrast-only" (no box losses), "trunk-only" (the trunk of the pre-training; the
             same as scratch unless --pretraining.train_trunk true), and "from:PATH" (a run or an export; other
-            weights there later are another arm). Its trunk must have the same --trunk-weights; whether it
-            has seen validation images is said, as far as it is known.
+            weights in the same folder are another arm). Its trunk must have the same --trunk-weights; a
+            remark says if it has, or may have, seen validation images.
         fractions: Shares of the labelled images, above 0 and up to 1 (0.05 is 5 %), nested within a fold.
-        folds: Numbers of the draws of labelled images; all labels (1.0) are one fold.
-        seeds: Of pre-training and fine-tuning; pairs share seed and fold. The test takes seeds for
-            independent, and of fewer than six cannot reach 5 %.
+        folds: Numbers of the random draws of labelled images; all labels (1.0) are one fold.
+        seeds: Seeds of pre-training and fine-tuning; pairs share seed and fold. The test takes seeds for
+            independent, and with fewer than six cannot reach 5 %.
         steps: Budgets of fine-tuning.
-        learning_rates: Of fine-tuning; by default that of `aligndet finetune` from random heads. Of several,
-            each arm takes its own best, for each fraction and budget: on the first seed and fold that the
-            comparison was begun with, a fifth of the labels is held out and chooses; the validation images
-            have no part in it. With few labels this choice is noisy. A rate at which training diverges loses.
-            The table says where the best lies at an end of the list: give more rates there.
+        learning_rates: Learning rates of fine-tuning; by default that of `aligndet finetune` from random
+            heads. If there are several, each arm takes its own best for each fraction and budget, chosen on a
+            fifth of the labels that is held out, at the first seed and fold that the comparison was begun
+            with; the validation images have no part in it. With few labels this choice is noisy. A rate at
+            which training diverges loses. The table says where the best rate lies at an end of the list: give
+            more rates there.
         detectors: By name, as in `aligndet finetune`. Each of several is a comparison of its own, in a folder
             with its name in output.
         trunk: By name, as in `aligndet finetune`.
-        trunk_weights: Of the trunk, for all arms.
+        trunk_weights: Weights of the trunk, for all arms.
         fpn_channels: Width of the feature pyramid.
         pretraining: Further settings of `aligndet pretrain`, such as --pretraining.steps 5000; those of one
             of several detectors under its name: --pretraining.fcos.steps 5000. Only those that change no
@@ -115,7 +116,7 @@ def compare(
     """
     if unlabelled is not None:
         ImageSource(unlabelled)  # refuses an address
-    # the runs of cells are known by these names: the same ones, however they are spelt
+    # the runs of the cells record these paths: they must not depend on how they are spelt
     annotations, val_annotations = map(_spelt_out, (annotations, val_annotations))
     proposals = proposals and _spelt_out(proposals)
     output, images = output.resolve(), images and images.resolve()
@@ -130,13 +131,13 @@ def compare(
     mine = part_of(cells, part)
     stages = {}
     for detector in detectors:
-        before = _settings("pretraining", pretrain, pretraining, detector, set())
-        after = _settings("finetuning", finetune, finetuning, detector, _PLANNED)
+        pretrain_settings = _settings("pretraining", pretrain, pretraining, detector, set())
+        finetune_settings = _settings("finetuning", finetune, finetuning, detector, _PLANNED)
         model = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels}
-        check_arms(names, sources, before, after, model)
-        recipe = training_defaults(detector, after.get("optimizer", "adamw"))
+        check_arms(names, sources, pretrain_settings, finetune_settings, model)
+        recipe = training_defaults(detector, finetune_settings.get("optimizer", "adamw"))
         rates = learning_rates or (recipe["learning_rate"],)
-        stages[detector] = (model, rates, before, after)
+        stages[detector] = (model, rates, pretrain_settings, finetune_settings)
     remarks = check_trunks(sources, trunk_weights)
     folders = {name: output / name if len(detectors) > 1 else output for name in detectors}
     first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in folders.items()}
@@ -157,15 +158,15 @@ def compare(
             sources=sources,
             rates=rates,
             model={**model, "trunk_weights": trunk_weights},
-            pretraining=before,
-            finetuning=after,
+            pretraining=pretrain_settings,
+            finetuning=finetune_settings,
             first=first[detector],
             remarks=remarks,
         )
-        for detector, (model, rates, before, after) in stages.items()
+        for detector, (model, rates, pretrain_settings, finetune_settings) in stages.items()
     ]
     if any(bench.ahead(mine).pretrainings for bench in benches):
-        # a wrong folder is told before cells are tuned
+        # a wrong folder is an error before any cell is tuned
         settings |= _check_pretraining_data(benches[0].unlabelled, proposals)
     runners = []
     for bench in benches:
@@ -227,7 +228,7 @@ def _check_pretraining_data(unlabelled: Path, proposals: Path | None) -> dict[st
 
 
 def _spelt_out(path: Path) -> Path:
-    """An absolute path; a link itself stays, as other files are looked for beside it."""
+    """An absolute path; the last part may be a link, as other files are looked for beside it."""
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
@@ -235,7 +236,9 @@ def _count_labels(
     source: Path, document: dict[str, Any], coco: CocoDataset, cells: Sequence[Cell], searched: Set[int]
 ) -> dict[float, int]:
     """The number of images of each fraction; refuses draws without an object to learn from or measure by."""
-    shown = {name for name, crowds in zip(coco.file_names, coco.iscrowd, strict=True) if not crowds.all()}
+    with_objects = {
+        name for name, crowds in zip(coco.file_names, coco.iscrowd, strict=True) if not crowds.all()
+    }
     counts = {}
     draws = dict.fromkeys((cell.fraction, cell.fold, False) for cell in cells)
     draws |= dict.fromkeys((cell.fraction, fold, True) for cell in cells for fold in searched)
@@ -243,7 +246,7 @@ def _count_labels(
         subset = labelled_subset(document, fraction, fold)
         counts[fraction] = len(subset["images"])
         for part in hold_out(subset) if is_search else (subset,):
-            if shown.isdisjoint(image["file_name"] for image in part["images"]):
+            if with_objects.isdisjoint(image["file_name"] for image in part["images"]):
                 which = "that its search of learning rates takes " if is_search else ""
                 raise ValueError(
                     f"{source}: fraction {fraction:g}, fold {fold}: the {len(part['images'])} images {which}"
@@ -268,44 +271,45 @@ def _run(runners: Sequence[Runner], cells: Sequence[Cell], mine: Sequence[Cell],
             write(runner.bench)
         write(runner.bench)  # also if nothing was left to be done
         print(f"## {detector}\n\n{(runner.bench.output / 'table.md').read_text()}")
-    _tell_failures({name: message for runner in runners for name, message in runner.failures.items()})
+    _raise_failures({name: message for runner in runners for name, message in runner.failures.items()})
 
 
-def _tell_failures(failures: dict[str, str]) -> None:
+def _raise_failures(failures: dict[str, str]) -> None:
     """Ends with an error if a cell has failed."""
     cells: dict[str, list[str]] = {}
     for name, message in failures.items():
         cells.setdefault(message, []).append(name)
     if cells:
-        told = "; ".join(f"{' and '.join(names)}: {message}" for message, names in cells.items())
-        raise ValueError(f"{len(failures)} cells failed, the same command tries them again: {told}")
+        messages = "; ".join(f"{' and '.join(names)}: {message}" for message, names in cells.items())
+        raise ValueError(f"{len(failures)} cells failed, the same command tries them again: {messages}")
 
 
 def _settings(
-    kind: str, function: Any, given: dict[str, Any] | None, detector: str, ours: set[str]
+    kind: str, function: Any, settings: dict[str, Any] | None, detector: str, excluded: set[str]
 ) -> dict[str, Any]:
-    """Settings of one detector: those of all, and its own in front of them."""
-    common = {name: value for name, value in (given or {}).items() if name not in DETECTORS}
+    """The settings of a stage for one detector: those for all detectors, overridden by its own."""
+    settings = settings or {}
+    common = {name: value for name, value in settings.items() if name not in DETECTORS}
     parameters = signature(function).parameters
-    allowed = set(parameters) - _OURS - ours
-    settings = {}
-    for name, value in {**common, **((given or {}).get(detector) or {})}.items():
+    allowed = set(parameters) - _OURS - excluded
+    merged = common | (settings.get(detector) or {})
+    for name, value in merged.items():
         if name not in allowed:
             raise ValueError(
                 f"{kind}: {name!r} cannot be set; there are: {', '.join(sorted(allowed))},"
                 " and settings of one detector under its name"
             )
         is_list = str(parameters[name].annotation).startswith("tuple[int") and isinstance(value, str)
-        settings[name] = json.loads(f"[{value}]") if is_list else value  # 640,800 as on a command line
-    return settings
+        merged[name] = json.loads(f"[{value}]") if is_list else value  # 640,800 as on a command line
+    return merged
 
 
-def _first(output: Path, given: tuple[int, int]) -> tuple[int, int]:
-    """Seed and fold that learning rates are searched on: those that the comparison has begun with."""
+def _first(output: Path, default: tuple[int, int]) -> tuple[int, int]:
+    """Seed and fold on which learning rates are searched: those that the comparison was begun with."""
     record = output / "compare.json"
     if not (record.is_file() and _is_begun(output)):
-        return given
-    seed, fold = read_json(record).get("first", given)
+        return default
+    seed, fold = read_json(record).get("first", default)
     return seed, fold
 
 
@@ -315,12 +319,12 @@ def _is_begun(output: Path) -> bool:
 
 
 def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> tuple[int, int]:
-    """Writes down what the comparison is about, or refuses to mix it with another; returns whose seed and
-    fold are searched on, if another part has begun meanwhile.
+    """Records the settings of a comparison, or refuses them if it was begun with others; returns the seed and
+    fold of the search, which are another part's if that has begun meanwhile.
     """
     plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
     record = output / "compare.json"
-    # first what is there: another part can begin meanwhile, and its record comes before anything else
+    # list the folder before looking for the record, which another part that begins meanwhile writes first
     used = contents(output) if output.is_dir() else []
     if used and not record.is_file():
         several = sorted(path.parent.name for path in output.glob("*/compare.json"))
@@ -331,24 +335,24 @@ def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> t
             )
         raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
     with locked(output / ".locks" / "settings", wait=True):
-        there = read_json(record) if record.is_file() else {}
-        noted = there if _is_begun(output) else provenance()
-        before = noted.get("settings", {})
+        former = read_json(record) if record.is_file() else {}
+        content = former if _is_begun(output) else provenance()
+        before = content.get("settings", {})
         for name, value in plain.items():
             if name in before and _lasting(before[name]) != _lasting(value):
                 raise ValueError(
                     f"{output}: was started with {name}={before[name]!r}, now {value!r}; go on with"
                     " the former or give another --output"
                 )
-        if "first" not in noted or plain.keys() - before.keys():
-            noted = {"first": first, **noted, "settings": before | plain}
-            atomic_write(record, json.dumps(noted, indent=2) + "\n")
-    seed, fold = noted["first"]
+        if "first" not in content or plain.keys() - before.keys():
+            content = {"first": first, **content, "settings": before | plain}
+            atomic_write(record, json.dumps(content, indent=2) + "\n")
+    seed, fold = content["first"]
     return seed, fold
 
 
 def _lasting(value: Any) -> Any:
-    """Settings of a stage without those that a run may change when it goes on."""
+    """A setting in a form to compare: of a stage, without what a run may change when it goes on."""
     if isinstance(value, str) and Path(value).exists():  # a file of weights, however it is spelt
         return os.path.realpath(value)
     return {k: v for k, v in value.items() if k not in MAY_CHANGE} if isinstance(value, dict) else value or {}

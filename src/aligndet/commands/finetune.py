@@ -28,7 +28,7 @@ from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName, load_state, steps_done
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
-"""Steps of 16 images (paper section 4.2 and table 7)."""
+"""Steps of 16 images each (paper section 4.2 and table 7)."""
 EPOCHS = {"50e": 50, "100e": 100, "150e": 150}
 """Passes over the images, as schedules of DETR are named (paper tables 2 and 6)."""
 
@@ -122,16 +122,16 @@ def finetune(
     """Fine-tunes a detector on labelled images, from pre-trained parts or from a trunk alone.
 
     Args:
-        annotations: Of the training images: COCO JSON, PASCAL VOC, or YOLO (data.yaml); a folder will do.
-        images: Their folder; by default looked for beside the annotations.
+        annotations: Labels of the training images: COCO JSON, PASCAL VOC or YOLO (data.yaml), or a folder.
+        images: Folder of the training images; by default looked for beside the annotations.
         output: Folder of the run.
-        val_annotations: Labels of the validation images; of VOC and YOLO the same folder, whose part for
-            validation is read. Without them the last weights are the result, with them the best, whose step
-            and AP are told at the end.
-        val_images: Their folder.
+        val_annotations: Labels of the validation images; for VOC and YOLO give the same folder, of which the
+            validation part is read. With them the best weights are the result, and their step and AP are
+            printed at the end; without them the last weights are.
+        val_images: Folder of the validation images.
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
-            fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
-        init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
+            fpn_channels and fpn_norm are taken over. Without it, neck and heads start from random numbers.
+        init: Parts to take from init_from, out of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
             CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
@@ -151,33 +151,33 @@ def finetune(
         schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
             images, scaled with the batch size; "50e", "100e", "150e" epochs.
         steps: Length of the run in steps; takes the place of schedule.
-        batch_size: Images a batch on each device.
+        batch_size: Images per batch on each device.
         accumulate: Batches whose gradients are accumulated for one step of the optimizer.
         optimizer: "adamw" or "sgd".
         learning_rate: By default 1e-3 (AdamW; query-based detectors: 1e-4) or 0.01 (SGD, 16 images), times
             1.5 from pre-trained heads.
         weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
             pre-trained heads.
-        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+        lr_schedule: How the learning rate falls: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
             "constant".
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        batch_norm: Of the trunk: "frozen"; "trained", by each process for itself; "sync": trained over all
-            GPUs (the paper's choice; on CPUs the same as "trained"). Those of a pyramid always are trained,
-            over all GPUs unless this is "trained". Query-based detectors have frozen ones.
-        ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
-        validate_every: Steps between evaluations on the way; by default a tenth of the run.
-        patience: Stop after so many evaluations without a better average precision; null to go on to the end.
-        devices: Devices a machine.
-        nodes: Machines; torchrun or Slurm starts the command on each.
+        batch_norm: Batch norms of the trunk: "frozen"; "trained", in each process by itself; "sync", trained
+            over all GPUs (the paper's choice; on CPUs the same as "trained"). Those of a pyramid are always
+            trained, over all GPUs unless this is "trained". Query-based detectors only take "frozen".
+        ema: Decay of a moving average of the weights, which is then validated and kept; null for none.
+        validate_every: Steps between evaluations during the run; by default a tenth of the run.
+        patience: Stop after this many evaluations without a better average precision; null: never.
+        devices: Devices per machine.
+        nodes: Number of machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
         strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
-        channels_last: Hold channels as neighbours in memory; the same up to rounding.
+        channels_last: Keep the channels of a pixel together in memory; results are the same up to rounding.
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
         workers: Loader processes on each device; by default one less than its share of the cores, up to 8.
-        seed: Of new weights, data order and augmentation.
+        seed: Seed of new weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.

@@ -41,13 +41,13 @@ The same command goes on where it was stopped. `aligndet pretrain --proposals TH
 
 
 class ProposeSummary(NamedTuple):
-    """What came out."""
+    """Counts of `propose`, and how well the boxes find labelled objects."""
 
     output: Path
-    images: int  # with proposals looked for
+    images: int  # that could be read
     skipped: dict[str, str]  # file name -> reason
     boxes: int
-    without: int  # images in which nothing was found
+    without: int  # images without a box
     recall: dict[str, float] | None  # "recall50", "recall70" and "AR": their mean over IoU
     mask_iou: float | None  # mean IoU of the masks of objects that are found at IoU 0.7
 
@@ -85,31 +85,31 @@ def propose(
         images: Folder of images, searched with its subfolders, or an address (s3://bucket/images,
             gs://bucket/images, https://host/images, ...); a tar in it counts as a folder of images.
         output: Folder for Parquet files, or a ``.json`` file for COCO style (one category).
-        names: Only these images: a text file with a name a line, or Parquet with a column file_name, relative
-            to images; a tar stands for its images. Web servers need it, as they list nothing.
+        names: Only these images: a text file with one name per line, or Parquet with a column file_name, both
+            relative to images; a tar stands for its images. Web servers need it, as they list nothing.
         mode: "fast", or "quality" (three to four times as slow).
         resolution: Longest side at which to run; null for full size.
         rank: Order of the boxes, which decides what overlap and max_proposals drop: "straddling" puts boxes
             first that cut no segment of the image in two; "search" keeps selective search's own order, which
             is largely chance.
-        max_aspect_ratio: Longer to shorter side of a box at most.
-        min_area: Share of the image that a box covers at least.
-        max_area: Share of the image that a box covers at most.
+        max_aspect_ratio: Largest ratio of a box's longer side to its shorter one.
+        min_area: Smallest share of the image that a box may cover.
+        max_area: Largest share of the image that a box may cover.
         nms_iou: A box that overlaps a better one by more is dropped.
-        max_proposals: Most boxes an image, best first; null for all.
+        max_proposals: Most boxes per image, best first; null for all.
         masks: Guess the outline of each object, too: the union of the segments that lie almost wholly in
             the box. Pre-training of a mask head needs it.
-        segmentation: Of masks: sigma of the blur, scale and smallest size in pixels of the segments.
-        min_inside: Of masks: share of a segment that lies in the box at least.
+        segmentation: For masks: sigma of the blur, scale and smallest size in pixels of the segments.
+        min_inside: For masks: smallest share of a segment that must lie in the box.
         engine: "processes" of this machine, or "ray": tasks on the machines of a Ray cluster, which all see
-            the images under the same path. The result is the same, and the one goes on where the other was
+            the images under the same path. Both give the same result, and each goes on where the other was
             stopped.
-        ray_address: Of the cluster; by default what RAY_ADDRESS says, a cluster that runs on this machine, or
-            one of this machine alone, started for the purpose.
-        workers: Processes or tasks at a time; by default one a core.
-        shard_size: Images a Parquet file, which is also what a stopped run loses at most.
-        annotations: COCO JSON, PASCAL VOC or YOLO of the objects in these images, to measure how many the
-            boxes find, and how well the masks fit if it has masks.
+        ray_address: Address of the Ray cluster; by default that of RAY_ADDRESS, a cluster that runs on this
+            machine, or one that is started on it for this command.
+        workers: Processes or tasks at a time; by default one per core.
+        shard_size: Images per Parquet file; a stopped run loses at most this many.
+        annotations: Labels of these images (COCO JSON, PASCAL VOC or YOLO), to measure how many objects the
+            boxes find and, if the labels have masks, how well the masks fit.
         strict: A broken image is an error; by default it is skipped, counted and named.
         overwrite: Throw away what output holds.
 
@@ -161,14 +161,14 @@ def propose(
     work = partial(propose_image, source.absolute(), **search, filters=filters, outlines=outlines)
     with locked(folder):
         _check_folder(folder, parameters, overwrite)
-        for path in folder.glob(".part-*.partial*"):  # of a write that was killed
+        for path in folder.glob(".part-*.partial*"):  # left by a write that was killed
             path.unlink(missing_ok=True)
         find = partial(run, work, engine=engine, workers=workers, address=ray_address)
         _write_shards(shards, find, strict)
         summary = _summarise(output, _read(shards, masks=masks and recall is not None), recall)
         if recall is not None and not summary.recall:
             raise ValueError(f"{annotations}: has no object in the images of {source}")
-        if strict and summary.skipped:  # by a former run that was not strict
+        if strict and summary.skipped:  # in an earlier run that was not strict
             raise ValueError(f"{next(iter(summary.skipped.values()))}; mend it and give --overwrite")
         _write_manifest(folder, parameters, "complete", summary)
         if as_json:
@@ -206,7 +206,7 @@ def _write_shards(
 
 
 def _read(shards: Iterable[Path], *, masks: bool) -> Iterator[ImageProposals]:
-    """One by one: all images of a large set are larger than the memory."""
+    """Reads images one by one: those of a large set do not fit into memory together."""
     return (row for path in shards for row in read_shard(path, masks=masks))
 
 

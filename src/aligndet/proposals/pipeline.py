@@ -33,9 +33,9 @@ def propose_image(
     """Finds the boxes of one image, and their masks if asked for.
 
     Args:
-        folder: Of the images.
-        name: Of the file in it.
-        mode: Of selective search.
+        folder: The images.
+        name: Name of the image in it.
+        mode: Mode of selective search.
         resolution: Longest side at which to run.
         rank: Order of the boxes.
         filters: Arguments of `filter_boxes`.

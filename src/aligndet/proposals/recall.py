@@ -40,10 +40,10 @@ class Recall:
         self._box_ious.append(ious)
         size = proposals.width, proposals.height
         if coco.masks is not None and proposals.masks is not None and tuple(coco.sizes[position]) == size:
-            found = ious >= 0.7
-            masks = [coco.masks[position][i] for i in objects[found].tolist()]
+            is_found = ious >= 0.7
+            masks = [coco.masks[position][i] for i in objects[is_found].tolist()]
             labelled = EncodedMasks(proposals.height, proposals.width, masks)
-            self._mask_ious.append(overlaps(whole_masks(proposals, best[found]), labelled))
+            self._mask_ious.append(overlaps(whole_masks(proposals, best[is_found]), labelled))
 
     def figures(self) -> dict[str, float]:
         """Shares of the objects with a box of IoU 0.5 ("recall50") and 0.7 ("recall70") at least; "AR": their
