@@ -30,13 +30,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from aligndet.commands.propose import propose, propose_image
+from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image
 from aligndet.data.sources import ImageSource
 from aligndet.proposals.filters import best_proposals
+from aligndet.proposals.pipeline import propose_image
 from aligndet.proposals.selective_search import Mode, selective_search, shrink
 from aligndet.proposals.storage import read_proposals
 

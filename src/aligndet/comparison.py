@@ -47,11 +47,11 @@ def plan(
     """All cells, those of a pair one after another; all labels are one fold.
 
     Args:
-        arms: Names.
-        fractions: Of the labelled images, in (0, 1].
+        arms: Their names.
+        fractions: Shares of the labelled images, in (0, 1].
         folds: Numbers of the draws of labelled images.
         steps: Lengths of fine-tuning.
-        seeds: Of training.
+        seeds: Seeds of training.
 
     Raises:
         ValueError: If a list is empty or repeats a value, or a value is out of range.
@@ -76,7 +76,7 @@ def part_of(cells: Sequence[Cell], part: str) -> list[Cell]:
     """Every N-th cell from the I-th on.
 
     Args:
-        cells: All of them.
+        cells: All cells.
         part: "I/N", counted from 1.
 
     Raises:
@@ -93,8 +93,8 @@ def labelled_subset(document: Mapping[str, Any], fraction: float, fold: int) -> 
 
     Args:
         document: COCO JSON.
-        fraction: Of its images, rounded, at least one.
-        fold: Number of the draw; it gives the images that `aligndet split` gives in this fold.
+        fraction: Share of its images, rounded, at least one.
+        fold: Number of the draw, the same as in `aligndet split`.
 
     Returns:
         The same JSON with fewer images.
@@ -131,7 +131,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided exact sign-flip permutation test of paired differences: is their mean zero?
 
     Args:
-        differences: One a pair; of more than 16, 65,536 random flips stand for all.
+        differences: One per pair; for more than 16, 65,536 random flips stand for all.
 
     Returns:
         The share of sign patterns whose mean is at least as far from zero; never below 2 / 2**n.
@@ -150,10 +150,10 @@ def labels_for(curve: Mapping[int, float], figure: float) -> float | None:
 
     Args:
         curve: Figure by number of labelled images.
-        figure: To be reached.
+        figure: The figure to reach.
 
     Returns:
-        The fewest such number, or None if the curve begins above the figure or does not reach it.
+        The smallest such number, or None if the curve begins above the figure or does not reach it.
     """
     points = sorted(curve.items())
     if points and points[0][1] == figure:
@@ -177,13 +177,13 @@ def summarise(
     Args:
         figures: AP in 0..1 of the finished cells.
         labels: Number of labelled images by fraction.
-        searched: The learning rates that each cell's was chosen from; cells are a pair if these are the same.
+        searched: The learning rates that each cell's was chosen from; only cells with equal lists are pairs.
 
     Returns:
         Rows with points of AP (0..100): mean, spread (standard deviation over seeds and folds), and against
         scratch, over the pairs that are finished: pairs, difference, its spread, p, units (seeds, or folds of
         one seed: what p takes for independent), starts (pre-trainings), scratch_labels (of a proven gain);
-        unlike, if there are any: how many are no pairs as their learning rates were chosen from others.
+        unlike: the number of cells, if any, that form no pair, as their rates are from different lists.
     """
     choice = searched or {}
     groups: dict[tuple[float, int, str], dict[tuple[int, int], float]] = {}
@@ -203,7 +203,7 @@ def summarise(
         baseline = groups.get((fraction, steps, BASELINE), {})
         both = [key for key in values if key in baseline]
         lists = ([choice.get(Cell(fraction, steps, *key, name)) for name in (arm, BASELINE)] for key in both)
-        alike = [key for key, (ours, theirs) in zip(both, lists, strict=True) if ours == theirs]
+        alike = [key for key, (rates, other) in zip(both, lists, strict=True) if rates == other]
         differences = [values[key] - baseline[key] for key in alike]
         if len(alike) < len(both):
             row["unlike"] = len(both) - len(alike)
@@ -230,15 +230,15 @@ def summarise(
 
 
 def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `summarise` of the cells in results.json, each with what its cells were made with.
+    """The rows of `summarise` for the cells in results.json, with learning rates and AP of masks.
 
     Args:
-        entries: With the cell, its figures, the number of labels, its learning rate, and if it was chosen
-            from several, these (searched) and the AP of each on the labels held out (search_AP).
+        entries: Cells of results.json, each with its figures, number of labels, learning rate and, if that
+            was chosen from several, these (searched) and the AP of each on the held-out labels (search_AP).
 
     Returns:
-        Rows with their learning_rates; in choices, which of them a search says little about; and
-        masks_mean (points), if AP of masks was measured, too.
+        Rows with learning_rates; choices: those of them about which the search says little; and masks_mean
+        (points), if AP of masks was measured, too.
     """
     cells = [Cell.of(entry) for entry in entries]
     rows = summarise(
@@ -247,12 +247,12 @@ def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {cell: entry.get("searched") for cell, entry in zip(cells, entries, strict=True)},
     )
     for row in rows:
-        own = [e for e in entries if all(e[name] == row[name] for name in ("fraction", "steps", "arm"))]
-        masks = [entry["figures"].get("mask_AP") for entry in own]
+        of_row = [e for e in entries if all(e[name] == row[name] for name in ("fraction", "steps", "arm"))]
+        masks = [entry["figures"].get("mask_AP") for entry in of_row]
         if None not in masks:
             row["masks_mean"] = 100 * statistics.mean(masks)
-        row["learning_rates"] = sorted({entry["learning_rate"] for entry in own})
-        choices = [choice for entry in own if (choice := _choice(entry)) is not None]
+        row["learning_rates"] = sorted({entry["learning_rate"] for entry in of_row})
+        choices = [choice for entry in of_row if (choice := _choice(entry)) is not None]
         row["choices"] = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
     return rows
 
@@ -272,8 +272,8 @@ def _choice(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _independent(differences: Mapping[tuple[int, int], float]) -> list[float]:
-    """What may count as independent of the differences by (seed, fold): folds of a seed share its
-    pre-training, so that of several seeds each is one, averaged over its folds.
+    """The differences, by (seed, fold), that count as independent: folds of a seed share its pre-training, so
+    of several seeds each counts once, averaged over its folds.
     """
     by_seed: dict[int, list[float]] = {}
     for (seed, _), value in differences.items():

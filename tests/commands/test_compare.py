@@ -200,7 +200,7 @@ def test_a_comparison_stays_with_its_labels(
     with pytest.raises(ValueError, match="was started with data="):
         _compare(tmp_path / "data", proposals, tmp_path / "out", **arms)
     labels.write_text(json.dumps(kept | {"annotations": []}))
-    with pytest.raises(ValueError, match=r"val\.json: has no object to measure by"):
+    with pytest.raises(ValueError, match=r"val\.json: has no object in any of its"):
         _compare(tmp_path / "data", proposals, tmp_path / "other", **arms)
 
 

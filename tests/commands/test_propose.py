@@ -12,16 +12,15 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from aligndet.commands.cluster import _load, _Request
-from aligndet.commands.propose import Rank, _summarise, propose
+from aligndet.commands.propose import propose
 from aligndet.data.images import read_image
 from aligndet.data.labelled import geometric
-from aligndet.data.sources import ImageSource
 from aligndet.files import locked
 from aligndet.proposals.filters import filter_boxes
+from aligndet.proposals.pipeline import Rank
 from aligndet.proposals.segments import objectness
 from aligndet.proposals.selective_search import Mode, selective_search
 from aligndet.proposals.storage import clean, read_proposals
-from aligndet.proposals.table import ImageProposals
 
 
 @pytest.fixture
@@ -51,6 +50,7 @@ def test_broken_images_are_skipped_counted_and_named(
     table = read_proposals(tmp_path / "out")
     assert table.file_names == ["00000.jpg", "more/00001.jpg", "white.png"]
     assert len(table.boxes_of(2)) == 0
+    assert summary.boxes == len(table.boxes)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["status"] == "complete"
     for out in (tmp_path / "strict", tmp_path / "out"):  # a new folder, and one that is complete
@@ -198,22 +198,3 @@ def test_mode_and_rank_are_those_asked_for(sample: Path, tmp_path: Path) -> None
             expected = filter_boxes(boxes, width, height, score=score, **bounds)
             np.testing.assert_array_equal(found[-1], expected)
     assert len({boxes.tobytes() for boxes in found}) == 4
-
-
-def test_recall_counts_objects_by_their_best_box(tmp_path: Path) -> None:
-    Image.new("RGB", (400, 100)).save(tmp_path / "a.png")
-    sizes = {"image_id": 1, "category_id": 1, "area": 1e4}
-    document = {
-        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 100}],
-        "categories": [{"id": 1, "name": "leaf"}],
-        "annotations": [
-            {"id": 1, "bbox": [0, 0, 100, 100], "iscrowd": 0, **sizes},
-            {"id": 2, "bbox": [200, 0, 100, 100], "iscrowd": 1, **sizes},  # not to be found
-        ],
-    }
-    (tmp_path / "labels.json").write_text(json.dumps(document))
-    boxes = np.array([[0, 0, 72, 100], [0, 0, 50, 100]], np.float32)
-    rows = [ImageProposals("a.png", 400, 100, boxes), ImageProposals("b.png", 0, 0, boxes[:0], "is empty")]
-    summary = _summarise(tmp_path / "out", rows, ImageSource(tmp_path), tmp_path / "labels.json")
-    assert summary.recall == {"recall50": 1.0, "recall70": 1.0, "AR": 0.5}  # IoU 0.72
-    assert (summary.images, summary.boxes, summary.skipped) == (1, 2, {"b.png": "is empty"})

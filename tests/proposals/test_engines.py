@@ -28,6 +28,7 @@ from aligndet.data.sources import ImageSource
 from aligndet.proposals import engines
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.engines import Engine, run
+from aligndet.proposals.pipeline import propose_image
 from aligndet.proposals.storage import read_proposals, write_shard
 
 
@@ -130,9 +131,7 @@ def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, sample: Path
 
 
 def test_images_that_a_machine_does_not_have_are_no_broken_ones(tmp_path: Path) -> None:
-    find = partial(
-        command.propose_image, mode="fast", resolution=None, rank="search", filters={}, outlines=None
-    )
+    find = partial(propose_image, mode="fast", resolution=None, rank="search", filters={}, outlines=None)
     with pytest.raises(ValueError, match="elsewhere: no such folder of images on "):
         find(ImageSource(tmp_path / "elsewhere"), "image.jpg")
 

@@ -15,18 +15,18 @@ from aligndet.detectors.weights import load_weights, weights_folder
 from aligndet.files import fingerprint
 from aligndet.proposals.storage import read_proposals
 
-ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: there is none
+ARMS: dict[str, dict[str, Any] | None] = {  # settings of pre-training; None: no pre-training
     BASELINE: None,
     "trunk-only": {},
     "boxes-only": {"contrast_weight": 0.0},
     "contrast-only": {"box_weight": 0.0},
     "aligndet": {},
 }
-WEIGHTS = ("default", "bundled", "none")  # of trunks that are no file
+WEIGHTS = ("default", "bundled", "none")  # weights of trunks that are not files
 
 
 class Source(NamedTuple):
-    """Weights that are there already, for an arm to start from."""
+    """Existing weights that an arm starts from."""
 
     path: Path
     manifest: dict[str, Any]
@@ -36,7 +36,7 @@ def read_arms(arms: Sequence[str]) -> list[tuple[str, Source | None]]:
     """Names of arms, and the weights of those that bring their own.
 
     Args:
-        arms: Keys of `ARMS`, or from:PATH, which is known by the content of its weights: other weights in the
+        arms: Keys of `ARMS`, or from:PATH, which is named by the content of its weights: other weights in the
             same folder are another arm.
 
     Raises:
@@ -64,15 +64,15 @@ def detector_settings(
     Args:
         detector: A key of `DETECTORS`.
         pretraining: Settings of `aligndet pretrain`.
-        finetuning: Of `aligndet finetune`; they come first.
+        finetuning: Settings of `aligndet finetune`, which override them.
 
     Returns:
         Its ``options``, and ``fpn_norm`` if it is set.
     """
     shared = family_of(detector).shared_options()
-    given = {name: value for name, value in (pretraining.get("options") or {}).items() if name in shared}
+    options = {name: value for name, value in (pretraining.get("options") or {}).items() if name in shared}
     norm = finetuning.get("fpn_norm") or pretraining.get("fpn_norm")
-    options = given | (finetuning.get("options") or {})
+    options |= finetuning.get("options") or {}
     return {"options": options or None} | ({"fpn_norm": norm} if norm else {})
 
 
@@ -83,13 +83,13 @@ def check_arms(
     finetuning: dict[str, Any],
     model: dict[str, Any],
 ) -> None:
-    """Refuses arms that say nothing, or whose detector is another one.
+    """Refuses an arm that is the same as scratch, or whose detector differs from that of the others.
 
     Args:
-        names: Of all arms.
-        sources: Those with weights of their own.
+        names: Names of all arms.
+        sources: Arms with weights of their own.
         pretraining: Settings of `aligndet pretrain`.
-        finetuning: Of `aligndet finetune`.
+        finetuning: Settings of `aligndet finetune`.
         model: Detector, trunk and fpn_channels of the other arms.
 
     Raises:
@@ -100,76 +100,77 @@ def check_arms(
             "arm 'trunk-only' is the same as 'scratch' while pre-training leaves the trunk frozen;"
             " leave it out or give --pretraining.train_trunk true"
         )
-    others: dict[str, Any] = {**model, "fpn_norm": "none"}
-    others |= detector_settings(model["detector"], pretraining, finetuning)
-    options = others.pop("options") or {}
+    expected: dict[str, Any] = {**model, "fpn_norm": "none"}
+    expected |= detector_settings(model["detector"], pretraining, finetuning)
+    options = expected.pop("options") or {}
     shared = family_of(model["detector"]).shared_options()
-    others |= {name: options.get(name) for name in shared}
+    expected |= {name: options.get(name) for name in shared}
     for path, manifest in sources.values():
         architecture = manifest["architecture"]
-        found = dict.fromkeys(shared) | architecture | architecture.get("options", {})
-        for name, value in others.items():
-            if found[name] != value:
+        actual = dict.fromkeys(shared) | architecture | architecture.get("options", {})
+        for name, value in expected.items():
+            if actual[name] != value:
                 raise ValueError(
-                    f"{path}: has {name} {found[name]!r}, the other arms {value!r}: not comparable"
+                    f"{path}: has {name} {actual[name]!r}, the other arms {value!r}: not comparable"
                 )
 
 
 def check_trunks(sources: Mapping[str, Source], trunk_weights: str) -> list[str]:
-    """Refuses weights whose frozen trunk is not that of the other arms.
+    """Refuses arms whose frozen trunk has other weights than that of the other arms.
 
     Args:
         sources: Arms with weights of their own.
-        trunk_weights: Of the other arms.
+        trunk_weights: Weights of the other arms' trunk.
 
     Returns:
-        A sentence for each arm of which it is not known.
+        A sentence for each arm whose trunk has unknown weights.
 
     Raises:
-        ValueError: Naming the weights, and the trunk's to give for the others.
+        ValueError: Naming the arm's folder, and the --trunk-weights that would fit it.
     """
     remarks = []
     for name, (path, manifest) in sources.items():
         trunk = manifest.get("trunk", {})
         if trunk.get("trained") or "initialised_from" in manifest:
             continue  # it is part of what the arm has learnt
-        theirs = trunk.get("weights")
-        if theirs is None or (theirs not in WEIGHTS and not Path(theirs).exists()):
+        weights = trunk.get("weights")
+        if weights is None or (weights not in WEIGHTS and not Path(weights).exists()):
             remarks.append(
                 f"{name}: it is not known whether its trunk has the weights of the others ({trunk_weights})."
             )
-        elif os.path.realpath(theirs) != os.path.realpath(trunk_weights):
+        elif os.path.realpath(weights) != os.path.realpath(trunk_weights):
             raise ValueError(
-                f"{path}: its trunk has the weights {theirs!r}, that of the other arms {trunk_weights!r}: not"
-                f" comparable; give --trunk-weights {theirs}"
+                f"{path}: its trunk has the weights {weights!r}, that of the other arms {trunk_weights!r}:"
+                f" not comparable; give --trunk-weights {weights}"
             )
     return remarks
 
 
-def remarks_on_images(sources: Mapping[str, Source], measured: Set[str]) -> list[str]:
-    """What to know of weights that were pre-trained elsewhere: have they seen the validation images?
+def remarks_on_images(sources: Mapping[str, Source], validation_files: Set[str]) -> list[str]:
+    """Says which arms were, or may have been, pre-trained on validation images.
 
     Args:
         sources: Arms with weights of their own.
-        measured: Files of the validation images.
+        validation_files: Files of the validation images.
 
     Returns:
-        A sentence for each arm that has, or of which it is not known.
+        A sentence for each such arm.
     """
     remarks = []
     for name, source in sources.items():
         files = _pretrained_on(source)
         if files is None:
             remarks.append(f"{name}: it is not known whether it was pre-trained on validation images.")
-        elif seen := len(measured & files):
-            remarks.append(f"{name}: was pre-trained on {seen} of {len(measured)} validation images.")
+        elif count := len(validation_files & files):
+            total = len(validation_files)
+            remarks.append(f"{name}: was pre-trained on {count} of {total} validation images.")
     return remarks
 
 
 def _pretrained_on(source: Source) -> set[str] | None:
     """The files of a pre-training's images, if they are still where its manifest says."""
-    given = source.manifest.get("pretraining", {})
-    images, proposals, listed = (given.get(name) for name in ("images", "proposals", "names"))
+    settings = source.manifest.get("pretraining", {})
+    images, proposals, listed = (settings.get(name) for name in ("images", "proposals", "names"))
     if not (images and proposals and Path(images).exists()):
         return None
     try:

@@ -23,16 +23,16 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
     """Writes table.md, results.json and results.csv, with the cells of earlier calls.
 
     Args:
-        bench: Of one detector.
-        cells: That this call has planned, also those of other parts.
+        bench: The comparison of one detector.
+        cells: All cells that this call has planned, also those of other parts.
     """
     path = bench.output / "results.json"
-    # another part must not put back what it has read before
+    # locked from reading to writing, so that no part overwrites what another has added meanwhile
     with locked(bench.output / ".locks" / "results", wait=True):
-        found = [
+        finished = [
             {
                 **asdict(cell),
-                "labels": bench.labels[cell.fraction],
+                "labels": bench.labels.counts[cell.fraction],
                 "learning_rate": bench.rate(cell),
                 "searched": sorted(bench.rates),
                 "search_AP": bench.search_ap(cell),
@@ -42,15 +42,15 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
             if (figures := bench.figures(cell)) is not None
         ]
         before = read_json(path) if path.is_file() else {}
-        new = {Cell.of(entry) for entry in found}
+        new = {Cell.of(entry) for entry in finished}
         former = [entry for entry in before.get("cells", []) if Cell.of(entry) not in new]
-        entries = [entry for entry in former if _is_there(bench.output, entry)] + found
-        known = tuple(f"{name}: " for name in bench.sources)  # what was said of them may be otherwise now
-        said = [remark for remark in before.get("remarks", []) if not remark.startswith(known)]
-        remarks = list(dict.fromkeys([*said, *bench.remarks]))
+        entries = [entry for entry in former if _has_result(bench.output, entry)] + finished
+        outdated = tuple(f"{name}: " for name in bench.sources)  # this call has made these remarks anew
+        kept = [remark for remark in before.get("remarks", []) if not remark.startswith(outdated)]
+        remarks = list(dict.fromkeys([*kept, *bench.remarks]))
         rows = rows_of(entries)
         lines = [markdown(rows), *(f"{remark}\n" for remark in remarks)]
-        lines.append(f"{len(found)} of {len(cells)} cells finished\n")
+        lines.append(f"{len(finished)} of {len(cells)} cells finished\n")
         planned = len({*map(Cell.of, entries), *cells})
         content = {"rows": rows, "cells": entries, "planned": planned, "remarks": remarks, **provenance()}
         text = io.StringIO()
@@ -64,8 +64,8 @@ def write_results(bench: Bench, cells: Sequence[Cell]) -> None:
         atomic_write(bench.output / "results.csv", text.getvalue())
 
 
-def _is_there(output: Path, entry: dict[str, Any]) -> bool:
-    """Whether a cell of an earlier call has not been thrown away since."""
+def _has_result(output: Path, entry: dict[str, Any]) -> bool:
+    """Whether the folder of a cell from an earlier call still exists."""
     return (output / "cells" / Cell.of(entry).name(entry["learning_rate"]) / "result.json").is_file()
 
 
@@ -74,7 +74,7 @@ def write_tables(output: Path, detectors: Sequence[str]) -> None:
 
     Args:
         output: Folder of the comparisons.
-        detectors: Those whose table is not there yet are left out.
+        detectors: Their names; those without a table yet are left out.
     """
     with locked(output / ".locks" / "results", wait=True):
         tables = {name: output / name / "table.md" for name in detectors}

@@ -49,18 +49,18 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
         check_launch(settings["devices"], settings["nodes"], settings["strategy"])
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output) if first else nullcontext():
+    with locked(output) if is_first else nullcontext():
         record, checkpoint = output / "run.json", output / "checkpoints" / "last.ckpt"
         used = contents(output)
         if record.is_file() and set(used) <= {record.name, "README.txt", "logs"}:
             used = []  # it failed before it had anything to keep
         plain = {k: v for k, v in _plain(settings).items() if k not in MAY_CHANGE}
-        if first and used and settings["overwrite"]:
+        if is_first and used and settings["overwrite"]:
             if not record.is_file():
                 raise ValueError(f"{output}: holds {used[0]!r} and no run of aligndet; it is not overwritten")
-            # the record last: if this is killed, the rest is still known for a run
+            # the record goes last: if this is killed, what is left still counts as a run
             for path in (*(output / name for name in used if name != record.name), record):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
@@ -74,28 +74,28 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
                 raise ValueError(
                     f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former"
                 )
-        elif first and used:
+        elif is_first and used:
             raise ValueError(
                 f"{output}: is not empty; give --resume to go on with its run, --overwrite to start anew,"
                 " or another output"
             )
-        if first:
+        if is_first:
             for folder in ("", "checkpoints", "pretrained", "model", "trunk"):
-                for path in (output / folder).glob(".*.partial*"):  # of a write that was killed
+                for path in (output / folder).glob(".*.partial*"):  # left by a write that was killed
                     if path.is_file():
                         path.unlink(missing_ok=True)
             # the record first: a folder without it is taken for somebody else's
             atomic_write(record, json.dumps({"settings": plain, **provenance()}, indent=2) + "\n")
             atomic_write(output / "README.txt", explanation)
-        going_on = settings["resume"] and checkpoint.is_file()
-        if first and settings["resume"] and not going_on and "checkpoint_every" in settings:
+        continues = settings["resume"] and checkpoint.is_file()
+        if is_first and settings["resume"] and not continues and "checkpoint_every" in settings:
             print(f"{output}: no checkpoint yet, starts from the beginning")
-        yield checkpoint if going_on else None
+        yield checkpoint if continues else None
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     images = plain.get("images")
-    if isinstance(images, str) and "://" not in images:  # a folder is the same with a slash behind it
+    if isinstance(images, str) and "://" not in images:  # the same folder with and without a slash at its end
         plain["images"] = str(Path(images))
     return plain

@@ -1,4 +1,4 @@
-"""What a command was asked for: numbers that it cannot work with, and what it takes to ask it again."""
+"""Settings of commands: their bounds, training recipes, and what it takes to reproduce a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POSITIVE = ("temperature", "learning_rate", "epochs", "clip")
 
 
 def check_bounds(settings: dict[str, Any]) -> None:
-    """Refuses numbers that no command can work with; what is None or no number is left alone.
+    """Refuses numbers that no command can work with; settings that are not numbers pass.
 
     Args:
         settings: Arguments by name; the same name means the same in every command.
@@ -44,8 +44,19 @@ def check_bounds(settings: dict[str, Any]) -> None:
             raise ValueError(f"{option} must be above 0, not {value}")
 
 
+def with_recipe(settings: dict[str, Any], recipe: dict[str, float]) -> dict[str, Any]:
+    """Fills in the numbers of a recipe where no others were asked for.
+
+    Args:
+        settings: Of a training command; where nothing was asked for: None, and "default" for clip.
+        recipe: Of `training_defaults`.
+    """
+    unset = {"clip": "default"}  # its None is no clipping
+    return settings | {name: value for name, value in recipe.items() if settings[name] == unset.get(name)}
+
+
 def provenance() -> dict[str, Any]:
-    """What it takes to do the same again: command line and versions."""
+    """What it takes to reproduce a run: command line and versions."""
     packages = ("aligndet", "torch", "torchvision", "lightning", "timm")
     program = Path(sys.argv[0]).name
     start = ["python", "-m", "aligndet"] if program == "__main__.py" else [program]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, nn
 
 from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, load_state, steps_done
 from aligndet.commands._runs import run_folder
-from aligndet.commands._settings import provenance
-from aligndet.data.coco import CocoDetection, check_objects, image_files
+from aligndet.commands._settings import provenance, with_recipe
+from aligndet.data.coco import CocoDataset, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
-from aligndet.data.labelled import LabelledDataset, ValidationDataset
+from aligndet.data.labelled import LabelledDataset, ValidationDataset, remark_on_shared_images
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
@@ -27,12 +28,12 @@ from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
 from aligndet.training import OptimizerName, ScheduleName
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
-"""Steps of 16 images (paper section 4.2 and table 7)."""
+"""Steps of 16 images each (paper section 4.2 and table 7)."""
 EPOCHS = {"50e": 50, "100e": 100, "150e": 150}
 """Passes over the images, as schedules of DETR are named (paper tables 2 and 6)."""
 
 _DEFAULTS = {"detector": "fcos", "trunk": "resnet50", "fpn_channels": 256, "fpn_norm": "none"}
-"""Of a detector whose neck and heads start from random numbers."""
+"""Of a detector without --init-from: its neck and heads start from random numbers."""
 
 _EXPLANATION = """A run of `aligndet finetune`.
 
@@ -43,6 +44,30 @@ model/         the result (best, or last without validation images): model.safet
                (which has the step and AP of the best), for `aligndet evaluate`, `aligndet predict` and
                aligndet.load_detector
 """
+
+
+class _Data(NamedTuple):
+    """The labelled images of a run."""
+
+    training: CocoDataset
+    validation: CocoDataset | None
+
+    @property
+    def classes(self) -> list[str]:
+        return [category.name for category in self.training.categories]
+
+    def summary(self) -> str:
+        """What a resumed run knows its data by."""
+        parts = [part for part in self if part is not None]
+        boxes = sum(map(len, self.training.boxes))
+        counts = f"{len(self.training)} images with {boxes} boxes of {len(self.classes)} classes"
+        if self.validation is not None:
+            counts += f", {len(self.validation)} images for validation"
+        return data_summary(
+            counts,
+            chain(self.classes, *(part.file_names for part in parts)),
+            chain(*(part.arrays() for part in parts)),
+        )
 
 
 @accepts_strings
@@ -97,16 +122,16 @@ def finetune(
     """Fine-tunes a detector on labelled images, from pre-trained parts or from a trunk alone.
 
     Args:
-        annotations: Of the training images: COCO JSON, PASCAL VOC, or YOLO (data.yaml); a folder will do.
-        images: Their folder; by default looked for beside the annotations.
+        annotations: Labels of the training images: COCO JSON, PASCAL VOC or YOLO (data.yaml), or a folder.
+        images: Folder of the training images; by default looked for beside the annotations.
         output: Folder of the run.
-        val_annotations: Labels of the validation images; of VOC and YOLO the same folder, whose part for
-            validation is read. Without them the last weights are the result, with them the best, whose step
-            and AP are told at the end.
-        val_images: Their folder.
+        val_annotations: Labels of the validation images; for VOC and YOLO give the same folder, of which the
+            validation part is read. With them the best weights are the result, and their step and AP are
+            printed at the end; without them the last weights are.
+        val_images: Folder of the validation images.
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
-            fpn_channels and fpn_norm are taken over. Without, neck and heads start from random numbers.
-        init: Parts to take from init_from: of "trunk", "neck", "rpn", "head" (the paper's table 9).
+            fpn_channels and fpn_norm are taken over. Without it, neck and heads start from random numbers.
+        init: Parts to take from init_from, out of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
             CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
@@ -126,33 +151,33 @@ def finetune(
         schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
             images, scaled with the batch size; "50e", "100e", "150e" epochs.
         steps: Length of the run in steps; takes the place of schedule.
-        batch_size: Images a batch on each device.
+        batch_size: Images per batch on each device.
         accumulate: Batches whose gradients are accumulated for one step of the optimizer.
         optimizer: "adamw" or "sgd".
         learning_rate: By default 1e-3 (AdamW; query-based detectors: 1e-4) or 0.01 (SGD, 16 images), times
             1.5 from pre-trained heads.
         weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
             pre-trained heads.
-        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+        lr_schedule: How the learning rate falls: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
             "constant".
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        batch_norm: Of the trunk: "frozen"; "trained", by each process for itself; "sync": trained over all
-            GPUs (the paper's choice; on CPUs the same as "trained"). Those of a pyramid always are trained,
-            over all GPUs unless this is "trained". Query-based detectors have frozen ones.
-        ema: Decay of a moving average of the weights, which then is validated and kept; null for none.
-        validate_every: Steps between evaluations on the way; by default a tenth of the run.
-        patience: Stop after so many evaluations without a better average precision; null to go on to the end.
-        devices: Devices a machine.
-        nodes: Machines; torchrun or Slurm starts the command on each.
+        batch_norm: Batch norms of the trunk: "frozen"; "trained", in each process by itself; "sync", trained
+            over all GPUs (the paper's choice; on CPUs the same as "trained"). Those of a pyramid are always
+            trained, over all GPUs unless this is "trained". Query-based detectors only take "frozen".
+        ema: Decay of a moving average of the weights, which is then validated and kept; null for none.
+        validate_every: Steps between evaluations during the run; by default a tenth of the run.
+        patience: Stop after this many evaluations without a better average precision; null: never.
+        devices: Devices per machine.
+        nodes: Number of machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
         strategy: "auto" or "ddp": every device has the whole detector.
         precision: "32", "bf16-mixed" or "16-mixed".
-        channels_last: Hold channels as neighbours in memory; the same up to rounding.
+        channels_last: Keep the channels of a pixel together in memory; results are the same up to rounding.
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.
         workers: Loader processes on each device; by default one less than its share of the cores, up to 8.
-        seed: Of new weights, data order and augmentation.
+        seed: Seed of new weights, data order and augmentation.
         checkpoint_every: Steps between checkpoints; by default a tenth of the run, at most 500.
         log_every: Steps between lines of the logs.
         loggers: Further places to log to: wandb, mlflow; by default none, and nothing leaves this machine.
@@ -169,60 +194,34 @@ def finetune(
     settings = dict(locals())
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
-        images_a_step = batch_size * accumulate * devices * nodes
         asked = {"detector": detector, "trunk": trunk, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm}
-        state: dict[str, Any] = {}
-        if init_from is not None:
-            state, source = load_weights(init_from)
-            architecture = _as_in(init_from, source["architecture"], asked)
-            options = {**source["architecture"].get("options", {}), **(options or {})}
-        else:
-            architecture = {k: _DEFAULTS[k] if v is None else v for k, v in asked.items()}
+        state, architecture, options = _architecture(init_from, asked, options)
+        kind = architecture["detector"]
+        family = family_of(kind)
+        is_query_based = family.weights_format == "transformers"
         if patience is not None and val_annotations is None:
             raise ValueError(
                 "--patience needs --val-annotations: without them, nothing is measured on the way"
             )
-        kind = architecture["detector"]
-        if batch_norm != "frozen" and family_of(kind).weights_format == "transformers":
+        if batch_norm != "frozen" and is_query_based:
             raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
-        masks = family_of(kind).masks
-        coco = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
-        check_objects(coco, annotations)
-        passes = EPOCHS.get(schedule, 0) * len(coco.file_names)
+        data = _read_data(annotations, images, val_annotations, val_images, masks=family.masks, strict=strict)
+        passes = EPOCHS.get(schedule, 0) * len(data.training)
+        images_a_step = batch_size * accumulate * devices * nodes
         total = steps or max(1, round(SCHEDULES.get(schedule, passes / 16) * 16 / images_a_step))
-        architecture |= {"num_classes": len(coco.categories), "min_size": min_size[1], "max_size": max_size}
-        if options:
-            architecture["options"] = options
+        architecture |= {"num_classes": len(data.classes), "min_size": min_size[1], "max_size": max_size}
+        architecture |= {"options": options} if options else {}
         trunk_from = "none" if "trunk" in init and state else trunk_weights
-        model = build_detector(**architecture, trunk_weights=trunk_from, resize_in_training=False)
-        origins = initialise(model, state, init)
-        if trunk_from != "none":
-            trunks = (name for name in origins if f"{name}.".startswith(MODULES["trunk"]))
-            origins |= dict.fromkeys(trunks, "pre-trained")
-        defaults = training_defaults(kind, optimizer)
+        model, origins = _build(architecture, state, init, trunk_from)
+        recipe = training_defaults(kind, optimizer)
         if state and "head" in init:  # pre-trained
-            defaults["learning_rate"] *= 1.5
-            defaults["weight_decay"] *= 0.5
-        read, classes = [coco], [category.name for category in coco.categories]
-        counts = f"{len(coco)} images with {sum(map(len, coco.boxes))} boxes of {len(classes)} classes"
+            recipe["learning_rate"] *= 1.5
+            recipe["weight_decay"] *= 0.5
+        training = with_recipe(settings, recipe)
         evaluator, validation = None, None
-        if val_annotations is not None:
-            held_out = read_labelled(
-                val_annotations,
-                val_images,
-                split="val",
-                strict=strict,
-                categories=coco.categories,
-                masks=masks,
-            )
-            check_objects(held_out, val_annotations)
-            read.append(held_out)
-            counts += f", {len(held_out)} images for validation"
-            files = (image_files(part.folder, part.file_names) for part in read)
-            if seen := len(set.intersection(*map(set, files))):
-                print(f"{seen} of {len(held_out)} validation images are trained on, not new to the detector")
-            evaluator = CocoEvaluator(held_out.categories, masks=masks)
-            validation = ValidationDataset(CocoDetection(held_out, crowds=True), strict=strict)
+        if data.validation is not None:
+            evaluator = CocoEvaluator(data.validation.categories, masks=family.masks)
+            validation = ValidationDataset(CocoDetection(data.validation, crowds=True), strict=strict)
         module = Finetuning(
             model,
             steps=total,
@@ -230,81 +229,123 @@ def finetune(
             freeze_batch_norm=batch_norm == "frozen",
             trunk_factor=trunk_factor,
             optimizer=optimizer,
-            learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
-            weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
+            learning_rate=training["learning_rate"],
+            weight_decay=training["weight_decay"],
             schedule=lr_schedule,
             warmup_steps=warmup_steps,
             seed=seed,
         )
-        run = {name: settings[name] for name in RUN_SETTINGS}
-        if clip == "default":
-            run["clip"] = defaults["clip"]
         written = fit(
             module,
             LabelledDataset(
-                coco,
-                min_size=min_size,
-                max_size=max_size,
-                antialias=family_of(kind).weights_format == "transformers",
-                strict=strict,
+                data.training, min_size=min_size, max_size=max_size, antialias=is_query_based, strict=strict
             ),
-            data=data_summary(
-                counts,
-                chain(classes, *(part.file_names for part in read)),
-                chain(*(part.arrays() for part in read)),
-            ),
+            data=data.summary(),
             steps=total,
             checkpoint=checkpoint,
-            # those of a pyramid or a hybrid encoder always learn; frozen ones of the trunk are in eval mode
+            # norms of a pyramid or a hybrid encoder always learn; the trunk's frozen ones are in eval mode
             sync_batch_norm=batch_norm == "sync"
-            or (
-                batch_norm == "frozen"
-                and (architecture["fpn_norm"] == "batch" or family_of(kind).weights_format == "transformers")
-            ),
+            or (batch_norm == "frozen" and (architecture["fpn_norm"] == "batch" or is_query_based)),
             validation=validation,
             validate_every=validate_every,
             callbacks=_callbacks(output, validation is not None, patience, ema),
-            **run,
+            **{name: training[name] for name in RUN_SETTINGS},
         )
         if written:
-            best, kept = output / "checkpoints" / "best.ckpt", None
-            if best.is_file():
-                load_state(module, best)
-                kept = best_validation(best)
-            elif checkpoint is not None and steps_done(checkpoint) >= total:  # which has the average in it
-                load_state(module, checkpoint)
-            manifest = {
-                "kind": "detector",
-                "format": family_of(kind).weights_format,
-                "architecture": architecture,
-                "class_names": classes,
-                "category_ids": [category.id for category in coco.categories],
-                "initialised_from": {
-                    "weights": str(init_from) if state else None,
-                    "trunk_weights": trunk_from if trunk_from != "none" or not state else str(init_from),
-                    "modules": origins,
-                },
-                **({"best": kept} if kept else {}),
-                **provenance(),
+            best = _load_result(module, output, checkpoint, total)
+            initialised_from = {
+                "weights": str(init_from) if state else None,
+                "trunk_weights": trunk_from if trunk_from != "none" or not state else str(init_from),
+                "modules": origins,
             }
+            manifest = _manifest(architecture, data, initialised_from, best)
             save_detector(output / "model", module.detector, manifest)
-            if kept and kept["AP"] is not None:
-                named = "AP of boxes" if masks else "AP"
-                print(f"best {named} {100 * kept['AP']:.1f} at step {kept['step']} of {total}")
+            if best and best["AP"] is not None:
+                name = "AP of boxes" if family.masks else "AP"
+                print(f"best {name} {100 * best['AP']:.1f} at step {best['step']} of {total}")
             print(f"fine-tuned detector: {output / 'model'}")
     return output
 
 
-def _as_in(source: Path, architecture: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Takes the architecture over from weights, unless another one was asked for."""
+def _architecture(
+    init_from: Path | None, asked: dict[str, Any], options: dict[str, Any] | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Pre-trained tensors with the architecture and options of their detector; without any, as asked for."""
+    if init_from is None:
+        return {}, {k: _DEFAULTS[k] if v is None else v for k, v in asked.items()}, options or {}
+    state, manifest = load_weights(init_from)
+    architecture = manifest["architecture"]
     for name, value in asked.items():
         if value is not None and value != architecture[name]:
             option = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{source}: these weights are of {option} {architecture[name]}, not {value}; leave the option"
-                " out, or take other weights"
+                f"{init_from}: these weights are of {option} {architecture[name]}, not {value}; leave the"
+                " option out, or take other weights"
             )
-    return {name: architecture[name] for name in asked}
+    options = {**architecture.get("options", {}), **(options or {})}
+    return state, {name: architecture[name] for name in asked}, options
+
+
+def _build(
+    architecture: dict[str, Any], state: dict[str, Tensor], init: tuple[str, ...], trunk_weights: str
+) -> tuple[nn.Module, dict[str, str]]:
+    """The detector, and of each of its modules whether it is "pre-trained" or "new"."""
+    model = build_detector(**architecture, trunk_weights=trunk_weights, resize_in_training=False)
+    origins = initialise(model, state, init)
+    if trunk_weights != "none":
+        trunk = (name for name in origins if f"{name}.".startswith(MODULES["trunk"]))
+        origins |= dict.fromkeys(trunk, "pre-trained")
+    return model, origins
+
+
+def _read_data(
+    annotations: Path,
+    images: Path | None,
+    val_annotations: Path | None,
+    val_images: Path | None,
+    *,
+    masks: bool,
+    strict: bool,
+) -> _Data:
+    training = read_labelled(annotations, images, split="train", strict=strict, masks=masks)
+    check_objects(training, annotations)
+    if val_annotations is None:
+        return _Data(training, None)
+    validation = read_labelled(
+        val_annotations, val_images, split="val", strict=strict, categories=training.categories, masks=masks
+    )
+    check_objects(validation, val_annotations)
+    if remark := remark_on_shared_images(training, validation):
+        print(remark)
+    return _Data(training, validation)
+
+
+def _load_result(
+    module: Finetuning, output: Path, checkpoint: Path | None, total: int
+) -> dict[str, Any] | None:
+    """Loads the weights to save into the module; returns step and AP if they are the best of a validation."""
+    best = output / "checkpoints" / "best.ckpt"
+    if best.is_file():
+        load_state(module, best)
+        return best_validation(best)
+    if checkpoint is not None and steps_done(checkpoint) >= total:  # it holds the average of the weights
+        load_state(module, checkpoint)
+    return None
+
+
+def _manifest(
+    architecture: dict[str, Any], data: _Data, initialised_from: dict[str, Any], best: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "kind": "detector",
+        "format": family_of(architecture["detector"]).weights_format,
+        "architecture": architecture,
+        "class_names": data.classes,
+        "category_ids": [category.id for category in data.training.categories],
+        "initialised_from": initialised_from,
+        **({"best": best} if best else {}),
+        **provenance(),
+    }
 
 
 def _callbacks(output: Path, validated: bool, patience: int | None, ema: float | None) -> list[Callback]:

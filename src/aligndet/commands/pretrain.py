@@ -10,7 +10,7 @@ from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import run_folder
-from aligndet.commands._settings import provenance
+from aligndet.commands._settings import provenance, with_recipe
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
@@ -191,7 +191,7 @@ def pretrain(
             )
         source.prepare(table.file_names, proposals)
         images_a_step = batch_size * accumulate * devices * nodes
-        defaults = training_defaults(detector, optimizer, learning_rate=5e-4)
+        training = with_recipe(settings, training_defaults(detector, optimizer, learning_rate=5e-4))
         total = steps or max(1, round(epochs * len(dataset) / images_a_step))
         module = BoxPretraining(
             adapter,
@@ -203,17 +203,15 @@ def pretrain(
             box_weight=box_weight,
             train_trunk=train_trunk,
             optimizer=optimizer,
-            learning_rate=defaults["learning_rate"] if learning_rate is None else learning_rate,
-            weight_decay=defaults["weight_decay"] if weight_decay is None else weight_decay,
+            learning_rate=training["learning_rate"],
+            weight_decay=training["weight_decay"],
             schedule=lr_schedule,
             warmup_steps=warmup_steps,
             seed=seed,
         )
-        run = {name: settings[name] for name in RUN_SETTINGS} | {
+        run = {name: training[name] for name in RUN_SETTINGS} | {
             "sync_batch_norm": fpn_norm == "batch" or adapter.weights_format == "transformers"
         }
-        if clip == "default":
-            run["clip"] = defaults["clip"]
         counts = f"{len(table)} images with {len(table.boxes)} proposals"
         masks = () if table.masks is None else (table.masks[0].numpy(), table.masks[1])
         # in 64 bits, as they once were: a run that is resumed knows its data by this

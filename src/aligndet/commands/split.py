@@ -48,16 +48,16 @@ def split(
     The splits of a fold are nested: the images of its 1 % are among those of its 5 %.
 
     Args:
-        annotations: Of the labelled images: COCO JSON, PASCAL VOC or YOLO (file or folder).
+        annotations: Labels of the images: COCO JSON, PASCAL VOC or YOLO (file or folder).
         output: Folder for foldK/train_Ppct.json and .txt, train.json and val.json (and .txt).
         images: Folder of the images; by default looked for.
         percents: Sizes in per cent of the images, such as 0.5,1,10; rounded to whole images, at least one. By
             default 1,5,10,20, and none with hold_out or counts.
         counts: Sizes in images, beside the percents.
-        folds: Number of draws.
-        hold_out: Per cent of the images for val.json; the others make train.json, and the splits are of
-            these. Images of one scene or video should not be divided: give them a JSON of their own instead.
-        seed: Of the draws.
+        folds: Number of independent draws.
+        hold_out: Per cent of the images for val.json; the others make train.json, from which the splits are
+            drawn. Images of one scene or video should not be divided: give them a JSON of their own instead.
+        seed: Seed of the draws.
         overwrite: Throw away the splits that output holds.
 
     Returns:
@@ -119,7 +119,7 @@ def split(
 
 
 def _write(path: Path, document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, int]:
-    """Writes a split as COCO JSON and its file names beside it; returns how much there is in it."""
+    """Writes a split as COCO JSON and its file names beside it; returns its numbers of images and objects."""
     part = with_images(document, images)
     atomic_write(path, json.dumps(part))
     atomic_write(path.with_suffix(".txt"), "".join(f"{image['file_name']}\n" for image in images))

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from aligndet.data.coco import CocoDataset, CocoDetection
+from aligndet.data.coco import CocoDataset, CocoDetection, image_files
 from aligndet.data.images import ImageError, first_readable
 from aligndet.data.views import short_sides
 
@@ -36,7 +36,7 @@ def geometric(
         min_size: Smallest and largest short side.
         max_size: Bound of the long side.
         flip: Probability of the horizontal flip.
-        antialias: Smooth what is made smaller.
+        antialias: Smooth images that are made smaller.
     """
     sizes = short_sides(min_size, max_size)
     resize = v2.RandomShortestSize(sizes, max_size, antialias=antialias)
@@ -44,7 +44,7 @@ def geometric(
 
 
 class LabelledDataset(Dataset[Labelled]):
-    """Asked for by (position, seed), see `aligndet.training.StepSampler`."""
+    """Training images with random sizes and flips; the index is (position, seed) of `StepSampler`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class LabelledDataset(Dataset[Labelled]):
             coco: Images and boxes.
             min_size: Range of the short side.
             max_size: Bound of the long side.
-            antialias: Smooth what is made smaller: as the detector does it where it predicts.
+            antialias: Smooth images that are made smaller; should be as the detector does it in prediction.
             strict: A broken image is an error, not a warning.
         """
         self.images, self.file_names, self.strict = CocoDetection(coco), coco.file_names, strict
@@ -75,7 +75,7 @@ class LabelledDataset(Dataset[Labelled]):
 
     @property
     def tall(self) -> Tensor:
-        """(images,) bool, which are taller than wide."""
+        """(images,) bool: which images are taller than wide."""
         sizes = self.images.coco.sizes
         return torch.from_numpy(sizes[:, 1] > sizes[:, 0])
 
@@ -95,7 +95,7 @@ class LabelledDataset(Dataset[Labelled]):
         if "masks" in target:
             objects["masks"] = tv_tensors.Mask(target["masks"])
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed cares for GPUs, too: milliseconds
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for GPUs: milliseconds
             image, objects = self.augment(tv_tensors.Image(image), objects)
         return Labelled(
             image.as_subclass(Tensor),
@@ -108,7 +108,7 @@ class LabelledDataset(Dataset[Labelled]):
 
 
 class ValidationDataset(Dataset[Any]):
-    """Images and targets as they are; a broken one is named once, and None."""
+    """Images and targets, unchanged; a broken image is None, and named once."""
 
     def __init__(self, images: Dataset[Any], *, strict: bool = False) -> None:
         """Prepares the data set.
@@ -135,16 +135,29 @@ class ValidationDataset(Dataset[Any]):
             return None
 
 
+def remark_on_shared_images(training: CocoDataset, validation: CocoDataset) -> str | None:
+    """Says how many validation images are trained on, if any are.
+
+    Args:
+        training: Images to train on.
+        validation: Images to measure by.
+    """
+    files = (set(image_files(part.folder, part.file_names)) for part in (training, validation))
+    count = len(set.intersection(*files))
+    total = len(validation)
+    return f"{count} of {total} validation images are trained on, not new to the detector" if count else None
+
+
 class HostBatch:
-    """Images with their targets that stay in the CPU's memory: Lightning and DDP move the tensors of lists,
-    tuples and dicts to the GPU, and of this, which is none, nothing.
+    """Images with their targets that stay in the CPU's memory: Lightning and DDP move tensors in lists,
+    tuples and dicts to the GPU, but not those in a class of our own.
     """
 
     def __init__(self, items: Sequence[Any]) -> None:
         """Leaves the broken images out.
 
         Args:
-            items: Of the batch; None where an image is broken.
+            items: Items of the batch; None where an image is broken.
         """
         self.items = [item for item in items if item is not None]
 

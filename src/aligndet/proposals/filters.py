@@ -1,4 +1,4 @@
-"""Which of selective search's boxes become proposals."""
+"""Which boxes of selective search become proposals."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def filter_boxes(
 
     Args:
         boxes: (N, 4) xyxy pixels, best first unless there is a score.
-        width: Of the image.
-        height: Of the image.
-        max_aspect_ratio: Longer to shorter side at most.
-        min_area: Share of the image at least.
-        max_area: Share of the image at most.
+        width: Width of the image.
+        height: Height of the image.
+        max_aspect_ratio: Largest ratio of the longer side to the shorter one.
+        min_area: Smallest share of the image.
+        max_area: Largest share of the image.
         nms_iou: A box that overlaps a better one by more is dropped.
-        max_proposals: Most boxes to keep, the first ones.
-        score: Of boxes of a sensible shape and size, (K, 4) to (K,); a larger one is better.
+        max_proposals: Most boxes to keep, the best ones.
+        score: Scores boxes of a sensible shape and size, (K, 4) to (K,); larger is better.
 
     Returns:
         (M, 4), M <= N, best first.

@@ -35,10 +35,10 @@ def pseudo_masks(
         image: (H, W, 3) RGB.
         boxes: (N, 4) xyxy pixels.
         resolution: Longest side to run at, as for `selective_search`.
-        sigma: Of the Gaussian that smooths the image before it is segmented.
+        sigma: Sigma of the Gaussian that smooths the image before it is segmented.
         scale: Larger values make larger segments (k of the segmentation's paper).
-        min_size: Pixels of a segment at least.
-        min_inside: Share of a segment's pixels that a box holds if the segment belongs to its mask.
+        min_size: Fewest pixels of a segment.
+        min_inside: Smallest share of a segment's pixels in a box for it to belong to the box's mask.
 
     Returns:
         (N, MASK_SIDE, MASK_SIDE), all 0 where a box holds no segment.
@@ -48,8 +48,8 @@ def pseudo_masks(
     segments = segments_of(image, sigma, scale, min_size)
     boxes = boxes * np.array([image.shape[1] / width, image.shape[0] / height] * 2, np.float32)
     inside = shares_inside(segments, np.rint(boxes).astype(np.int64)) >= min_inside
-    below = segments[_cells(boxes, *segments.shape)]  # (N, MASK_SIDE, MASK_SIDE)
-    return inside[np.arange(len(boxes))[:, None, None], below].astype(np.uint8)
+    grid = segments[_cells(boxes, *segments.shape)]  # (N, MASK_SIDE, MASK_SIDE) numbers of segments
+    return inside[np.arange(len(boxes))[:, None, None], grid].astype(np.uint8)
 
 
 def on_grid(mask: npt.NDArray[np.uint8], box: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
@@ -73,8 +73,8 @@ def on_image(
     Args:
         grid: (MASK_SIDE, MASK_SIDE).
         box: (4,) xyxy pixels.
-        width: Of the image.
-        height: Of the image.
+        width: Width of the image.
+        height: Height of the image.
 
     Returns:
         (H, W), 0 outside of the box: a pixel belongs to the box if its centre does.
@@ -92,9 +92,9 @@ def on_image(
 def _cells(
     boxes: npt.NDArray[np.float32], height: int, width: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The pixels below the centres of the cells: rows (N, MASK_SIDE, 1) and columns (N, 1, MASK_SIDE)."""
-    part = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
+    """The pixels at the centres of the cells: rows (N, MASK_SIDE, 1) and columns (N, 1, MASK_SIDE)."""
+    centres = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
     sides = boxes[:, 2:] - boxes[:, :2]
-    places = (boxes[:, :2, None] + sides[:, :, None] * part).astype(np.int64)  # (N, 2, MASK_SIDE) x and y
-    columns, rows = places[:, 0].clip(0, width - 1), places[:, 1].clip(0, height - 1)
+    points = (boxes[:, :2, None] + sides[:, :, None] * centres).astype(np.int64)  # (N, 2, MASK_SIDE) x and y
+    columns, rows = points[:, 0].clip(0, width - 1), points[:, 1].clip(0, height - 1)
     return rows[:, :, None], columns[:, None, :]

@@ -1,4 +1,4 @@
-"""Coherent segments of an image (Felzenszwalb and Huttenlocher, 2004), and what they say of a box."""
+"""Coherent segments of an image (Felzenszwalb and Huttenlocher, 2004), and how well a box fits them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def segments_of(
 
     Args:
         image: (H, W, 3) RGB.
-        sigma: Of the Gaussian that smooths the image first.
+        sigma: Sigma of the Gaussian that smooths the image first.
         scale: Larger values make larger segments (k of the paper).
-        min_size: Pixels of a segment at least.
+        min_size: Fewest pixels of a segment.
 
     Returns:
         (H, W) numbers of segments, from 0 without a gap.
@@ -38,7 +38,7 @@ def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64])
         (N, segments) shares of the segments' pixels.
     """
     flat, width = segments.ravel(), segments.shape[1]
-    # horizontal runs of one segment: some dozens a row, where pixels are hundreds
+    # horizontal runs of one segment: dozens per row, where there are hundreds of pixels
     starts = np.ones(segments.shape, np.bool_)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     start = np.flatnonzero(starts)
@@ -58,10 +58,10 @@ OBJECTNESS_SIDE = 128
 
 
 def objectness(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Tells boxes that fit something from boxes that cut through it: superpixel straddling (Alexe et al.,
+    """Scores how well boxes fit objects rather than cut through them: superpixel straddling (Alexe et al.,
     2012).
 
-    A segment that a box cuts counts against it with its smaller part, the one within or the one without. A
+    A segment that a box cuts counts against the box with the smaller of its two parts, inside and outside. A
     box of one small segment cuts nothing, so larger boxes are preferred, by the fourth root of their area.
 
     Args:

@@ -28,7 +28,7 @@ def selective_search(
     """
     height, width = image.shape[:2]
     image = shrink(image, resolution)
-    _C_LIBRARY.srand(0)  # OpenCV ranks by chance, with C's rand(); the same image shall give the same order
+    _C_LIBRARY.srand(0)  # OpenCV ranks by C's rand(): seeded, so that an image always gives the same order
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
     if mode == "fast":
@@ -45,7 +45,7 @@ def shrink(image: npt.NDArray[np.uint8], resolution: int | None) -> npt.NDArray[
 
     Args:
         image: (H, W, 3).
-        resolution: Longest side at most; None: any.
+        resolution: Bound of the longest side; None: no bound.
 
     Returns:
         (h, w, 3), the image itself if it is small enough.
