@@ -180,7 +180,7 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
         clusters = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
         if clusters.min(initial=0) < 0 or clusters.max(initial=0) >= count:
             raise ValueError(f"not all are from 0 to {count - 1}")
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: broken clusters ({error}); run `aligndet cluster` again") from error
     if made_of != digest(table) or lists.value_lengths().to_pylist() != np.diff(table.offsets).tolist():
         raise ValueError(f"{path}: these clusters are of other proposals; run `aligndet cluster` again")
