@@ -29,6 +29,11 @@ class PretrainOutput(NamedTuple):
     losses: dict[str, Tensor]  # the detector's own box losses: scalars, already weighted
 
 
+def wants_losses() -> bool:
+    """The momentum detector runs without a graph; its losses would be thrown away."""
+    return torch.is_grad_enabled()
+
+
 def as_targets(proposals: Sequence[Tensor], first: int = 0) -> list[dict[str, Tensor]]:
     """Makes torchvision's targets of proposals: the label of each is its index in the batch.
 
@@ -60,6 +65,8 @@ class PretrainableDetector(Protocol):
 
     def __call__(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
         """Assigns proposals to predicted boxes and embeds them.
+
+        Where no graph is built (`wants_losses`), ``losses`` may be empty.
 
         Args:
             images: Of shape (3, H_i, W_i) each, in [0, 1].

@@ -19,7 +19,7 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets, wants_losses
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -73,7 +73,7 @@ class _ContrastiveHead(nn.Module):
         """Runs the class tower, and the box branch where there is something to learn: boxes are for the
         losses alone, and the momentum detector's are not used.
         """
-        outputs = self._boxes(x) if torch.is_grad_enabled() else {}
+        outputs = self._boxes(x) if wants_losses() else {}
         tower = self.classification_head.conv
         features = torch.cat([tower(level).flatten(2) for level in x], dim=2).mT  # (B, locations, C)
         return {**outputs, "class_features": features}
@@ -121,7 +121,7 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
         result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if torch.is_grad_enabled():
+        if wants_losses():
             one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
             losses = FCOSHead.compute_loss(self, one_class, head_outputs, anchors, matched_idxs)
             result |= {"bbox_regression": losses["bbox_regression"], "bbox_ctrness": losses["bbox_ctrness"]}
@@ -145,7 +145,7 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
         result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if torch.is_grad_enabled():
+        if wants_losses():
             result["bbox_regression"] = self.regression_head.compute_loss(
                 targets, head_outputs, anchors, matched_idxs
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, wants_losses
 from aligndet.detectors.backbones import PyramidNorm, build_timm_trunk
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import QueryDetector, QueryTrunk, relative_targets
@@ -129,8 +129,7 @@ class QueryPretraining(Adapter):
                 torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
             ]
         labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
-        network, learns = self.detector.network, torch.is_grad_enabled()
-        # the momentum detector's losses are not used
+        network, learns = self.detector.network, wants_losses()
         with (
             decoder_states(network.model) as recorded,
             matches(network, type(self.matcher)) if learns else without_losses(network) as found,

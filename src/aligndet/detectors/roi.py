@@ -22,7 +22,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
-from aligndet.boxes import Adapter, BoxPredictions, PretrainOutput, as_targets
+from aligndet.boxes import Adapter, BoxPredictions, PretrainOutput, as_targets, wants_losses
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -266,7 +266,7 @@ class RoIPretraining(Adapter):
         if masks is not None:
             targets = [{**target, "masks": mask} for target, mask in zip(targets, masks, strict=True)]
         batch, _ = self.detector.transform(images)
-        self.detector.rpn.train(torch.is_grad_enabled())
+        self.detector.rpn.train(wants_losses())
         stages: list[BoxPredictions] = []
         losses: dict[str, Tensor] = {}
         for pyramid, weight, prefix in self.detector.backbone.branches(batch.tensors):
@@ -280,7 +280,6 @@ class RoIPretraining(Adapter):
     ) -> PretrainOutput:
         """All stages over one pyramid."""
         sizes, objects = batch.image_sizes, [target["boxes"] for target in targets]
-        learns = torch.is_grad_enabled()  # the momentum detector's losses are not used
         regions, losses = self.detector.rpn(batch, features, targets)
         predictions: list[BoxPredictions] = []
         for stage, weight in zip(self.stages, self.weights, strict=True):
@@ -289,12 +288,12 @@ class RoIPretraining(Adapter):
             embeddings, predicted = stage.box_predictor(stage.box_head(pooled))
             predictions.append(BoxPredictions(embeddings, torch.cat(labels) - 1, weight))
             suffix = f"_{len(predictions)}" if len(self.stages) > 1 else ""
-            if learns:
+            if wants_losses():
                 loss = F.smooth_l1_loss(predicted.float(), torch.cat(deltas), beta=1 / 9, reduction="sum")
                 losses[f"loss_box_reg{suffix}"] = weight * loss / max(1, len(predicted))
             if len(self.stages) > 1:
                 regions = refine(stage, predicted, regions, sizes, objects)
-            if learns and "masks" in targets[0]:
+            if wants_losses() and "masks" in targets[0]:
                 seen = regions
                 if len(self.stages) > 1:  # interleaved: mask heads see the moved regions
                     seen, matched, _, _ = stage.select_training_samples(regions, targets)
