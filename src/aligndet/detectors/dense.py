@@ -81,6 +81,22 @@ class _ContrastiveHead(nn.Module):
     def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """What torchvision's detector returns: embeddings, their proposals, and box losses if wanted."""
+        found = self._embed(head_outputs["class_features"], targets, matched_idxs)
+        if wants_losses():
+            found |= self._box_losses(targets, head_outputs, anchors, matched_idxs)
+        return found
+
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
     def _embed(
         self, class_features: Tensor, targets: list[dict[str, Tensor]], matched: list[Tensor]
     ) -> dict[str, Tensor]:
@@ -113,19 +129,10 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
             "cls_logits": torch.zeros_like(centerness),
         }
 
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if wants_losses():
-            one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-            losses = FCOSHead.compute_loss(self, one_class, head_outputs, anchors, matched_idxs)
-            result |= {"bbox_regression": losses["bbox_regression"], "bbox_ctrness": losses["bbox_ctrness"]}
-        return result
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
+        one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+        losses = FCOSHead.compute_loss(self, one_class, *others)
+        return {name: losses[name] for name in ("bbox_regression", "bbox_ctrness")}
 
 
 class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
@@ -137,19 +144,8 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
     def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
         return {"bbox_regression": self.regression_head(pyramid)}
 
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if wants_losses():
-            result["bbox_regression"] = self.regression_head.compute_loss(
-                targets, head_outputs, anchors, matched_idxs
-            )
-        return result
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
+        return {"bbox_regression": self.regression_head.compute_loss(targets, *others)}
 
 
 class _DensePretraining(Adapter):
