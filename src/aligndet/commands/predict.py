@@ -15,6 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
+from aligndet.data.document import CocoWriter
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
@@ -72,8 +73,7 @@ def predict(
     drawn: dict[str, None] = {}  # in order, and once
     video = is_video(images)
     total, source, pictures = (_video if video else _images)(images, output, strict, broken)
-    categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
-    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    document = CocoWriter(dict(zip(manifest["category_ids"], names, strict=True)))
     modules: Iterator[Any] = detector.modules()
     for module in modules:  # what is left out below need not be made
         # that of the RPN is of another score
@@ -94,12 +94,12 @@ def predict(
                 if draw:
                     drawn[f"{images.stem}.mp4" if video else _picture_name(name)] = None
                     write(name, draw_detections(image.permute(1, 2, 0).numpy(), prediction, names))
-        if not document["images"]:
+        if not document.content["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
-        atomic_write(output / "predictions.json", json.dumps({**document, "pictures": list(drawn)}))
+        atomic_write(output / "predictions.json", json.dumps({**document.content, "pictures": list(drawn)}))
     print_skipped(broken)
     print(
-        f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
+        f"{len(document.content['images'])} images, {len(document.content['annotations'])} boxes,"
         f" {len(broken)} skipped: {output}"
     )
     return output
@@ -173,27 +173,12 @@ def _picture_name(name: str) -> str:
 
 
 def _add(
-    document: dict[str, list[dict[str, Any]]],
-    name: str,
-    image: Tensor,
-    prediction: dict[str, Tensor],
-    category_ids: list[int],
+    document: CocoWriter, name: str, image: Tensor, prediction: dict[str, Tensor], category_ids: list[int]
 ) -> None:
-    image_id = len(document["images"]) + 1
-    document["images"].append(
-        {"id": image_id, "file_name": name, "width": image.shape[2], "height": image.shape[1]}
-    )
+    document.add_image(name, image.shape[2], image.shape[1])
     masks = encode(prediction["masks"].numpy()).segmentations() if "masks" in prediction else []
     columns = (prediction[key].tolist() for key in ("boxes", "labels", "scores"))
-    for position, ((x0, y0, x1, y1), label, confidence) in enumerate(zip(*columns, strict=True)):
-        annotation = {
-            "id": len(document["annotations"]) + 1,
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "area": (x1 - x0) * (y1 - y0),
-            "score": confidence,
-        }
-        if masks:
-            annotation["segmentation"] = masks[position]
-        document["annotations"].append(annotation)
+    for position, (box, label, score) in enumerate(zip(*columns, strict=True)):
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        mask = {"segmentation": masks[position]} if masks else {}
+        document.add_object(category_ids[label - 1], box, area=area, score=score, **mask)
