@@ -15,7 +15,7 @@ from aligndet.data.coco import Category, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError
 from aligndet.detectors.build import family_of
-from aligndet.detectors.weights import load_detector, weights_folder
+from aligndet.detectors.weights import load_tuned, weights_folder
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -64,9 +64,7 @@ def evaluate(
             broken.
     """
     check_bounds({"score": score, "batch_size": batch_size})
-    detector, manifest = load_detector(model)
-    if not manifest.get("class_names"):
-        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    detector, manifest = load_tuned(model)
     categories = [
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
     ]

@@ -19,7 +19,7 @@ from aligndet.data.document import CocoWriter
 from aligndet.data.images import ImageError, list_images, read_image
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
-from aligndet.detectors.weights import load_detector
+from aligndet.detectors.weights import load_tuned
 from aligndet.evaluation.drawing import draw_detections, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write, locked, print_skipped, read_json, safe_name
@@ -63,10 +63,8 @@ def predict(
             is taken or in use, or score is not from 0 to 1.
     """
     check_bounds({"score": score, "batch_size": batch_size})
-    detector, manifest = load_detector(model)
-    names: list[str] | None = manifest.get("class_names")
-    if not names:
-        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    detector, manifest = load_tuned(model)
+    names: list[str] = manifest["class_names"]
     if images.resolve().is_relative_to((output / "pictures").resolve()):
         raise ValueError(f"{output}: drawn pictures would replace {images}; give another output")
     broken: list[str] = []

@@ -223,3 +223,18 @@ def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder}: the weights do not fit the architecture of the manifest: {error}"
         ) from error
     return detector.eval(), manifest
+
+
+def load_tuned(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Does as `load_detector`, and makes sure that the detector is fine-tuned: its manifest names classes.
+
+    Args:
+        folder: Of `aligndet finetune`.
+
+    Raises:
+        ValueError: If the folder holds no whole detector, or one that is not fine-tuned.
+    """
+    detector, manifest = load_detector(folder)
+    if not manifest.get("class_names"):
+        raise ValueError(f"{folder}: knows no classes yet; fine-tune it first")
+    return detector, manifest
