@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
 from aligndet.data.document import CocoWriter
-from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.data.images import ImageError, list_images, read_image, readable
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
 from aligndet.detectors.weights import load_tuned
@@ -129,19 +129,11 @@ def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Sour
         if not files:
             raise ValueError(f"{images}: holds no image but those in {output}")
 
-    def read() -> Iterator[tuple[Tensor, str]]:
-        for name in files:
-            try:
-                yield read_image(folder / name), name
-            except ImageError as error:
-                if strict:
-                    raise
-                broken.append(str(error))
-
     def write(name: str, drawn: Pixels) -> None:
         atomic_write(output / "pictures" / _picture_name(name), to_jpeg(drawn))
 
-    return len(files), read(), nullcontext(write)
+    found = readable(lambda name: (read_image(folder / name), name), files, strict=strict, broken=broken)
+    return len(files), found, nullcontext(write)
 
 
 def _video(video: Path, output: Path, strict: bool, broken: list[str]) -> Source:
