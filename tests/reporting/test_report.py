@@ -274,7 +274,7 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     for labelled, sides in ((above, 3), (replace(coco, folder=tmp_path), 2)):
         settings: dict[str, Any] = {"count": 1, "score": 0.3}
         drawn = draw_sides(
-            "p", sides_of([], [read_run(r) for r in runs]), tmp_path / "images", labelled, **settings
+            "p", [(r.name, read_run(r)) for r in runs], tmp_path / "images", labelled, **settings
         )
         assert len(drawn.rows[0][1]) == sides
 
@@ -293,7 +293,7 @@ def test_the_best_arm_stands_beside_its_own_scratch(tmp_path: Path) -> None:
         write(run / "model" / "manifest.json", {})
         entry = {"fraction": 1.0, "labels": 9, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
         cells.append((entry | {"figures": {"AP": ap}}, read_run(run)))
-    chosen = sides_of([Comparison("c", {}, [], cells, tmp_path)], [])
+    chosen = sides_of(Comparison("c", {}, [], cells, tmp_path))
     assert [(arm, run.folder.name) for arm, run in chosen] == [
         ("scratch", "scratch1"),
         ("aligndet", "aligndet1"),
