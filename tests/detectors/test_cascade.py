@@ -37,9 +37,7 @@ def one_stage(masks: bool) -> tuple[Any, Any]:
     single: Any = family(backbone, CLASSES, **SIZES)
     predictor = ClassAgnosticPredictor(1024, CLASSES)
     mask_predictors = [MaskRCNNPredictor(256, 256, CLASSES)] if masks else []
-    cascade: Any = CascadeRCNN(
-        backbone, [predictor], mask_predictors, thresholds=(0.5,), weights=(1.0,), **SIZES
-    )
+    cascade: Any = CascadeRCNN(backbone, [predictor], mask_predictors, **SIZES)
     cascade.rpn.load_state_dict(single.rpn.state_dict())
     nn.init.zeros_(predictor.bbox_pred.weight)  # the regions stay where they are: so will the mask head's
     nn.init.constant_(predictor.bbox_pred.bias, 0.0 if masks else 0.2)

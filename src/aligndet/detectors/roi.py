@@ -195,41 +195,47 @@ class RoIPretraining(Adapter):
 
     def __init__(
         self,
-        detector: Any,
-        stages: Sequence[RoIHeads],
-        weights: Sequence[float] = (1.0,),
-        flows: Sequence[nn.Module] = (),
-        needs: tuple[str, ...] = (),
+        backbone: Backbone,
         *,
+        embedding_dim: int = 128,
         max_boxes: int = 4096,
         rpn_positives: bool = False,
+        **settings: Any,
     ) -> None:
-        """Makes a detector pre-trainable whose box predictors embed.
+        """Builds the detector with box predictors that embed.
 
         Args:
-            detector: With ``transform``, ``backbone``, ``rpn`` as torchvision's; it is what `export` saves.
-            stages: Its RoI heads, in order.
-            weights: Of each stage in all losses.
-            flows: Between the mask heads of the stages.
-            needs: ("masks",) if mask heads learn.
+            backbone: Of `RoIPretraining.backbone`.
+            embedding_dim: Of the contrast.
             max_boxes: Most regions of a stage and batch, all of them assigned to proposals.
             rpn_positives: Show assigned anchors alone to the region proposal network; by default it keeps
                 torchvision's balance with background.
+            settings: Of `embedding_detector`.
         """
         super().__init__()
-        self.detector, self.needs = detector, needs
-        self.stages, self.weights, self.flows = tuple(stages), tuple(weights), tuple(flows)
-        for stage in stages:
+        self.detector = self.embedding_detector(backbone, embedding_dim, **FOR_PRETRAINING, **settings)
+        heads, rpn = self.detector.roi_heads, self.detector.rpn
+        self.stages: tuple[Any, ...] = tuple(getattr(heads, "stages", [heads]))
+        self.weights: tuple[float, ...] = getattr(heads, "weights", (1.0,))  # of each stage in all losses
+        self.flows = tuple(getattr(heads, "flows", ()))  # between the mask heads of the stages
+        self.needs = ("masks",) if self.stages[0].has_mask() else ()
+        for stage in self.stages:
             stage.fg_bg_sampler = PositiveSampler(max_boxes)
-        detector.rpn.box_similarity = overlaps
+        rpn.box_similarity = overlaps
         if rpn_positives:
-            detector.rpn.fg_bg_sampler = PositiveSampler(max_boxes, never_empty=True)
-        layers = [
-            f"{name}." for name, module in detector.named_modules() if isinstance(module, EmbeddingPredictor)
-        ]
+            rpn.fg_bg_sampler = PositiveSampler(max_boxes, never_empty=True)
+        modules = self.detector.named_modules()
+        layers = [f"{name}." for name, module in modules if isinstance(module, EmbeddingPredictor)]
         self.prediction_layers = tuple(
             f"{n}{part}" for n in layers for part in ("cls_score", "projection_head")
         )
+
+    @classmethod
+    def embedding_detector(cls, backbone: Backbone, embedding_dim: int, **settings: Any) -> Any:
+        """Builds the detector that `export` saves; ``transform``, ``backbone`` and ``rpn`` are torchvision's,
+        ``roi_heads`` too, or those of `aligndet.detectors.cascade`.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def shared_options() -> frozenset[str]:
@@ -339,32 +345,24 @@ class FasterRcnnPretraining(RoIPretraining):
 
     network = FasterRCNN
 
-    def __init__(
-        self,
+    @classmethod
+    def embedding_detector(
+        cls,
         backbone: Backbone,
-        learn_masks: bool = False,
+        embedding_dim: int,
         *,
-        embedding_dim: int = 128,
         box_convolutions: int = 0,
-        max_boxes: int = 4096,
-        rpn_positives: bool = False,
-        **transform: Any,
-    ) -> None:
+        learn_masks: bool = False,
+        **settings: Any,
+    ) -> FasterRCNN:
+        """Builds torchvision's detector, with a mask head only if it learns."""
         parts: dict[str, Any] = {
             "box_head": box_head(backbone, box_convolutions),
             "box_predictor": EmbeddingPredictor(REPRESENTATION, embedding_dim),
         }
         if learn_masks:
             parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_classes=1)
-        network = MaskRCNN if learn_masks else FasterRCNN
-        detector = network(backbone, **parts, **FOR_PRETRAINING, **transform)
-        super().__init__(
-            detector,
-            [detector.roi_heads],
-            needs=("masks",) if learn_masks else (),
-            max_boxes=max_boxes,
-            rpn_positives=rpn_positives,
-        )
+        return (MaskRCNN if learn_masks else FasterRCNN)(backbone, **parts, **settings)
 
 
 class MaskRcnnPretraining(FasterRcnnPretraining):
@@ -378,5 +376,5 @@ class MaskRcnnPretraining(FasterRcnnPretraining):
     def __init__(
         self, backbone: Backbone, *, max_masks: int = 128, pretrain_mask: bool = True, **settings: Any
     ) -> None:
-        super().__init__(backbone, pretrain_mask, **settings)
+        super().__init__(backbone, learn_masks=pretrain_mask, **settings)
         self.max_masks = max_masks
