@@ -12,7 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from aligndet.detectors.backbones import Backbone
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.cascade import CascadeRCNN, ClassAgnosticPredictor, HtcPretraining
-from aligndet.detectors.roi import mask_features
+from aligndet.detectors.roi_parts import mask_features
 
 CLASSES = 4  # with background
 IMAGES = [torch.rand(3, 128, 128), torch.rand(3, 96, 128)]

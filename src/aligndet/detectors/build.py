@@ -22,7 +22,8 @@ from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 from aligndet.detectors.query import query_pretraining
-from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
+from aligndet.detectors.roi import FasterRcnnPretraining, MaskRcnnPretraining
+from aligndet.detectors.roi_parts import EmbeddingPredictor
 
 DETECTORS: dict[str, Any] = {
     "fcos": FcosPretraining,

@@ -20,10 +20,10 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, mask
 from torchvision.ops import MultiScaleRoIAlign
 
 from aligndet.detectors.backbones import Backbone
-from aligndet.detectors.roi import (
+from aligndet.detectors.roi import RoIPretraining
+from aligndet.detectors.roi_parts import (
     REPRESENTATION,
     EmbeddingPredictor,
-    RoIPretraining,
     box_head,
     mask_features,
     refine,
@@ -166,7 +166,7 @@ class CascadeRCNN(FasterRCNN):
             backbone: P2 to P6.
             box_predictors: One a stage, of features (M, 1024); at most three.
             mask_predictors: One a stage, of features (M, 256, 14, 14); none for Cascade R-CNN.
-            box_convolutions: Of each stage's box head, see `aligndet.detectors.roi.box_head`.
+            box_convolutions: Of each stage's box head, see `aligndet.detectors.roi_parts.box_head`.
             kwargs: Of torchvision's FasterRCNN.
         """
         super().__init__(backbone, box_predictor=box_predictors[0], **kwargs)
