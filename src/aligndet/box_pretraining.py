@@ -14,7 +14,7 @@ from aligndet.data.views import TwoViews, View
 from aligndet.detectors.folding import folded
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, decay_for, momentum_copy, update_momentum
-from aligndet.processes import boxes_elsewhere
+from aligndet.processes import gather_other_boxes
 from aligndet.training import TrainingModule
 
 
@@ -77,8 +77,8 @@ class BoxPretraining(TrainingModule):
 
     def _contrast(self, online: BoxPredictions, momentum: BoxPredictions) -> Tensor:
         """Of one stage."""
-        elsewhere = boxes_elsewhere(online, momentum) if self.gather_keys else None
-        return online.weight * box_contrastive_loss(online, momentum, self.temperature, elsewhere)
+        others = gather_other_boxes(online, momentum) if self.gather_keys else None
+        return online.weight * box_contrastive_loss(online, momentum, self.temperature, others)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the momentum detector follow after every step of the optimizer."""

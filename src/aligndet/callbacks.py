@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from aligndet.checkpoints import is_validated
 from aligndet.files import print_skipped
-from aligndet.processes import mean_over_processes
+from aligndet.processes import all_reduce_mean
 
 
 class Throughput(Callback):
@@ -137,7 +137,7 @@ class Termination(Checkpoint):
             return
         told = self.told
         if trainer.world_size > 1:
-            told = bool(mean_over_processes(torch.tensor(float(told), device=module.device)) > 0)
+            told = bool(all_reduce_mean(torch.tensor(float(told), device=module.device)) > 0)
         if told:
             forget_processes(trainer)
             raise SIGTERMException

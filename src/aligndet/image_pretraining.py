@@ -16,7 +16,7 @@ from aligndet.data.crops import TwoCrops
 from aligndet.data.labelled import HostBatch
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
-from aligndet.processes import from_all_processes
+from aligndet.processes import all_gather_items
 from aligndet.training import TrainingModule
 
 try:
@@ -64,7 +64,7 @@ class ImagePretraining(TrainingModule):
         self._low_steps = 0
         self._seen: list[tuple[Tensor, int]] = []  # feature (D,) and class of each image
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """The method: from two crops of each image to the loss and to embeddings to watch.
 
         Args:
@@ -75,7 +75,7 @@ class ImagePretraining(TrainingModule):
 
     def training_step(self, batch: list[TwoCrops], batch_idx: int) -> Tensor:
         """One step of the method."""
-        loss, embeddings = self.compare(
+        loss, embeddings = self.loss_and_embeddings(
             torch.stack([item.first for item in batch]), torch.stack([item.second for item in batch])
         )
         spread = std_of_l2_normalized(embeddings.detach().float())
@@ -104,7 +104,7 @@ class ImagePretraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs how often the nearest neighbours are of the same class, and how often the largest class is."""
-        seen = from_all_processes(self._seen)
+        seen = all_gather_items(self._seen)
         self._seen.clear()
         if len(seen) > 1:
             rows, classes = zip(*seen, strict=True)
@@ -126,7 +126,7 @@ class SimSiam(ImagePretraining):
         self.similarity = NegativeCosineSimilarity()
         self.train()  # Lightning leaves the modes as it finds them
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Both ways, each with the other crop's embedding held fixed."""
         ours, theirs = self.encoder(first), self.encoder(second)
         there = self.similarity(self.predictor(ours), theirs.detach())
@@ -158,7 +158,7 @@ class MoCo(ImagePretraining):
         self.contrast = NTXentLoss(temperature, (queue, 128), gather_distributed=self.several)
         self.train()
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of the first crops, keys of the second; the keys then join the queue."""
         queries = self.encoder(first)
         with torch.no_grad():

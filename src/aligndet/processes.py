@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def boxes_elsewhere(*views: BoxPredictions) -> BoxPredictions:
+def gather_other_boxes(*views: BoxPredictions) -> BoxPredictions:
     """Gathers the boxes of all other processes, to be negatives in this one's contrast.
 
     Every process has to call it, each with as many boxes as it has.
@@ -39,7 +39,7 @@ def boxes_elsewhere(*views: BoxPredictions) -> BoxPredictions:
 
 
 @torch.no_grad()
-def mean_over_processes(value: Tensor) -> Tensor:
+def all_reduce_mean(value: Tensor) -> Tensor:
     """Averages a number over the processes of the run; every process has to call it.
 
     Args:
@@ -55,7 +55,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def from_all_processes(items: Sequence[T]) -> list[T]:
+def all_gather_items(items: Sequence[T]) -> list[T]:
     """Gathers what the processes have made of their parts of the data; every process has to call it.
 
     Args:

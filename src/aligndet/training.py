@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 
-from aligndet.processes import from_all_processes, mean_over_processes
+from aligndet.processes import all_gather_items, all_reduce_mean
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -285,10 +285,10 @@ class TrainingModule(LightningModule):
         """
         total = torch.stack(tuple(losses.values())).sum()
         # once for all of them: Lightning would wait for the other processes with each
-        means = mean_over_processes(torch.stack([*losses.values(), total]).detach())
+        means = all_reduce_mean(torch.stack([*losses.values(), total]).detach())
         if not torch.isfinite(means[-1]):  # in all processes at once: none is left waiting
             values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            found = from_all_processes([] if torch.isfinite(total) else [(values, list(names))])
+            found = all_gather_items([] if torch.isfinite(total) else [(values, list(names))])
             values, names = found[0] if found else (values, names)
             with self.naming(names):
                 raise FloatingPointError(f"the loss is not finite ({values})")

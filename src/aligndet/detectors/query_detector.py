@@ -29,7 +29,7 @@ from aligndet.detectors.query_families import (
     start_as_authors,
     with_first_prediction,
 )
-from aligndet.processes import mean_over_processes
+from aligndet.processes import all_reduce_mean
 
 
 class QueryTrunk(NamedTuple):
@@ -161,7 +161,7 @@ class QueryDetector(nn.Module):
         """
         config, found = self.network.config, outputs.loss_dict
         boxes = outputs.logits.new_tensor(sum(len(label["boxes"]) for label in labels), dtype=torch.float32)
-        to_mean = boxes.clamp(min=1) / mean_over_processes(boxes).clamp(min=1)
+        to_mean = boxes.clamp(min=1) / all_reduce_mean(boxes).clamp(min=1)
         sums = {}
         for kind, setting in self.family.losses.items():
             weight = 1.0 if setting is None else float(getattr(config, setting))

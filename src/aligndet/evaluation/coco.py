@@ -15,7 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from aligndet.data.coco import Category
 from aligndet.evaluation.details import Details, without_nan
 from aligndet.evaluation.inference import binary_masks
-from aligndet.processes import from_all_processes
+from aligndet.processes import all_gather_items
 
 FIGURES = {
     "AP": "map",
@@ -122,8 +122,8 @@ class CocoEvaluator:
             ValueError: If no image was added.
         """
         for name, state in self._metric.metric_state.items():
-            setattr(self._metric, name, from_all_processes(list(state)))
-        self.images = sum(from_all_processes([self.images]))
+            setattr(self._metric, name, all_gather_items(list(state)))
+        self.images = sum(all_gather_items([self.images]))
         if self.images == 0:
             raise ValueError("no image was evaluated")
         result = self._metric.compute()
