@@ -231,8 +231,8 @@ def first_readable(
 ) -> tuple[Item, int, tuple[str, ...]]:
     """Reads an image, or in the place of a broken one another that can be read.
 
-    Which one depends on the position alone. Of a whole folder that is missing, each has another: the next one
-    that is there would stand for all of them.
+    Which one depends on the position alone. Substitutes are spread pseudo-randomly; taking the next readable
+    image would repeat one image for a whole missing folder.
 
     Args:
         read: From a position to the image; raises ImageError.

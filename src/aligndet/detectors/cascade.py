@@ -30,8 +30,8 @@ from aligndet.detectors.roi_parts import (
     start_small,
 )
 
-THRESHOLDS = (0.5, 0.6, 0.7)  # of IoU, from which on a box stands for an object
-WEIGHTS = (1.0, 0.5, 0.25)  # of the stages' losses
+THRESHOLDS = (0.5, 0.6, 0.7)  # IoU from which on a box stands for an object, by stage
+WEIGHTS = (1.0, 0.5, 0.25)  # of the losses, by stage
 
 
 class ClassAgnosticPredictor(FastRCNNPredictor):
@@ -108,7 +108,7 @@ class CascadeRoIHeads(nn.Module):
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Of the boxes as this stage has moved them, assigned anew (interleaved execution)."""
+        """The mask loss of boxes as this stage has moved them, assigned anew (interleaved execution)."""
         stage: Any = self.stages[depth - 1]
         regions, matched, labels, _ = stage.select_training_samples(regions, targets)
         objects = [label > 0 for label in labels]
@@ -121,7 +121,7 @@ class CascadeRoIHeads(nn.Module):
     def _detect(
         self, features: dict[str, Tensor], regions: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Classes are the mean over all stages, boxes the last one's, masks the mean over all stages."""
+        """Class scores and masks are means over all stages, boxes are those of the last one."""
         stages: Any = self.stages
         *former, last = stages
         scores: list[Tensor] = []
@@ -149,7 +149,7 @@ class CascadeRoIHeads(nn.Module):
 
 
 class CascadeRCNN(FasterRCNN):
-    """Cascade R-CNN, or with mask predictors HTC, on torchvision's Faster R-CNN; trains and predicts."""
+    """Cascade R-CNN, or HTC if there are mask predictors, built on torchvision's Faster R-CNN."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class CascadeRCNN(FasterRCNN):
             box_predictors: One a stage, of features (M, 1024); at most three.
             mask_predictors: One a stage, of features (M, 256, 14, 14); none for Cascade R-CNN.
             box_convolutions: Of each stage's box head, see `aligndet.detectors.roi_parts.box_head`.
-            kwargs: Of torchvision's FasterRCNN.
+            kwargs: For torchvision's FasterRCNN.
         """
         super().__init__(backbone, box_predictor=box_predictors[0], **kwargs)
         single: Any = self.roi_heads  # type: ignore[has-type]

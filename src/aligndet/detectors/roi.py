@@ -138,7 +138,7 @@ class RoIPretraining(Adapter):
     def _over(
         self, features: dict[str, Tensor], batch: ImageList, targets: list[dict[str, Tensor]]
     ) -> PretrainOutput:
-        """All stages over one pyramid."""
+        """Runs all stages on one pyramid."""
         sizes, objects = batch.image_sizes, [target["boxes"] for target in targets]
         regions, losses = self.detector.rpn(batch, features, targets)
         predictions: list[BoxPredictions] = []
@@ -170,10 +170,10 @@ class RoIPretraining(Adapter):
         targets: list[dict[str, Tensor]],
         sizes: list[tuple[int, int]],
     ) -> Tensor:
-        """torchvision's mask loss, of the last of the first `depth` stages, against pseudo-masks.
+        """torchvision's mask loss of stage number `depth` against pseudo-masks.
 
-        These are given over the box of their proposal, so regions are expressed in its coordinates. Proposals
-        without a mask have no part.
+        A pseudo-mask covers the box of its proposal, so regions are expressed in that box's coordinates.
+        Proposals without a mask are left out.
         """
         room = max(1, self.max_masks // len(targets))
         kept_regions, kept_matched, inside = [], [], []
@@ -184,7 +184,8 @@ class RoIPretraining(Adapter):
             scale = target["masks"].shape[-1] / (opposite - corner)
             kept_regions.append(region)
             kept_matched.append(match)
-            # torchvision takes a pixel for the point at its corner: of the image, not of the grid
+            # torchvision samples masks half a pixel off (roi_align): here, too, by a pixel of the image, not
+            # of the grid
             corner, scale = corner.repeat(1, 2), scale.repeat(1, 2)
             inside.append((region - corner + 0.5) * scale - 0.5)
         stage = self.stages[depth - 1]

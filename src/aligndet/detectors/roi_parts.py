@@ -27,8 +27,8 @@ class PositiveSampler:
 
         Args:
             limit: Most boxes of a batch; each image has an equal share.
-            never_empty: Take one background box where no box of the batch is assigned: torchvision's losses
-                of region proposals are means, of nothing not a number.
+            never_empty: Take one background box if no box of the batch is assigned: the losses of
+                torchvision's RPN are means, and the mean of nothing is not a number.
         """
         self.limit, self.never_empty = limit, never_empty
 
@@ -39,7 +39,7 @@ class PositiveSampler:
             labels: (M_i,) of each image; from 1: an object; 0: background.
 
         Returns:
-            Masks (M_i,) of the boxes picked, of each image, and the same for background.
+            For each image a mask (M_i,) of the boxes picked, and the same for background.
         """
         picked = [pick(label >= 1, max(1, self.limit // len(labels))) for label in labels]
         background = [torch.zeros_like(mask) for mask in picked]
@@ -49,7 +49,7 @@ class PositiveSampler:
 
 
 def pick(wanted: Tensor, limit: int) -> Tensor:
-    """Thins a mask out, at random.
+    """Keeps a random part of a mask.
 
     Args:
         wanted: (M,) bool.
@@ -64,10 +64,10 @@ def pick(wanted: Tensor, limit: int) -> Tensor:
 
 
 def start_small(predictor: Any) -> None:
-    """Starts a box predictor near zero, as OpenMMLab's detectors do, in which the paper's figures were made.
+    """Starts a box predictor near zero, as OpenMMLab does, with which the paper's figures were made.
 
-    With torchvision's start, what the heads have learnt makes logits of size 2 and moves as far as those
-    to learn, all of them random: a short fine-tuning would be busy unlearning them.
+    With torchvision's start, features of pre-trained heads give random logits of about 2 and random moves as
+    large as those to learn: a short fine-tuning would be busy unlearning them.
 
     Args:
         predictor: torchvision's FastRCNNPredictor, or one like it.
@@ -82,7 +82,7 @@ def box_head(backbone: Backbone, convolutions: int) -> nn.Module | None:
 
     Args:
         backbone: Whose width the convolutions have.
-        convolutions: How many; none leave the head to torchvision: two linear layers.
+        convolutions: How many; 0 leaves the head to torchvision: two linear layers.
     """
     width, side = backbone.out_channels, 7  # of pooled regions
     if not convolutions:
@@ -97,7 +97,7 @@ class EmbeddingPredictor(nn.Module):
         super().__init__()
         self.projection_head = ProjectionHead(in_channels, embedding_dim)
         self.bbox_pred = nn.Linear(in_channels, 4)
-        # regions stay where they are at first: random moves are as large as those to learn
+        # regions stay where they are at first: random moves would be as large as those to learn
         nn.init.zeros_(self.bbox_pred.weight)
         nn.init.zeros_(self.bbox_pred.bias)
 
@@ -107,7 +107,7 @@ class EmbeddingPredictor(nn.Module):
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
-    """torchvision's `box_iou`, number for number, without its arrays of (N, M, 2): a quarter of the time.
+    """The same numbers as torchvision's `box_iou`, in a quarter of the time: no arrays of (N, M, 2).
 
     Args:
         boxes: (N, 4) xyxy.
@@ -134,7 +134,7 @@ def refine(
     """Moves regions to where a stage predicts them; no gradient flows through.
 
     Args:
-        stage: Whose box coder the deltas are for.
+        stage: Its box coder decodes the deltas.
         deltas: (sum of M_i, 4).
         regions: (M_i, 4) xyxy pixels of each image.
         sizes: Height and width of each image.
