@@ -39,7 +39,7 @@ from aligndet.data.views import TwoViews, View
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
 from aligndet.detectors.query import QueryPretraining, decoder_states, without_losses
 from aligndet.detectors.query_detector import relative_targets
-from aligndet.detectors.roi import mask_features
+from aligndet.detectors.roi_parts import mask_features
 from aligndet.detectors.weights import MODULES, network_of
 from aligndet.momentum import update_momentum
 from aligndet.training import compile_networks

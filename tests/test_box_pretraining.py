@@ -111,8 +111,8 @@ def test_a_loss_that_is_not_finite_stops_all_processes(
         told.extend(own)
         return [*own, ("contrast nan", ["theirs.jpg"])]
 
-    monkeypatch.setattr("aligndet.training.mean_over_processes", lambda value: value + float("inf"))
-    monkeypatch.setattr("aligndet.training.from_all_processes", gather)
+    monkeypatch.setattr("aligndet.training.all_reduce_mean", lambda value: value + float("inf"))
+    monkeypatch.setattr("aligndet.training.all_gather_items", gather)
     with pytest.raises(FloatingPointError, match=r"not finite \(contrast nan\) on the images theirs\.jpg"):
         module().training_step(batch, 0)
     assert not told
@@ -248,7 +248,7 @@ def test_boxes_of_other_processes_are_negatives_in_each_stage(
         asked.append(views)
         return others
 
-    monkeypatch.setattr("aligndet.box_pretraining.boxes_elsewhere", elsewhere)
+    monkeypatch.setattr("aligndet.box_pretraining.gather_other_boxes", elsewhere)
     ours = BoxPretraining(Known(), steps=10, box_weight=0.0)
     alone = ours.training_step(batch, 0)
     assert not asked

@@ -55,7 +55,7 @@ def test_a_step_trains_everything_that_is_kept(method: str) -> None:
 def test_simsiam_by_hand() -> None:
     ours: SimSiam = module("simsiam")
     first, second = crops()
-    loss, embeddings = ours.compare(first, second)
+    loss, embeddings = ours.loss_and_embeddings(first, second)
     expected = torch.zeros(())
     for a, b in ((first, second), (second, first)):
         guess, target = ours.predictor(ours.encoder(a)), ours.encoder(b)
@@ -68,7 +68,7 @@ def test_simsiam_by_hand() -> None:
 def test_simsiam_passes_no_gradient_through_the_target() -> None:
     ours: SimSiam = module("simsiam")
     nn.init.zeros_(ours.predictor.layers[-1].weight)  # a constant guess: no gradient comes back through it
-    loss, _ = ours.compare(*crops())
+    loss, _ = ours.loss_and_embeddings(*crops())
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in ours.encoder.parameters())
 
@@ -77,7 +77,7 @@ def test_moco_by_hand() -> None:
     ours: MoCo = module("moco", queue=16, temperature=0.2)
     negatives = ours.contrast.memory_bank.bank.clone()  # (16, 128)
     first, second = crops(4)
-    loss, queries = ours.compare(first, second)
+    loss, queries = ours.loss_and_embeddings(first, second)
     keys = nn.functional.normalize(ours.momentum(second), dim=1)
     normalised = nn.functional.normalize(queries, dim=1)
     logits = torch.cat([(normalised * keys).sum(1, keepdim=True), normalised @ negatives.T], 1) / 0.2
@@ -85,13 +85,13 @@ def test_moco_by_hand() -> None:
     bank = ours.contrast.memory_bank.bank
     torch.testing.assert_close(bank[:4], keys)  # the keys join the queue ...
     assert torch.equal(bank[4:], negatives[4:])
-    ours.compare(first, second)
+    ours.loss_and_embeddings(first, second)
     torch.testing.assert_close(bank[4:8], keys)  # ... behind those of the batch before
 
 
 def test_the_queue_is_part_of_a_checkpoint() -> None:
     ours, other = module("moco", queue=16), module("moco", queue=16)
-    ours.compare(*crops(4))
+    ours.loss_and_embeddings(*crops(4))
     checkpoint: dict[str, Any] = {}
     ours.on_save_checkpoint(checkpoint)
     checkpoint = copy.deepcopy(checkpoint)

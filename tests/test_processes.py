@@ -24,7 +24,7 @@ from aligndet.data.coco import Category
 from aligndet.data.images import read_image_size
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
-from aligndet.processes import boxes_elsewhere, from_all_processes, mean_over_processes
+from aligndet.processes import all_gather_items, all_reduce_mean, gather_other_boxes
 from aligndet.reporting.runs import read_curves
 from tests.commands.test_kill import (
     FEW_QUERIES,
@@ -146,7 +146,7 @@ def in_a_process(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     online, momentum = parts()[rank]
     online.embeddings.requires_grad_()
-    elsewhere = boxes_elsewhere(online, momentum)
+    elsewhere = gather_other_boxes(online, momentum)
     loss = box_contrastive_loss(online, momentum, 0.5, elsewhere)
     loss.backward()
     half = BoxPredictions(online.embeddings[: 3 * rank].detach().bfloat16(), online.proposal_ids[: 3 * rank])
@@ -155,9 +155,9 @@ def in_a_process(rank: int, folder: Path) -> None:
         "gradient": online.embeddings.grad,
         "elsewhere": elsewhere.embeddings,
         "ids": elsewhere.proposal_ids,
-        "from_one_without": boxes_elsewhere(half).embeddings,
-        "mean": mean_over_processes(torch.tensor(1.0 + 2 * rank)),
-        "items": from_all_processes([[0, 2, 4], [1]][rank]),
+        "from_one_without": gather_other_boxes(half).embeddings,
+        "mean": all_reduce_mean(torch.tensor(1.0 + 2 * rank)),
+        "items": all_gather_items([[0, 2, 4], [1]][rank]),
         "figures": evaluated(range(rank, 5, 2)).to_dict(),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -200,8 +200,8 @@ def test_gathered_keys_and_images_are_those_of_one_process(tmp_path: Path) -> No
 
 
 def test_one_process_has_no_boxes_elsewhere() -> None:
-    assert boxes_elsewhere(*parts()[0]).embeddings.shape == (0, 16)
-    assert mean_over_processes(torch.tensor(3.0)) == 3
+    assert gather_other_boxes(*parts()[0]).embeddings.shape == (0, 16)
+    assert all_reduce_mean(torch.tensor(3.0)) == 3
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from aligndet.data.views import TwoViews, View
 from aligndet.detectors.folding import folded
 from aligndet.losses import box_contrastive_loss
 from aligndet.momentum import cosine_decay, decay_for, momentum_copy, update_momentum
-from aligndet.processes import boxes_elsewhere
+from aligndet.processes import gather_other_boxes
 from aligndet.training import TrainingModule
 
 
@@ -31,7 +31,7 @@ class BoxPretraining(TrainingModule):
         contrast_weight: float = 1.0,
         box_weight: float = 1.0,
         train_trunk: bool = False,
-        **training: Any,  # of TrainingModule: steps, optimizer, learning_rate, schedule, seed, ...
+        **training: Any,  # for TrainingModule: steps, optimizer, learning_rate, schedule, seed, ...
     ) -> None:
         super().__init__(**training)
         self.online = online  # an nn.Module in the protocol of PretrainableDetector
@@ -43,7 +43,7 @@ class BoxPretraining(TrainingModule):
         self.temperature = temperature
         self.decay = decay_for(self.steps) if decay is None else decay
         self.contrast_weight, self.box_weight = contrast_weight, box_weight
-        self.gather_keys = gather_keys  # the boxes of all processes are negatives, not of this one alone
+        self.gather_keys = gather_keys  # negatives come from all processes, not from this one alone
         self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> BoxPretraining:
@@ -61,7 +61,7 @@ class BoxPretraining(TrainingModule):
     def training_step(self, batch: list[TwoViews], batch_idx: int) -> Tensor:
         """One step of algorithm 1; the update of the momentum detector follows in `optimizer_step`."""
         names = [item.file_name for item in batch]
-        # first: nothing of it stays in memory beside the online view's graph
+        # first, so that it needs no memory beside the online view's graph
         with self.naming(names), torch.no_grad():
             views = [item.momentum for item in batch]
             momentum: PretrainOutput = self.momentum(**_inputs(views, self.needs))
@@ -76,12 +76,12 @@ class BoxPretraining(TrainingModule):
         return self.total_loss(losses, names)
 
     def _contrast(self, online: BoxPredictions, momentum: BoxPredictions) -> Tensor:
-        """Of one stage."""
-        elsewhere = boxes_elsewhere(online, momentum) if self.gather_keys else None
-        return online.weight * box_contrastive_loss(online, momentum, self.temperature, elsewhere)
+        """The weighted contrastive loss of one stage."""
+        others = gather_other_boxes(online, momentum) if self.gather_keys else None
+        return online.weight * box_contrastive_loss(online, momentum, self.temperature, others)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lets the momentum detector follow after every step of the optimizer."""
+        """Updates the momentum detector after every step of the optimizer."""
         super().optimizer_step(*args, **kwargs)
         decay = cosine_decay(self.global_step, self.steps, self.decay)
         update_momentum(self.online, self.momentum, decay, getattr(self.online, "copied_parameters", ()))
@@ -96,9 +96,7 @@ def _inputs(views: Sequence[View], needs: tuple[str, ...]) -> dict[str, list[Ten
 def _statistics(
     batch: list[TwoViews], online: BoxPredictions, momentum: BoxPredictions
 ) -> dict[str, Tensor | float]:
-    """What to watch: a spread that falls to 0 means that all embeddings have become one (it starts near
-    1).
-    """
+    """Figures to watch: the spread of embeddings starts near 1; at 0 they are all the same."""
     found = [
         torch.unique(stage.proposal_ids[stage.proposal_ids != BACKGROUND]) for stage in (online, momentum)
     ]

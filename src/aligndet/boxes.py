@@ -29,15 +29,20 @@ class PretrainOutput(NamedTuple):
     losses: dict[str, Tensor]  # the detector's own box losses: scalars, already weighted
 
 
+def wants_losses() -> bool:
+    """The momentum detector runs without a graph; its losses would be thrown away."""
+    return torch.is_grad_enabled()
+
+
 def as_targets(proposals: Sequence[Tensor], first: int = 0) -> list[dict[str, Tensor]]:
-    """Makes torchvision's targets of proposals: the label of each is its index in the batch.
+    """Turns proposals into torchvision's targets: the label of each is its index in the batch.
 
     Args:
         proposals: (N_i, 4) xyxy pixels of each image.
         first: Label of the batch's first proposal.
 
     Returns:
-        Of each image: boxes (N_i, 4), labels (N_i,) int64.
+        For each image: boxes (N_i, 4), labels (N_i,) int64.
     """
     counts = [len(boxes) for boxes in proposals]
     labels = torch.arange(first, first + sum(counts), device=proposals[0].device).split(counts)
@@ -45,10 +50,11 @@ def as_targets(proposals: Sequence[Tensor], first: int = 0) -> list[dict[str, Te
 
 
 class PretrainableDetector(Protocol):
-    """Three members make a detector pre-trainable; it is an ``nn.Module`` that also has them.
+    """What makes a detector pre-trainable: an ``nn.Module`` with three more members.
 
-    A detector that wants to know more of its proposals names it in a tuple ``needs`` and gets it as further
-    lists by keyword: "masks" (pseudo-masks) or "clusters" (pseudo-classes), see `aligndet.data.views.View`.
+    A detector that needs more than the boxes of proposals names it in a tuple ``needs``, and gets it as
+    further lists by keyword: "masks" (pseudo-masks) or "clusters" (pseudo-classes), see
+    `aligndet.data.views.View`.
 
     Attributes:
         detector: The plain detector that `export` saves; ``detector.backbone.body`` is its trunk.
@@ -61,6 +67,8 @@ class PretrainableDetector(Protocol):
     def __call__(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
         """Assigns proposals to predicted boxes and embeds them.
 
+        Where no graph is built (`wants_losses`), ``losses`` may be empty.
+
         Args:
             images: Of shape (3, H_i, W_i) each, in [0, 1].
             proposals: Of shape (N_i, 4) each, xyxy pixels of ``images[i]``, N_i >= 0.
@@ -69,18 +77,18 @@ class PretrainableDetector(Protocol):
 
 
 class Adapter(nn.Module):
-    """A detector of `aligndet.detectors.build.DETECTORS`; below is what it may say of itself."""
+    """Base of `aligndet.detectors.build.DETECTORS`: what a detector may say about itself."""
 
-    needs: tuple[str, ...] = ()  # to know of its proposals: "masks", "clusters"
-    copied_parameters: tuple[str, ...] = ()  # of the momentum copy: copied, not averaged
-    top_proposals = False  # the first in rank order by default, not a random subset
-    num_clusters: int | None = None  # pseudo-classes that it tells apart
-    masks = False  # it finds masks as well as boxes
-    weights_format = "torchvision"  # whose names and files its weights have, or "transformers"
-    training_defaults: ClassVar[dict[str, float]] = {}  # of AdamW: learning_rate, weight_decay, clip
-    fixed_options: frozenset[str] = frozenset()  # of torchvision's detector that cannot be chosen
+    needs: tuple[str, ...] = ()  # beside the boxes of proposals: "masks", "clusters"
+    copied_parameters: tuple[str, ...] = ()  # that the momentum copy takes over without averaging
+    top_proposals = False  # takes the first proposals in rank order by default, not a random subset
+    num_clusters: int | None = None  # how many pseudo-classes it tells apart, if any
+    masks = False  # whether it finds masks as well as boxes
+    weights_format = "torchvision"  # of saved weights; or "transformers"
+    training_defaults: ClassVar[dict[str, float]] = {}  # for AdamW: learning_rate, weight_decay, clip
+    fixed_options: frozenset[str] = frozenset()  # options of torchvision's detector that users cannot set
 
     @classmethod
     def shared_options(cls) -> frozenset[str]:
-        """Options that change the plain detector, so that fine-tuning needs those of pre-training."""
+        """Options that change the plain detector: fine-tuning needs the same as pre-training."""
         return frozenset()

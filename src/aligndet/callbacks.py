@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from aligndet.checkpoints import LastCheckpoint, is_validated
 from aligndet.files import print_skipped
-from aligndet.processes import mean_over_processes
+from aligndet.processes import all_reduce_mean
 
 
 class Throughput(Callback):
@@ -143,7 +143,7 @@ class Termination(Checkpoint):
             return
         requested = self.requested
         if trainer.world_size > 1:
-            requested = bool(mean_over_processes(torch.tensor(float(requested), device=module.device)) > 0)
+            requested = bool(all_reduce_mean(torch.tensor(float(requested), device=module.device)) > 0)
         if requested:
             self.last.keep(trainer)
             forget_processes(trainer)

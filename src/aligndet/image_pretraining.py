@@ -16,7 +16,7 @@ from aligndet.data.crops import TwoCrops
 from aligndet.data.labelled import HostBatch
 from aligndet.detectors.backbones import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
-from aligndet.processes import from_all_processes
+from aligndet.processes import all_gather_items
 from aligndet.training import TrainingModule
 
 try:
@@ -53,10 +53,10 @@ class Encoder(nn.Module):
 
 
 class ImagePretraining(TrainingModule):
-    """What both methods share: two crops in, a loss out, and an eye on collapse and on neighbours."""
+    """What both methods share: two crops in, a loss out, figures of collapse and of neighbours."""
 
     transform: Any  # lightly's class of augmentations
-    sgd_learning_rate: float  # of the method's paper, for 256 images a step
+    sgd_learning_rate: float  # in the method's paper, for 256 images a step
 
     def __init__(self, encoder: Encoder, *, patience: int = 100, **training: Any) -> None:
         super().__init__(**training)
@@ -64,8 +64,8 @@ class ImagePretraining(TrainingModule):
         self._low_steps = 0
         self._seen: list[tuple[Tensor, int]] = []  # feature (D,) and class of each image
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The method: from two crops of each image to the loss and to embeddings to watch.
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the method's loss of two crops of each image, and embeddings to watch.
 
         Args:
             first: (B, 3, S, S).
@@ -75,7 +75,7 @@ class ImagePretraining(TrainingModule):
 
     def training_step(self, batch: list[TwoCrops], batch_idx: int) -> Tensor:
         """One step of the method."""
-        loss, embeddings = self.compare(
+        loss, embeddings = self.loss_and_embeddings(
             torch.stack([item.first for item in batch]), torch.stack([item.second for item in batch])
         )
         spread = std_of_l2_normalized(embeddings.detach().float())
@@ -99,12 +99,12 @@ class ImagePretraining(TrainingModule):
             images, labels = zip(*batch.items, strict=True)
             pooled = self.encoder.pooled(torch.stack(images).to(self.device))
             features = F.normalize(pooled.float(), dim=1)
-            # copies: a row would be sent to other processes with the whole table
+            # copies: a view would be sent to other processes with the whole table behind it
             self._seen += [(row.clone(), label) for row, label in zip(features.cpu(), labels, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        """Logs how often the nearest neighbours are of the same class, and how often the largest class is."""
-        seen = from_all_processes(self._seen)
+        """Logs the accuracy of nearest neighbours, and the share of the largest class to compare it with."""
+        seen = all_gather_items(self._seen)
         self._seen.clear()
         if len(seen) > 1:
             rows, classes = zip(*seen, strict=True)
@@ -126,8 +126,8 @@ class SimSiam(ImagePretraining):
         self.similarity = NegativeCosineSimilarity()
         self.train()  # Lightning leaves the modes as it finds them
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Both ways, each with the other crop's embedding held fixed."""
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts each crop's embedding from the other's; the target is detached."""
         ours, theirs = self.encoder(first), self.encoder(second)
         there = self.similarity(self.predictor(ours), theirs.detach())
         back = self.similarity(self.predictor(theirs), ours.detach())
@@ -135,7 +135,7 @@ class SimSiam(ImagePretraining):
 
 
 class MoCo(ImagePretraining):
-    """An embedding has to find its momentum encoder's of the other crop among a queue of earlier ones."""
+    """An embedding has to find the momentum encoder's of the other crop among a queue of earlier ones."""
 
     transform = MoCoV2Transform
     sgd_learning_rate = 0.03
@@ -154,11 +154,11 @@ class MoCo(ImagePretraining):
         super().__init__(Encoder(trunk, MoCoProjectionHead(channels, 2048, 128)), **settings)
         self.momentum = momentum_copy(self.encoder)
         self.decay, self.several = decay, processes > 1
-        # all processes have the same queue: what the first one saves is what all go on with
+        # all processes have the same queue, so all can go on with what the first one saves
         self.contrast = NTXentLoss(temperature, (queue, 128), gather_distributed=self.several)
         self.train()
 
-    def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_embeddings(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of the first crops, keys of the second; the keys then join the queue."""
         queries = self.encoder(first)
         with torch.no_grad():
@@ -170,7 +170,7 @@ class MoCo(ImagePretraining):
         return self.contrast(queries, keys), queries
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lets the momentum encoder follow after every step of the optimizer."""
+        """Updates the momentum encoder after every step of the optimizer."""
         super().optimizer_step(*args, **kwargs)
         update_momentum(self.encoder, self.momentum, cosine_decay(self.global_step, self.steps, self.decay))
 
@@ -180,7 +180,7 @@ class MoCo(ImagePretraining):
         checkpoint["queue"] = {"bank": bank.bank, "bank_ptr": bank.bank_ptr}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the queue up again."""
+        """Restores the queue."""
         for name, value in checkpoint["queue"].items():
             getattr(self.contrast.memory_bank, name).copy_(value)
 
@@ -189,8 +189,8 @@ METHODS: dict[str, type[SimSiam] | type[MoCo]] = {"simsiam": SimSiam, "moco": Mo
 
 
 def knn_accuracy(features: Tensor, labels: Tensor) -> float:
-    """How often a weighted vote of the 20 nearest neighbours is right; every second image is asked, the
-    others vote.
+    """Accuracy of a weighted vote of the 20 nearest neighbours: every second image is classified by the
+    others.
 
     Args:
         features: (N, C) normalised.

@@ -38,7 +38,7 @@ def cosine_decay(step: int, steps: int, start: float = 0.996) -> float:
     """The coefficient of the moving average: from `start` to 1 along half a cosine.
 
     Args:
-        step: Of `steps`, from 0.
+        step: Number of the step, from 0.
         steps: Length of the run.
         start: Value at step 0.
     """
@@ -46,10 +46,10 @@ def cosine_decay(step: int, steps: int, start: float = 0.996) -> float:
 
 
 def decay_for(steps: int) -> float:
-    """Where the coefficient starts unless told: the official code's 0.996, or less in short runs.
+    """Where the coefficient starts by default: at the official code's 0.996, or lower in short runs.
 
-    By `cosine_decay`, the momentum detector ends with exp(-(1 - decay) * steps / 2) of its random start: from
-    0.996 on three quarters of it after 150 steps, now exp(-7.5).
+    With `cosine_decay`, the momentum detector keeps exp(-(1 - decay) * steps / 2) of its random start.
+    Starting at 0.996, 150 steps would keep 74 % of the random start; this rule keeps exp(-7.5).
 
     Args:
         steps: Length of the run.

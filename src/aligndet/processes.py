@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside gradients."""
+"""What the processes of a run exchange beside gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def boxes_elsewhere(*views: BoxPredictions) -> BoxPredictions:
-    """Gathers the boxes of all other processes, to be negatives in this one's contrast.
+def gather_other_boxes(*views: BoxPredictions) -> BoxPredictions:
+    """Gathers the boxes of all other processes as negatives for this one's contrast.
 
-    Every process has to call it, each with as many boxes as it has.
+    Every process has to call it; their numbers of boxes may differ.
 
     Args:
-        views: Of this process.
+        views: The boxes of this process.
 
     Returns:
-        The other processes' boxes of all views, without a graph; none in a run of one process. They stand for
-        no proposal of this process's batch, so their ids, which count in another batch, are BACKGROUND.
+        The other processes' boxes of all views, without a graph; none in a run of one process. Their ids are
+        BACKGROUND, since they stand for no proposal of this process's batch.
     """
     own = torch.cat([view.embeddings for view in views])
     found = [own[:0]]
@@ -39,11 +39,11 @@ def boxes_elsewhere(*views: BoxPredictions) -> BoxPredictions:
 
 
 @torch.no_grad()
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Averages a number over the processes of the run; every process has to call it.
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Averages numbers over the processes of the run; every process has to call it.
 
     Args:
-        value: Of this process.
+        value: This process's.
 
     Returns:
         The mean, the same in all of them; in a run of one process the value itself.
@@ -55,11 +55,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def from_all_processes(items: Sequence[T]) -> list[T]:
-    """Gathers what the processes have made of their parts of the data; every process has to call it.
+def all_gather_items(items: Sequence[T]) -> list[T]:
+    """Gathers the items of all processes; every process has to call it.
 
     Args:
-        items: Of this process; what they hold must be on the CPU. Process r of w has the items r, r + w, ...
+        items: This process's, on the CPU: process r of w has the items r, r + w, ...
 
     Returns:
         All items in their order, the same in all processes; in a run of one process the items themselves.

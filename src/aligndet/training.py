@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 
-from aligndet.processes import from_all_processes, mean_over_processes
+from aligndet.processes import all_gather_items, all_reduce_mean
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -25,12 +25,12 @@ ScheduleName = Literal["cosine", "step", "constant"]
 def seed_of(seed: int, position: int) -> int:
     """A seed for one of the many draws of a run.
 
-    torch's generator on a CPU looks at the low 32 bits alone, so that these have to differ between runs, too:
-    neighbouring seeds lie a golden ratio of all numbers apart (a Weyl sequence).
+    torch's generator on a CPU uses the low 32 bits alone, so these have to differ between runs, too: the
+    golden ratio spreads the runs' seeds over all numbers (a Weyl sequence).
 
     Args:
-        seed: Of the run.
-        position: Of the draw in the run.
+        seed: The run's.
+        position: Number of the draw within the run.
     """
     return (seed * 0x9E3779B97F4A7C15 + position) % 2**63
 
@@ -59,16 +59,16 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         """Plans the run.
 
         Args:
-            length: Of the data set.
-            batch_size: Of one process.
-            batches: Of one process in the whole run.
-            seed: Of the order and of the samples.
+            length: Number of images.
+            batch_size: Images of a batch of one process.
+            batches: Batches of one process in the whole run.
+            seed: For the order and the samples.
             first: Batches that are done already.
-            rank: Of this process.
+            rank: This process's.
             world: Number of processes.
-            accumulate: Batches of a step.
-            tall: (length,) bool, which images are: a step then has tall ones or others, seldom both, since
-                all are padded to the widest and to the tallest.
+            accumulate: Batches a step.
+            tall: (length,) bool, which images are taller than wide. A step then seldom mixes both kinds, as
+                all its images are padded to one size.
         """
         self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
         self.first, self.rank, self.world = first, rank, world
@@ -91,12 +91,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield items
 
     def _order(self, epoch: int) -> Tensor:
-        """All images, at random; steps of tall ones and steps of others too."""
+        """All images in random order; of steps that are all tall or all others, the order is random, too."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.length, generator=generator)
         if self.tall is None or bool((self.tall == self.tall[0]).all()):
             return order
-        started = -epoch * self.length % self.step_size  # what the step wants that the epoch before has begun
+        # images that complete the step begun in the previous epoch
+        started = -epoch * self.length % self.step_size
         begun, rest = order[:started], order[started:]
         whole = len(rest) // self.step_size
         sorted_, last = rest[: whole * self.step_size], rest[whole * self.step_size :]
@@ -133,11 +134,11 @@ def build_optimizer(
         raise ValueError("no parameter is trainable")
     if name == "sgd":
         return SGD(settings, momentum=0.9)
-    # None is torch's own choice, where another device may have no fused kernel
+    # None leaves the choice to torch: another device may have no fused kernel
     fusible = all(p.device.type in ("cpu", "cuda") for setting in settings for p in setting["params"])
     optimizer = AdamW(settings, fused=fusible or None)
-    # a fused step would undo the scaling of 16-bit gradients itself, too late for clipping: Lightning refuses
-    # that; without this mark they are unscaled before
+    # a fused step would unscale 16-bit gradients itself, too late for clipping, which Lightning refuses;
+    # without this mark they are unscaled before
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
@@ -171,8 +172,8 @@ _NETWORKS = (
 
 
 def compile_networks(module: nn.Module) -> None:
-    """Lets torch.compile take the parts that are nothing but networks: assignment and losses, whose shapes
-    change with every batch, stay as they are. Names in state dicts do too.
+    """Compiles trunks, pyramids and heads; assignment and losses, whose shapes change with every batch, stay
+    as they are. So do names in state dicts.
 
     Args:
         module: With one or more detectors in it.
@@ -184,8 +185,8 @@ def compile_networks(module: nn.Module) -> None:
 
 
 def _called(part: nn.Module) -> Iterator[nn.Module]:
-    """What is called of a part: the stages, where it is no more than their container (CBNet's trunks)."""
-    if type(part) is not nn.ModuleDict:  # torchvision's trunks are of a kind of it that can be called
+    """The modules of a part that are called: itself, or its stages if it is a container (CBNet's trunks)."""
+    if type(part) is not nn.ModuleDict:  # torchvision's trunks are a subclass that can be called
         yield part
         return
     for child in part.values():
@@ -193,8 +194,8 @@ def _called(part: nn.Module) -> Iterator[nn.Module]:
 
 
 class TrainingModule(LightningModule):
-    """A LightningModule whose randomness depends on (seed, step, process) alone, and that names what went
-    wrong.
+    """A LightningModule whose randomness depends on (seed, step, process) alone, and whose errors name the
+    step and the images.
     """
 
     def __init__(
@@ -225,18 +226,19 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a resumed step draw what the unbroken run would have drawn."""
-        position = batch_idx * self.trainer.world_size + self.global_rank  # of the batch among all processes'
+        # of this batch among those of all processes
+        position = batch_idx * self.trainer.world_size + self.global_rank
         torch.manual_seed(seed_of(self.seed, position))
 
     @contextmanager
     def naming(self, names: Sequence[str]) -> Iterator[None]:
-        """Says in which step, on which images and what to do, where numbers are not finite.
+        """Adds the step, the images and advice to errors about numbers that are not finite.
 
         Args:
-            names: Of the images of this batch.
+            names: This batch's images.
 
         Raises:
-            FloatingPointError: With all that, if one is raised within.
+            FloatingPointError: If one is raised within.
         """
         try:
             yield
@@ -251,17 +253,17 @@ class TrainingModule(LightningModule):
 
         Args:
             losses: Scalars by name.
-            names: Of the images of this batch.
+            names: This batch's images.
 
         Raises:
             FloatingPointError: Naming the step, the losses and the images.
         """
         total = torch.stack(tuple(losses.values())).sum()
-        # once for all of them: Lightning would wait for the other processes with each
-        means = mean_over_processes(torch.stack([*losses.values(), total]).detach())
+        # all at once: Lightning would wait for the other processes with each of them
+        means = all_reduce_mean(torch.stack([*losses.values(), total]).detach())
         if not torch.isfinite(means[-1]):  # in all processes at once: none is left waiting
             values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            found = from_all_processes([] if torch.isfinite(total) else [(values, list(names))])
+            found = all_gather_items([] if torch.isfinite(total) else [(values, list(names))])
             values, names = found[0] if found else (values, names)
             with self.naming(names):
                 raise FloatingPointError(f"the loss is not finite ({values})")

@@ -1,4 +1,4 @@
-"""The processes that work for another one: they read its images, or find its proposals."""
+"""Worker processes, which read images or find proposals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class _Process(ForkServerProcess):
-    """Does not run the user's script a second time, as processes that are no plain copies do: no work of ours
-    is defined there, and a script may call commands without asking whether it is ``__main__``.
+    """Forkserver re-imports the user's ``__main__``. We need nothing from it, and an unguarded script would
+    start itself again.
     """
 
     @staticmethod
@@ -41,15 +41,15 @@ class _Context(ForkServerContext):
 
 
 def worker_context() -> BaseContext:
-    """How such processes start: as copies of one that has imported what they need, and started no threads.
+    """How workers start: as forks of a server that has imported what they need, and started no threads.
 
-    A copy of a process with threads (autograd's, OpenCV's) may hang; one that starts anew takes seconds and
-    hundreds of megabytes to import torch, each for itself. So it does on macOS, whose libraries of linear
-    algebra are not made to be copied.
+    A fork of a process with threads (autograd's, OpenCV's) may hang; a process that starts afresh takes
+    seconds and hundreds of megabytes to import torch. On macOS each worker does, since libraries of linear
+    algebra do not survive a fork there.
     """
     context = _Context()
     if sys.platform == "linux":
-        # images on their way from a loader are open files each, and many systems allow 1,024 by default
+        # each image on its way from a loader is an open file, and many systems allow 1,024 by default
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
         if resource.RLIM_INFINITY != soft < wanted:
@@ -60,7 +60,7 @@ def worker_context() -> BaseContext:
 
 
 def cores() -> int:
-    """How many cores this process may use, where system and container tell; else how many there are."""
+    """How many cores this process may use, as far as system and container tell."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = map(int, _QUOTA.read_text().split())
@@ -70,7 +70,7 @@ def cores() -> int:
 
 
 def worker_settings(workers: int) -> dict[str, Any]:
-    """How a DataLoader runs its processes.
+    """Settings of a DataLoader for its workers.
 
     Args:
         workers: Processes; 0 loads in this one.
@@ -83,13 +83,12 @@ def worker_settings(workers: int) -> dict[str, Any]:
 
 
 def begin(_: int = 0) -> None:
-    """What such a process does first.
+    """Sets a worker up: it has one thread, as there is a worker a core, and ends when its parent does.
 
-    One process a core, and every process one thread, or they fight over the cores. And it ends with the
-    process that has started it, which nothing else sees to if that one is killed.
+    Nothing else would end it if the parent is killed.
 
     Args:
-        _: The number of the process.
+        _: The number of the worker.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.predict import predict
 from aligndet.data.rle import EncodedMasks, decode, read_segmentation
 from aligndet.data.videos import read_frames
+from aligndet.detectors import weights
 from aligndet.detectors.build import DETECTORS, build_detector
 from aligndet.files import locked
 
@@ -53,15 +54,13 @@ class MaskOracle(Oracle):
 @pytest.fixture
 def _finds_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = {**MANIFEST, "architecture": {"detector": "oracle"}}
-    for module in (evaluate_module, predict_module):
-        monkeypatch.setattr(module, "load_detector", lambda folder: (MaskOracle(), manifest))
+    monkeypatch.setattr(weights, "load_detector", lambda folder: (MaskOracle(), manifest))
     monkeypatch.setitem(DETECTORS, "oracle", MaskOracle)
 
 
 @pytest.fixture(autouse=True)
 def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (evaluate_module, predict_module):
-        monkeypatch.setattr(module, "load_detector", lambda folder: (Oracle(), MANIFEST))
+    monkeypatch.setattr(weights, "load_detector", lambda folder: (Oracle(), MANIFEST))
     monkeypatch.setattr(evaluate_module, "fingerprint", lambda path: f"of {path}")
 
 
@@ -132,7 +131,7 @@ def test_boxes_below_the_score_are_all_that_is_left_out(
     else:
         detector.head.classification_head.cls_logits.bias.data.fill_(-0.9)  # 0.29
         detector.head.classification_head.cls_logits.weight.data.mul_(20)
-    monkeypatch.setattr(predict_module, "load_detector", lambda folder: (detector, MANIFEST))
+    monkeypatch.setattr(weights, "load_detector", lambda folder: (detector, MANIFEST))
     scores = {}
     for least in (0.0, 0.3):  # in this order: the second raises the detector's own
         output = predict(
@@ -158,7 +157,7 @@ def test_what_stops_a_prediction(images: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"none of its 1 images can be read; the first: .*a\.jpg"):
         predict(Path("model"), images / "a.jpg", output=tmp_path / "broken")
     assert not (tmp_path / "broken" / "predictions.json").exists()
-    monkeypatch.setattr(predict_module, "load_detector", lambda folder: (Oracle(), {"class_names": None}))
+    monkeypatch.setattr(weights, "load_detector", lambda folder: (Oracle(), {"class_names": None}))
     with pytest.raises(ValueError, match="knows no classes yet"):
         predict(Path("model"), images, output=tmp_path / "new")
 
@@ -357,7 +356,7 @@ class Sighted(nn.Module):
 def test_predictions_are_measured_on_their_own_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "load_detector", lambda folder: (Sighted(), MANIFEST))
+    monkeypatch.setattr(weights, "load_detector", lambda folder: (Sighted(), MANIFEST))
     folder = tmp_path / "images"
     folder.mkdir()
     places = (0, 5, 10, 15, 20)

@@ -12,7 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from aligndet.detectors.backbones import Backbone
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.cascade import CascadeRCNN, ClassAgnosticPredictor, HtcPretraining
-from aligndet.detectors.roi import mask_features
+from aligndet.detectors.roi_parts import mask_features
 
 CLASSES = 4  # with background
 IMAGES = [torch.rand(3, 128, 128), torch.rand(3, 96, 128)]
@@ -37,9 +37,7 @@ def one_stage(masks: bool) -> tuple[Any, Any]:
     single: Any = family(backbone, CLASSES, **SIZES)
     predictor = ClassAgnosticPredictor(1024, CLASSES)
     mask_predictors = [MaskRCNNPredictor(256, 256, CLASSES)] if masks else []
-    cascade: Any = CascadeRCNN(
-        backbone, [predictor], mask_predictors, thresholds=(0.5,), weights=(1.0,), **SIZES
-    )
+    cascade: Any = CascadeRCNN(backbone, [predictor], mask_predictors, **SIZES)
     cascade.rpn.load_state_dict(single.rpn.state_dict())
     nn.init.zeros_(predictor.bbox_pred.weight)  # the regions stay where they are: so will the mask head's
     nn.init.constant_(predictor.bbox_pred.bias, 0.0 if masks else 0.2)

@@ -156,7 +156,7 @@ def test_losses_are_normalised_over_all_processes(name: str, monkeypatch: pytest
     alone = [
         detector.losses(detector.run([i], [label]), [label]) for i, label in zip(IMAGES, labels, strict=True)
     ]
-    monkeypatch.setattr("aligndet.detectors.query_detector.mean_over_processes", lambda boxes: boxes * 0 + 2)
+    monkeypatch.setattr("aligndet.detectors.query_detector.all_reduce_mean", lambda boxes: boxes * 0 + 2)
     parts = [
         detector.losses(detector.run([i], [label]), [label]) for i, label in zip(IMAGES, labels, strict=True)
     ]

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from aligndet.boxes import as_targets
 from aligndet.detectors.backbones import build_backbone
 from aligndet.detectors.build import build_detector, build_pretrainable
-from aligndet.detectors.roi import PositiveSampler, overlaps, pick, refine
+from aligndet.detectors.roi_parts import PositiveSampler, overlaps, pick, refine
 from aligndet.detectors.weights import initialise, pretrained_state
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from aligndet import cli
 from aligndet.commands.report import report
-from aligndet.comparison import Cell, summarise
+from aligndet.comparison import Cell, rows_of
 from aligndet.data.formats import read_labelled
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.weights import save_weights
@@ -70,21 +70,20 @@ DETAILS = {
 
 def comparison_folder(folder: Path) -> Path:
     """A finished comparison of two arms with six pairs, in the form of `aligndet compare`."""
-    figures, cells = {}, []
+    cells = []
     for fraction in LABELS:
         for seed in range(6):
             for arm, gain in (("scratch", 0.0), ("aligndet", 0.1)):
                 cell = Cell(fraction, 5, seed, 0, arm)
-                figures[cell] = 0.2 + gain + 0.2 * fraction + 0.01 * seed
-                by_class = {EVIL: figures[cell], "5$ and 6$": 0.5, "unseen": None}
-                result = {"AP": figures[cell], "AP_by_class": by_class}
+                ap = 0.2 + gain + 0.2 * fraction + 0.01 * seed
+                result = {"AP": ap, "AP_by_class": {EVIL: ap, "5$ and 6$": 0.5, "unseen": None}}
                 entry = {"fraction": fraction, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
                 cells.append({**entry, "labels": LABELS[fraction], "learning_rate": 1e-3, "figures": result})
                 made = run_folder(folder / "cells" / cell.name(1e-3), {"annotations": "train.json"})
                 write(made / "result.json", {**result, "details": DETAILS})
-    rows = summarise(figures, LABELS)
+    results = {"rows": rows_of(cells), "cells": cells, "planned": len(cells), "remarks": []}
     call = {"command": "aligndet compare train.json", "versions": {"torch": "2.9"}}
-    write(folder / "results.json", {"rows": rows, "cells": cells, "planned": len(cells), **call})
+    write(folder / "results.json", {**results, **call})
     write(folder / "compare.json", {"settings": {"detector": "fcos"}, **call})
     return folder
 
@@ -176,7 +175,7 @@ def test_what_is_missing_or_mixed_is_said(tmp_path: Path) -> None:
     for cell in results["cells"]:
         cell |= {"searched": [1e-3, 1e-2], "search_AP": [0.3, 0.2]}
         cell["figures"]["mask_AP"] = 0.125
-    write(folder / "results.json", results)
+    write(folder / "results.json", {**results, "rows": rows_of(results["cells"])})
     run = next((folder / "cells").iterdir()) / "run.json"
     write(run, {**json.loads(run.read_text()), "versions": {"torch": "2.8"}})
     page = _Page(report((folder,), output=tmp_path / "page.html"))
@@ -199,7 +198,7 @@ def test_only_a_proven_gain_has_a_worth_on_the_page(tmp_path: Path) -> None:
     assert "scratch needs about 36 labelled images" in text
     results = json.loads((folder / "results.json").read_text())
     few = [cell for cell in results["cells"] if cell["seed"] < 3]
-    write(folder / "results.json", {**results, "cells": few})
+    write(folder / "results.json", {**results, "cells": few, "rows": rows_of(few)})
     (comparison,) = read_folders([folder])[0]
     table = comparison_section(comparison, []).table
     column = [row[table.heads.index("scratch needs")] for row in table.rows]
@@ -274,7 +273,7 @@ def test_predictions_side_by_side(tmp_path: Path) -> None:
     for labelled, sides in ((above, 3), (replace(coco, folder=tmp_path), 2)):
         settings: dict[str, Any] = {"count": 1, "score": 0.3}
         drawn = draw_sides(
-            "p", sides_of([], [read_run(r) for r in runs]), tmp_path / "images", labelled, **settings
+            "p", [(r.name, read_run(r)) for r in runs], tmp_path / "images", labelled, **settings
         )
         assert len(drawn.rows[0][1]) == sides
 
@@ -293,7 +292,7 @@ def test_the_best_arm_stands_beside_its_own_scratch(tmp_path: Path) -> None:
         write(run / "model" / "manifest.json", {})
         entry = {"fraction": 1.0, "labels": 9, "steps": 5, "seed": seed, "fold": 0, "arm": arm}
         cells.append((entry | {"figures": {"AP": ap}}, read_run(run)))
-    chosen = sides_of([Comparison("c", {}, [], cells, tmp_path)], [])
+    chosen = sides_of(Comparison("c", {}, [], cells, tmp_path, len(cells)))
     assert [(arm, run.folder.name) for arm, run in chosen] == [
         ("scratch", "scratch1"),
         ("aligndet", "aligndet1"),

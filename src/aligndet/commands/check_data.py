@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aligndet.data.checks import check_boxes, check_images, labelled_size, statistics
-from aligndet.data.document import Document
+from aligndet.data.document import CocoWriter, Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
 from aligndet.data.images import ImageError, list_images, read_image_size, walk
 from aligndet.files import accepts_strings, atomic_write, contents, locked
@@ -72,14 +72,14 @@ def check_data(
 
 
 def _bare(folder: Path) -> Document:
-    content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
-    for number, name in enumerate(list_images(folder), 1):
+    document = CocoWriter({})
+    for name in list_images(folder):
         try:
             width, height = read_image_size(folder / name)
         except ImageError:  # is named when it is decoded
             width, height = 0, 0
-        content["images"].append({"id": number, "file_name": name, "width": width, "height": height})
-    return Document(content, folder)
+        document.add_image(name, width, height)
+    return Document(document.content, folder)
 
 
 def _print(path: Path, report: dict[str, Any]) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
 from aligndet.data.coco import Category, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
-from aligndet.data.images import ImageError
+from aligndet.data.images import readable
 from aligndet.detectors.build import family_of
-from aligndet.detectors.weights import load_detector, weights_folder
+from aligndet.detectors.weights import load_tuned, weights_folder
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
@@ -64,9 +62,7 @@ def evaluate(
             broken.
     """
     check_bounds({"score": score, "batch_size": batch_size})
-    detector, manifest = load_detector(model)
-    if not manifest.get("class_names"):
-        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    detector, manifest = load_tuned(model)
     categories = [
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)
     ]
@@ -75,19 +71,10 @@ def evaluate(
     check_objects(coco, annotations)
     dataset = CocoDetection(coco, crowds=True)
     broken: list[str] = []
-
-    def readable() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for index in range(len(dataset)):
-            try:
-                yield dataset[index]
-            except ImageError as error:
-                if strict:
-                    raise
-                broken.append(str(error))
-
+    found = readable(dataset.__getitem__, range(len(dataset)), strict=strict, broken=broken)
     evaluator = CocoEvaluator(categories, masks=masks)
     detailed = DetailsEvaluator(distinct_names(categories), score=score)
-    predictions = predict_images(detector, readable(), device=resolve_device(device), batch_size=batch_size)
+    predictions = predict_images(detector, found, device=resolve_device(device), batch_size=batch_size)
     for (_, target), prediction in tqdm(predictions, total=len(dataset), desc="evaluate", unit="image"):
         evaluator.update([prediction], [target])
         if details:

@@ -11,7 +11,7 @@ from lightning import seed_everything
 from aligndet.commands._settings import check_bounds, provenance
 from aligndet.detectors.build import build_detector, family_of
 from aligndet.detectors.onnx import save_onnx
-from aligndet.detectors.weights import initialise, load_detector, load_weights, save_detector
+from aligndet.detectors.weights import initialise, load_tuned, load_weights, save_detector
 from aligndet.files import accepts_strings, atomic_write, locked
 
 
@@ -102,9 +102,7 @@ def _to_onnx(run: Path, output: Path, overwrite: bool) -> Path:
         raise ValueError(f"{output}: is the folder of a detector, whose manifest stays; give another output")
     if path.exists() and not overwrite:
         raise ValueError(f"{output}: holds a model already; give --overwrite or another output")
-    detector, source = load_detector(run)
-    if not source.get("class_names"):
-        raise ValueError(f"{run}: knows no classes yet; fine-tune it first")
+    detector, source = load_tuned(run)
     with locked(output):
         share = save_onnx(detector, path)
         kept = {name: source[name] for name in ("architecture", "class_names", "category_ids")}

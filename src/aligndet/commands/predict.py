@@ -15,10 +15,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
-from aligndet.data.images import ImageError, list_images, read_image
+from aligndet.data.document import CocoWriter
+from aligndet.data.images import ImageError, list_images, read_image, readable
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
-from aligndet.detectors.weights import load_detector
+from aligndet.detectors.weights import load_tuned
 from aligndet.evaluation.drawing import draw_detections, to_jpeg
 from aligndet.evaluation.inference import predict_images, resolve_device
 from aligndet.files import accepts_strings, atomic_write, locked, print_skipped, read_json, safe_name
@@ -62,18 +63,15 @@ def predict(
             is taken or in use, or score is not from 0 to 1.
     """
     check_bounds({"score": score, "batch_size": batch_size})
-    detector, manifest = load_detector(model)
-    names: list[str] | None = manifest.get("class_names")
-    if not names:
-        raise ValueError(f"{model}: knows no classes yet; fine-tune it first")
+    detector, manifest = load_tuned(model)
+    names: list[str] = manifest["class_names"]
     if images.resolve().is_relative_to((output / "pictures").resolve()):
         raise ValueError(f"{output}: drawn pictures would replace {images}; give another output")
     broken: list[str] = []
     drawn: dict[str, None] = {}  # in order, and once
     video = is_video(images)
     total, source, pictures = (_video if video else _images)(images, output, strict, broken)
-    categories = [{"id": i, "name": n} for i, n in zip(manifest["category_ids"], names, strict=True)]
-    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    document = CocoWriter(dict(zip(manifest["category_ids"], names, strict=True)))
     modules: Iterator[Any] = detector.modules()
     for module in modules:  # what is left out below need not be made
         # that of the RPN is of another score
@@ -94,12 +92,12 @@ def predict(
                 if draw:
                     drawn[f"{images.stem}.mp4" if video else _picture_name(name)] = None
                     write(name, draw_detections(image.permute(1, 2, 0).numpy(), prediction, names))
-        if not document["images"]:
+        if not document.content["images"]:
             raise ImageError(f"{images}: none of its {total} images can be read; the first: {broken[0]}")
-        atomic_write(output / "predictions.json", json.dumps({**document, "pictures": list(drawn)}))
+        atomic_write(output / "predictions.json", json.dumps({**document.content, "pictures": list(drawn)}))
     print_skipped(broken)
     print(
-        f"{len(document['images'])} images, {len(document['annotations'])} boxes,"
+        f"{len(document.content['images'])} images, {len(document.content['annotations'])} boxes,"
         f" {len(broken)} skipped: {output}"
     )
     return output
@@ -131,19 +129,11 @@ def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Sour
         if not files:
             raise ValueError(f"{images}: holds no image but those in {output}")
 
-    def read() -> Iterator[tuple[Tensor, str]]:
-        for name in files:
-            try:
-                yield read_image(folder / name), name
-            except ImageError as error:
-                if strict:
-                    raise
-                broken.append(str(error))
-
     def write(name: str, drawn: Pixels) -> None:
         atomic_write(output / "pictures" / _picture_name(name), to_jpeg(drawn))
 
-    return len(files), read(), nullcontext(write)
+    found = readable(lambda name: (read_image(folder / name), name), files, strict=strict, broken=broken)
+    return len(files), found, nullcontext(write)
 
 
 def _video(video: Path, output: Path, strict: bool, broken: list[str]) -> Source:
@@ -173,27 +163,12 @@ def _picture_name(name: str) -> str:
 
 
 def _add(
-    document: dict[str, list[dict[str, Any]]],
-    name: str,
-    image: Tensor,
-    prediction: dict[str, Tensor],
-    category_ids: list[int],
+    document: CocoWriter, name: str, image: Tensor, prediction: dict[str, Tensor], category_ids: list[int]
 ) -> None:
-    image_id = len(document["images"]) + 1
-    document["images"].append(
-        {"id": image_id, "file_name": name, "width": image.shape[2], "height": image.shape[1]}
-    )
+    document.add_image(name, image.shape[2], image.shape[1])
     masks = encode(prediction["masks"].numpy()).segmentations() if "masks" in prediction else []
     columns = (prediction[key].tolist() for key in ("boxes", "labels", "scores"))
-    for position, ((x0, y0, x1, y1), label, confidence) in enumerate(zip(*columns, strict=True)):
-        annotation = {
-            "id": len(document["annotations"]) + 1,
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "area": (x1 - x0) * (y1 - y0),
-            "score": confidence,
-        }
-        if masks:
-            annotation["segmentation"] = masks[position]
-        document["annotations"].append(annotation)
+    for position, (box, label, score) in enumerate(zip(*columns, strict=True)):
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        mask = {"segmentation": masks[position]} if masks else {}
+        document.add_object(category_ids[label - 1], box, area=area, score=score, **mask)

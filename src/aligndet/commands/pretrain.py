@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from lightning import seed_everything
 
 from aligndet.box_pretraining import BoxPretraining
@@ -214,8 +213,7 @@ def pretrain(
         }
         counts = f"{len(table)} images with {len(table.boxes)} proposals"
         masks = () if table.masks is None else (table.masks[0].numpy(), table.masks[1])
-        # in 64 bits, as they once were: a run that is resumed knows its data by this
-        clusters = () if table.clusters is None else (table.clusters.astype(np.int64),)
+        clusters = () if table.clusters is None else (table.clusters,)
         data = data_summary(counts, table.file_names, [table.boxes, table.offsets, *masks, *clusters])
         if fit(module, dataset, data=data, steps=total, checkpoint=checkpoint, **run):
             shared = {k: v for k, v in (options or {}).items() if k in adapter.shared_options()}

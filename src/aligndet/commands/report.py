@@ -10,7 +10,8 @@ from aligndet.files import accepts_strings, atomic_write
 if TYPE_CHECKING:
     from aligndet.data.coco import CocoDataset
     from aligndet.reporting.page import Part
-    from aligndet.reporting.runs import Comparison, Run
+    from aligndet.reporting.plots import Plot
+    from aligndet.reporting.runs import Run
 
 
 @accepts_strings
@@ -50,9 +51,11 @@ def report(
     """
     # late: --help works without what these need
     from aligndet.data.formats import read_labelled
-    from aligndet.reporting.figures import comparison_plots, run_plots
+    from aligndet.reporting.figures import comparison_plots, pretraining_losses, run_plots
     from aligndet.reporting.page import Part, comparison_section, render, runs_section
-    from aligndet.reporting.runs import read_folders
+    from aligndet.reporting.pictures import sides_of
+    from aligndet.reporting.pretraining import first_pretrained
+    from aligndet.reporting.runs import read_folders, read_run
 
     if not runs:
         raise ValueError("runs: give at least one folder")
@@ -69,16 +72,25 @@ def report(
             if images is None:
                 raise
             labelled = read_labelled(annotations, images)
-    given: dict[str, Any] = {"images": images, "labelled": labelled, "count": count, "score": score}
+    given: dict[str, Any] = {"images": images, "labelled": labelled, "count": count}
     sections = []
     for index, comparison in enumerate(comparisons, 1):
         prefix = f"comparison{index}"
-        parts = [Part("Figures", comparison_plots(comparison, prefix))]
-        sections.append(
-            comparison_section(comparison, parts + _looked_into(prefix, [comparison], [], **given))
-        )
+        parts = [
+            Part("Figures", comparison_plots(comparison, prefix)),
+            _predictions(prefix, sides_of(comparison), score=score, **given),
+        ]
+        run = first_pretrained(sorted((comparison.folder / "pretrained").glob("aligndet_seed*")))
+        if run is not None:
+            losses = pretraining_losses(f"{prefix}_pretraining", read_run(run))
+            parts.append(_pretraining(prefix, run, losses, **given))
+        sections.append(comparison_section(comparison, parts))
     if single:
-        parts = [Part("Figures", run_plots(single)), *_looked_into("runs", [], single, **given)]
+        sides = [(run.name, run) for run in single if run.model is not None][:2]
+        parts = [Part("Figures", run_plots(single)), _predictions("runs", sides, score=score, **given)]
+        run = first_pretrained(run.folder for run in single)
+        if run is not None:
+            parts.append(_pretraining("runs", run, [], **given))
         sections.append(runs_section(single, parts))
     page, folder = render(sections), plots or output.with_name(f"{output.stem}_files")
     for part in [part for section in sections for part in section.parts]:
@@ -93,49 +105,48 @@ def report(
     return output
 
 
-def _looked_into(
+def _predictions(
     prefix: str,
-    comparisons: list[Comparison],
-    runs: list[Run],
+    sides: list[tuple[str, Run]],
     *,
     images: Path | None,
     labelled: CocoDataset | None,
     count: int,
     score: float,
-) -> list[Part]:
-    """Predictions side by side, and what pre-training has seen and changed."""
-    from aligndet.reporting.figures import pretraining_losses
+) -> Part:
+    """Predictions of two detectors side by side."""
     from aligndet.reporting.page import Part
-    from aligndet.reporting.pictures import draw_sides, sides_of
-    from aligndet.reporting.pretraining import (
-        center_pictures,
-        feature_plots,
-        pretraining_of,
-        proposal_pictures,
-    )
-    from aligndet.reporting.runs import read_run
+    from aligndet.reporting.pictures import draw_sides
 
-    sides, title = sides_of(comparisons, runs), "Predictions"
+    title = "Predictions"
     if images is None:
-        parts = [
-            Part(title, note="No images were given: --images FOLDER shows predictions of two detectors.")
-        ]
-    elif len(sides) < 2:
+        return Part(title, note="No images were given: --images FOLDER shows predictions of two detectors.")
+    if len(sides) < 2:
         note = "There are no two fine-tuned detectors to show: their folders hold no model."
-        parts = [Part(title, note=note)]
-    else:
-        name = f"{prefix}_predictions"
-        parts = [Part(title, [], [draw_sides(name, sides, images, labelled, count=count, score=score)])]
-    run = pretraining_of(comparisons, runs)
-    if run is not None:
-        plots = pretraining_losses(f"{prefix}_pretraining", read_run(run)) if comparisons else []
-        pictures = proposal_pictures(prefix, run, count=count)
-        if labelled is not None:
-            try:
-                plots += feature_plots(prefix, run, labelled)
-            except ValueError as error:
-                print(f"no t-SNE of {run}: {error}")
-        if images is not None:
-            pictures.append(center_pictures(prefix, run, images, count=count))
-        parts.append(Part("Pre-training", plots, pictures))
-    return parts
+        return Part(title, note=note)
+    name = f"{prefix}_predictions"
+    return Part(title, [], [draw_sides(name, sides, images, labelled, count=count, score=score)])
+
+
+def _pretraining(
+    prefix: str,
+    run: Path,
+    plots: list[Plot],
+    *,
+    images: Path | None,
+    labelled: CocoDataset | None,
+    count: int,
+) -> Part:
+    """What pre-training has seen and changed."""
+    from aligndet.reporting.page import Part
+    from aligndet.reporting.pretraining import center_pictures, feature_plots, proposal_pictures
+
+    pictures = proposal_pictures(prefix, run, count=count)
+    if labelled is not None:
+        try:
+            plots = plots + feature_plots(prefix, run, labelled)
+        except ValueError as error:
+            print(f"no t-SNE of {run}: {error}")
+    if images is not None:
+        pictures.append(center_pictures(prefix, run, images, count=count))
+    return Part("Pre-training", plots, pictures)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from aligndet.data.document import CocoWriter
 from aligndet.data.sample import BACKGROUNDS, MATTERS, compose_scene
 from aligndet.files import accepts_strings, atomic_write, contents, locked
 
@@ -67,42 +67,27 @@ def sample_data(
         for part, count in zip(BACKGROUNDS, (train_images, val_images), strict=True):
             for old in (output / part).glob("*.jpg"):
                 old.unlink()
-            document: dict[str, list[dict[str, Any]]] = {
-                "images": [],
-                "annotations": [],
-                "categories": [{"id": i + 1, "name": matter.name} for i, matter in enumerate(MATTERS)],
-            }
+            document = CocoWriter({number: matter.name for number, matter in enumerate(MATTERS, 1)})
             for index in tqdm(range(count), desc=part, unit="image"):
                 _write_scene(output, part, index, size, seed, document)
-            atomic_write(output / f"{part}.json", json.dumps(document))
+            atomic_write(output / f"{part}.json", json.dumps(document.content))
         atomic_write(output / "README.txt", _EXPLANATION)
     return output
 
 
-def _write_scene(
-    output: Path, part: str, index: int, size: int, seed: int, document: dict[str, list[dict[str, Any]]]
-) -> None:
+def _write_scene(output: Path, part: str, index: int, size: int, seed: int, document: CocoWriter) -> None:
     scene = compose_scene(part, size, np.random.default_rng((seed, list(BACKGROUNDS).index(part), index)))
     buffer = io.BytesIO()
     scene.image.save(buffer, "JPEG", quality=92)
     name = f"{index:05d}.jpg"
     atomic_write(output / part / name, buffer.getvalue())
     width, height = scene.image.size
-    document["images"].append({"id": index + 1, "file_name": name, "width": width, "height": height})
+    document.add_image(name, width, height)
     for label, mask in zip(scene.labels, scene.masks, strict=True):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-        document["annotations"].append(
-            {
-                "id": len(document["annotations"]) + 1,
-                "image_id": index + 1,
-                "category_id": label,
-                "bbox": [int(value) for value in box],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": [height, width], "counts": _run_lengths(mask)},
-            }
-        )
+        box = [int(value) for value in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
+        outline = {"size": [height, width], "counts": _run_lengths(mask)}
+        document.add_object(label, box, area=int(mask.sum()), iscrowd=0, segmentation=outline)
 
 
 def _run_lengths(mask: npt.NDArray[np.bool_]) -> list[int]:

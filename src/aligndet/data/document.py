@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,51 @@ class Document(NamedTuple):
     content: dict[str, Any]  # COCO's lists: images, annotations, categories
     folder: Path  # that the file names are relative to
     notes: tuple[str, ...] = ()  # what the reader had to leave out, by name
+
+
+class CocoWriter:
+    """COCO's lists as they grow; ids count from 1.
+
+    Attributes:
+        content: Images, annotations, categories.
+    """
+
+    def __init__(self, categories: Mapping[int, str]) -> None:
+        """Starts without images.
+
+        Args:
+            categories: Names by id.
+        """
+        self.content: dict[str, list[dict[str, Any]]] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": key, "name": name} for key, name in categories.items()],
+        }
+
+    def add_image(self, file_name: str, width: int, height: int) -> int:
+        """Adds an image and returns its id."""
+        images = self.content["images"]
+        images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
+        return len(images)
+
+    def add_object(self, category_id: int, box: Sequence[float], **fields: Any) -> None:
+        """Adds an object of the last image.
+
+        Args:
+            category_id: Of its class.
+            box: xyxy pixels.
+            fields: What else COCO has of it, such as iscrowd.
+        """
+        x0, y0, x1, y1 = box
+        self.content["annotations"].append(
+            {
+                "id": len(self.content["annotations"]) + 1,
+                "image_id": len(self.content["images"]),
+                "category_id": category_id,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                **fields,
+            }
+        )
 
 
 def load_document(annotations: Path, images: Path | None = None) -> Document:

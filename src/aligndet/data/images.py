@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, TypeVar
 
@@ -37,6 +38,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses from twice this on
 
 
 Item = TypeVar("Item")
+Place = TypeVar("Place")
 
 
 class ImageError(ValueError):
@@ -166,18 +168,40 @@ def first_images(folder: Path, count: int) -> list[tuple[str, Tensor]]:
         ValueError: As of `list_images`.
         ImageError: If none can be read: of the first.
     """
-    found: list[tuple[str, Tensor]] = []
-    problems: list[ImageError] = []
-    for name in list_images(folder):
-        try:
-            found.append((name, read_image(folder / name)))
-        except ImageError as error:
-            problems.append(error)
-        if len(found) >= count:
-            break
+    broken: list[str] = []
+    images = readable(
+        lambda name: (name, read_image(folder / name)), list_images(folder), strict=False, broken=broken
+    )
+    found = list(islice(images, count))
     if not found:
-        raise problems[0]
+        raise ImageError(broken[0])
     return found
+
+
+def readable(
+    read: Callable[[Place], Item], places: Iterable[Place], *, strict: bool, broken: list[str]
+) -> Iterator[Item]:
+    """Reads images one after the other, and passes over those that cannot be read.
+
+    Args:
+        read: From a place to the image; raises ImageError.
+        places: Names or positions.
+        strict: A broken image is an error.
+        broken: Gets the messages about those passed over.
+
+    Yields:
+        What was read.
+
+    Raises:
+        ImageError: With strict, at the first that cannot be read.
+    """
+    for place in places:
+        try:
+            yield read(place)
+        except ImageError as error:
+            if strict:
+                raise
+            broken.append(str(error))
 
 
 def check_shape(image: Tensor, size: Iterable[int], path: object) -> None:
@@ -207,8 +231,8 @@ def first_readable(
 ) -> tuple[Item, int, tuple[str, ...]]:
     """Reads an image, or in the place of a broken one another that can be read.
 
-    Which one depends on the position alone. Of a whole folder that is missing, each has another: the next one
-    that is there would stand for all of them.
+    Which one depends on the position alone. Substitutes are spread pseudo-randomly; taking the next readable
+    image would repeat one image for a whole missing folder.
 
     Args:
         read: From a position to the image; raises ImageError.

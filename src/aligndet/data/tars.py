@@ -45,7 +45,7 @@ class TarIndex:
         noted = batch.schema.metadata or {}
         self.fingerprint = noted.get(b"fingerprint", b"").decode()
         self.problem = noted.get(b"problem", b"").decode()
-        """Why the tar can hold more images than are known, or nothing."""
+        """Read error that cut the scan short; empty if the tar is whole."""
 
     def names(self) -> list[str]:
         """The images in the tar, sorted."""

@@ -30,7 +30,7 @@ class View(NamedTuple):
 
 
 class TwoViews(NamedTuple):
-    """What one image brings to a pre-training step."""
+    """One image's part of a pre-training step."""
 
     online: View
     momentum: View
@@ -56,8 +56,8 @@ def short_sides(min_size: tuple[int, int], max_size: int) -> list[int]:
 class TwoViewDataset(Dataset[TwoViews]):
     """Decodes an image once and augments it twice.
 
-    An item is asked for by (position, seed), see `aligndet.training.StepSampler`: the same pair gives the
-    same views in every process, which is what lets a resumed run see the same data.
+    The index of an item is (position, seed), see `aligndet.training.StepSampler`: the same pair gives the
+    same views in every process, so that a resumed run sees the same data.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TwoViewDataset(Dataset[TwoViews]):
             masks = torch.from_numpy(self.table.masks_of(index, chosen))
         if self.table.clusters is not None:
             clusters = torch.from_numpy(self.table.clusters_of(index, chosen))
-        # the table knows the image's size from when the proposals were made
+        # boxes are of the size that the image had when its proposals were made
         relative = boxes[chosen] / np.tile(self.table.sizes[index], 2)
         online, momentum = (self._view(image, relative, masks, rng) for _ in range(2))
         online, momentum = (view._replace(clusters=clusters) for view in (online, momentum))
@@ -132,7 +132,7 @@ class TwoViewDataset(Dataset[TwoViews]):
         height, width = image.shape[1:]
         scale = min(rng.choice(self.short_sides) / min(height, width), self.max_size / max(height, width))
         size = [max(1, int(side * scale)) for side in (height, width)]
-        # a view that is larger than its image grows last: until then there are fewer pixels to change
+        # an image is enlarged last, so that there are fewer pixels to augment
         grows = scale > 1
         planes = _planes(image if grows else F.resize(image, size, antialias=True))
         if rng.random() < 0.5:
@@ -150,7 +150,7 @@ class TwoViewDataset(Dataset[TwoViews]):
 
 
 def _planes(image: Tensor) -> npt.NDArray[np.uint8]:
-    """The channels of (3, H, W) each by itself in memory; OpenCV does it several times as fast as torch."""
+    """An image (3, H, W) with each channel in one piece; OpenCV is several times as fast as torch."""
     planes = np.empty(tuple(image.shape), np.uint8)
     cv2.split(image.permute(1, 2, 0).contiguous().numpy(), list(planes))
     return planes

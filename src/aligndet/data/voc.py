@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from aligndet.data.document import Document
+from aligndet.data.document import CocoWriter, Document
 from aligndet.data.images import READ, ImageError, find_files, read_image_size, walk
 from aligndet.files import read_lines, safe_name
 
@@ -121,25 +121,15 @@ def load_voc(path: Path, images: Path | None = None, split: str = "all") -> Docu
 def _document(
     rows: Mapping[str, tuple[tuple[int, int], list[_Object], Path]], names: list[str], shift: float
 ) -> dict[str, Any]:
-    category = {name: index + 1 for index, name in enumerate(names)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (file_name, ((width, height), objects, _)) in enumerate(rows.items(), 1):
-        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
+    category = {name: number for number, name in enumerate(names, 1)}
+    document = CocoWriter(dict(enumerate(names, 1)))
+    for file_name, (size, objects, _) in rows.items():
+        document.add_image(file_name, *size)
         for item in objects:
             left, top, right, bottom = item.corners
-            left, top = left - shift, top - shift
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category[item.name],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "iscrowd": int(item.difficult),
-                }
-            )
-    categories = [{"id": index, "name": name} for name, index in category.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+            box = (left - shift, top - shift, right, bottom)
+            document.add_object(category[item.name], box, iscrowd=int(item.difficult))
+    return document.content
 
 
 def _index_images(folder: Path) -> dict[str, list[str]]:

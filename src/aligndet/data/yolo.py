@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from aligndet.data.document import Document
+from aligndet.data.document import CocoWriter, Document
 from aligndet.data.images import ImageError, list_images, read_image_size
 from aligndet.files import holds, plain_name, read_lines, safe_name
 
@@ -57,25 +57,19 @@ def load_yolo(path: Path, images: Path | None = None, split: str = "all") -> Doc
     if images is None:  # a data.yaml may name relative and absolute folders
         files = [file.absolute() for file in files]
     folder = images if images is not None else Path(os.path.commonpath([file.parent for file in files]))
-    document: dict[str, list[dict[str, Any]]] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(names)],
-    }
+    document = CocoWriter(dict(enumerate(names, 1)))
+    annotations = document.content["annotations"]
     notes: list[str] = []
     for file in files:
         try:
-            width, height = read_image_size(file)
+            size = read_image_size(file)
         except ImageError as error:
             notes.append(f"image {error}")
             continue
-        number = len(document["images"]) + 1
-        name = file.relative_to(folder).as_posix()
-        document["images"].append({"id": number, "file_name": name, "width": width, "height": height})
-        for annotation in _objects(_label_file(file), len(names), keypoints, (width, height), notes):
-            annotation |= {"id": len(document["annotations"]) + 1, "image_id": number, "iscrowd": 0}
-            document["annotations"].append(annotation)
-    return Document(document, folder, tuple(notes))
+        image_id = document.add_image(file.relative_to(folder).as_posix(), *size)
+        for annotation in _objects(_label_file(file), len(names), keypoints, size, notes):
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0})
+    return Document(document.content, folder, tuple(notes))
 
 
 def _settings(path: Path) -> dict[str, Any]:

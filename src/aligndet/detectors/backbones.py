@@ -27,7 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCHVISION_TRUNKS = tuple(
     name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name
 )
-_TIMM_NAMES = {  # what timm has under a name of its own
+_TIMM_NAMES = {  # torchvision's names that timm spells otherwise
     "mobilenet_v2": "mobilenetv2_100",
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         return self.pyramid(trunk_features(self.body, images))
 
     def branches(self, images: Tensor) -> tuple[Branch, ...]:
-        """Returns what training sees: one pyramid; a composite trunk has another one of its assistant."""
+        """Returns the pyramids to train on: one; of a composite trunk, its assistant's as well."""
         return (Branch(self(images)),)
 
     def pyramid(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def _load_weights(body: nn.Module, trunk: str, weights: str) -> None:
 
 
 def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
-    """A trunk's feature maps, whichever library it is of.
+    """A trunk's feature maps, whichever library it is from.
 
     Args:
         body: Of `build_trunk`.
@@ -209,9 +209,9 @@ def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def normalised_places(features: Tensor) -> Tensor:
-    """Normalises every place of a map (B, H, W, C) over its channels, as detectors on Swin do.
+    """Normalises every location of a map (B, H, W, C) over its channels, as detectors on Swin do.
 
-    Their layer norms have scales and shifts, which a convolution that follows can have as well.
+    Their layer norms also scale and shift, which the convolution that follows can do as well.
     """
     return F.layer_norm(features, (int(features.shape[-1]),))  # a number: ONNX's tracer wants a constant
 
@@ -225,7 +225,7 @@ def padded(images: Tensor) -> Tensor:
 class SimpleFeaturePyramid(nn.Module):
     """A pyramid out of the last map of a plain transformer, which has one stride of 16 throughout (ViTDet).
 
-    Every level has its own way from that map: transposed convolutions to finer strides, pooling to coarser
+    Every level has its own layers on that map: transposed convolutions to finer strides, pooling to coarser
     ones, then a 1x1 and a 3x3 convolution.
     """
 
@@ -262,7 +262,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _rescale(channels: int, stride: int, norm: Callable[[int], nn.Module]) -> tuple[list[nn.Module], int]:
-    """Layers from stride 16 to another one, and the channels that come out."""
+    """Layers from stride 16 to another one, and their number of output channels."""
     layers: list[nn.Module] = [nn.MaxPool2d(stride // 16)] if stride > 16 else []
     for factor in range((16 // stride).bit_length() - 1):
         layers += [norm(channels), nn.GELU()] if factor else []

@@ -22,7 +22,8 @@ from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 from aligndet.detectors.query import query_pretraining
-from aligndet.detectors.roi import EmbeddingPredictor, FasterRcnnPretraining, MaskRcnnPretraining
+from aligndet.detectors.roi import FasterRcnnPretraining, MaskRcnnPretraining
+from aligndet.detectors.roi_parts import EmbeddingPredictor
 
 DETECTORS: dict[str, Any] = {
     "fcos": FcosPretraining,
@@ -147,8 +148,8 @@ def build_detector(
     backbone = family.backbone(trunk, trunk_weights, fpn_channels, fpn_norm)
     model: nn.Module = family.plain(backbone, num_classes + 1, **{**own, **(options or {})})
     if family.weights_format == "torchvision":
-        # torchvision's constructors swallow what they do not know; what they build themselves is None by
-        # default
+        # torchvision's constructors ignore what they do not know; parts that they build themselves are None
+        # by default
         known = {p.name for p in _parameters(type(model)) if p.default not in (Parameter.empty, None)}
         _check(detector, options, known - set(own) - family.fixed_options | family.shared_options())
     _predict_in_float32(model)
@@ -163,7 +164,7 @@ def training_defaults(
     Args:
         detector: A key of `DETECTORS`; a kind of them may have numbers of its own for AdamW.
         optimizer: "adamw" or "sgd".
-        learning_rate: Of AdamW for all other detectors.
+        learning_rate: Of AdamW, for detectors without one of their own.
 
     Raises:
         ValueError: If the detector is unknown.
@@ -174,11 +175,10 @@ def training_defaults(
 
 
 def _predict_in_float32(detector: nn.Module) -> None:
-    """Lets no box be made or decoded in half precision: in bfloat16 a coordinate of 500 moves in steps of 2
-    pixels, and the anchors of torchvision, which have the type of the maps, would become 0 to 16 pixels wide.
+    """Makes and decodes boxes in float32: in bfloat16, coordinates of 500 have steps of 2 pixels, and the
+    anchors of torchvision, which have the type of the maps, would be 0 to 16 pixels wide.
 
-    What the layers predict has been rounded by then, to a half percent: of the side of a box, not of where it
-    is.
+    Outputs of the layers are still rounded to a half percent, but of the side of a box, not of its position.
     """
     heads = getattr(detector, "prediction_heads", None)
     for module in detector.modules() if heads is None else heads:
@@ -191,13 +191,13 @@ def _predict_in_float32(detector: nn.Module) -> None:
 
 
 def _as_of_float32(module: nn.Module, args: Any) -> Any:
-    """Shows an anchor generator the same maps as numbers of 32 bits; it looks at sizes, type and device."""
+    """Shows an anchor generator float32 maps; it looks at sizes, type and device alone."""
     images, (first, *others) = args
     return images, [first[:1, :1].float(), *others]
 
 
 def _to_float32_in_eval_mode(module: nn.Module, args: Any, output: Any) -> Any:
-    """Of masks: the loss computes in float32 anyway, and would keep a copy of those of all classes."""
+    """For masks: in training, the loss is in float32 anyway, and a copy of all classes' would be kept."""
     return output if module.training else _to_float32(module, args, output)
 
 
@@ -206,7 +206,7 @@ def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _parameters(kind: type) -> list[Parameter]:
-    """Of a constructor and of those that it hands further arguments on to."""
+    """Parameters of a constructor and of those of the ancestors."""
     return [p for ancestor in kind.__mro__[:-1] for p in signature(ancestor).parameters.values()]
 
 

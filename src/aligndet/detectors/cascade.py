@@ -20,19 +20,18 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, mask
 from torchvision.ops import MultiScaleRoIAlign
 
 from aligndet.detectors.backbones import Backbone
-from aligndet.detectors.roi import (
-    FOR_PRETRAINING,
+from aligndet.detectors.roi import RoIPretraining
+from aligndet.detectors.roi_parts import (
     REPRESENTATION,
     EmbeddingPredictor,
-    RoIPretraining,
     box_head,
     mask_features,
     refine,
     start_small,
 )
 
-THRESHOLDS = (0.5, 0.6, 0.7)  # of IoU, from which on a box stands for an object
-WEIGHTS = (1.0, 0.5, 0.25)  # of the stages' losses
+THRESHOLDS = (0.5, 0.6, 0.7)  # IoU from which on a box stands for an object, by stage
+WEIGHTS = (1.0, 0.5, 0.25)  # of the losses, by stage
 
 
 class ClassAgnosticPredictor(FastRCNNPredictor):
@@ -52,18 +51,15 @@ class ClassAgnosticPredictor(FastRCNNPredictor):
 class CascadeRoIHeads(nn.Module):
     """RoI heads in a row, in the place of torchvision's single ones."""
 
-    def __init__(
-        self, stages: Sequence[RoIHeads], weights: Sequence[float], flows: Sequence[nn.Module] = ()
-    ) -> None:
+    def __init__(self, stages: Sequence[RoIHeads], flows: Sequence[nn.Module] = ()) -> None:
         """Joins the stages.
 
         Args:
             stages: In order; with mask heads in all of them or in none.
-            weights: Of each stage's losses.
             flows: From the mask features of a stage to the input of the next one's mask head.
         """
         super().__init__()
-        self.stages, self.weights = nn.ModuleList(stages), tuple(weights)
+        self.stages, self.weights = nn.ModuleList(stages), WEIGHTS[: len(stages)]
         self.flows = nn.ModuleList(flows)
         self.predicts_masks = bool(stages[0].has_mask())
 
@@ -112,7 +108,7 @@ class CascadeRoIHeads(nn.Module):
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Of the boxes as this stage has moved them, assigned anew (interleaved execution)."""
+        """The mask loss of boxes as this stage has moved them, assigned anew (interleaved execution)."""
         stage: Any = self.stages[depth - 1]
         regions, matched, labels, _ = stage.select_training_samples(regions, targets)
         objects = [label > 0 for label in labels]
@@ -125,7 +121,7 @@ class CascadeRoIHeads(nn.Module):
     def _detect(
         self, features: dict[str, Tensor], regions: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Classes are the mean over all stages, boxes the last one's, masks the mean over all stages."""
+        """Class scores and masks are means over all stages, boxes are those of the last one."""
         stages: Any = self.stages
         *former, last = stages
         scores: list[Tensor] = []
@@ -153,7 +149,7 @@ class CascadeRoIHeads(nn.Module):
 
 
 class CascadeRCNN(FasterRCNN):
-    """Cascade R-CNN, or with mask predictors HTC, on torchvision's Faster R-CNN; trains and predicts."""
+    """Cascade R-CNN, or HTC if there are mask predictors, built on torchvision's Faster R-CNN."""
 
     def __init__(
         self,
@@ -161,8 +157,6 @@ class CascadeRCNN(FasterRCNN):
         box_predictors: Sequence[nn.Module],
         mask_predictors: Sequence[nn.Module] = (),
         *,
-        thresholds: Sequence[float] = THRESHOLDS,
-        weights: Sequence[float] = WEIGHTS,
         box_convolutions: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -170,18 +164,16 @@ class CascadeRCNN(FasterRCNN):
 
         Args:
             backbone: P2 to P6.
-            box_predictors: One a stage, of features (M, 1024).
+            box_predictors: One a stage, of features (M, 1024); at most three.
             mask_predictors: One a stage, of features (M, 256, 14, 14); none for Cascade R-CNN.
-            thresholds: IoU from which on a box stands for an object, of each stage.
-            weights: Of each stage in the losses.
-            box_convolutions: Of each stage's box head, see `aligndet.detectors.roi.box_head`.
-            kwargs: Of torchvision's FasterRCNN.
+            box_convolutions: Of each stage's box head, see `aligndet.detectors.roi_parts.box_head`.
+            kwargs: For torchvision's FasterRCNN.
         """
         super().__init__(backbone, box_predictor=box_predictors[0], **kwargs)
         single: Any = self.roi_heads  # type: ignore[has-type]
         width = backbone.out_channels
         stages = []
-        for index, (predictor, threshold) in enumerate(zip(box_predictors, thresholds, strict=True)):
+        for index, (predictor, threshold) in enumerate(zip(box_predictors, THRESHOLDS, strict=False)):
             precision = (10.0 * (index + 1), 10.0 * (index + 1), 5.0 * (index + 1), 5.0 * (index + 1))
             parts: dict[str, Any] = {}
             if mask_predictors:
@@ -205,7 +197,7 @@ class CascadeRCNN(FasterRCNN):
                 )
             )
         flows = [nn.Conv2d(256, width, 1) for _ in mask_predictors[1:]]
-        self.roi_heads = CascadeRoIHeads(stages, weights, flows)
+        self.roi_heads = CascadeRoIHeads(stages, flows)
 
 
 class CascadePretraining(RoIPretraining):
@@ -215,28 +207,11 @@ class CascadePretraining(RoIPretraining):
     # each stage has its own IoU, and HTC its own masks
     fixed_options = frozenset({"box_fg_iou_thresh", "box_bg_iou_thresh", "mask_predictors"})
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        mask_predictors: Sequence[nn.Module] = (),
-        *,
-        embedding_dim: int = 128,
-        max_boxes: int = 4096,
-        rpn_positives: bool = False,
-        **transform: Any,
-    ) -> None:
+    @classmethod
+    def embedding_detector(cls, backbone: Backbone, embedding_dim: int, **settings: Any) -> CascadeRCNN:
+        """Builds the detector, whose settings may be mask predictors, too."""
         box_predictors = [EmbeddingPredictor(REPRESENTATION, embedding_dim) for _ in THRESHOLDS]
-        detector = self.network(backbone, box_predictors, mask_predictors, **FOR_PRETRAINING, **transform)
-        heads: Any = detector.roi_heads
-        super().__init__(
-            detector,
-            list(heads.stages),
-            heads.weights,
-            list(heads.flows),
-            needs=("masks",) if mask_predictors else (),
-            max_boxes=max_boxes,
-            rpn_positives=rpn_positives,
-        )
+        return cls.network(backbone, box_predictors, **settings)
 
     @classmethod
     def plain(cls, backbone: Backbone, num_classes: int, **transform: Any) -> CascadeRCNN:
@@ -255,5 +230,5 @@ class HtcPretraining(CascadePretraining):
         self, backbone: Backbone, *, max_masks: int = 128, pretrain_mask: bool = True, **settings: Any
     ) -> None:
         mask_predictors = [MaskRCNNPredictor(256, 256, num_classes=1) for _ in THRESHOLDS if pretrain_mask]
-        super().__init__(backbone, mask_predictors, **settings)
+        super().__init__(backbone, mask_predictors=mask_predictors, **settings)
         self.max_masks = max_masks

@@ -77,7 +77,7 @@ class CompositeBackbone(Backbone):
     def branches(self, images: Tensor) -> tuple[Branch, ...]:
         """Returns the pyramids of the assistant and of the lead."""
         assistant, lead = self.maps(images)
-        with _statistics_kept(self.fpn):  # they are the lead's, which predicts alone
+        with _statistics_kept(self.fpn):  # running statistics are for the lead, which alone predicts
             supervised = Branch(self.pyramid(assistant), ASSISTANT_WEIGHT, "assistant_")
         return supervised, Branch(self.pyramid(lead))
 
@@ -124,7 +124,7 @@ class CompositeBackbone(Backbone):
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Lets batch norms normalise by the batch, and not count it."""
+    """Lets batch norms normalise by the batch without updating their running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -177,7 +177,7 @@ def build_composite_backbone(
 
 
 def _stem_and_stages(body: Any) -> tuple[nn.Sequential, nn.ModuleDict]:
-    """Takes a trunk apart where its maps come out; no stages if that is within a layer."""
+    """Splits a trunk into a stem and a stage for each map; no stages if a map comes from within a layer."""
     layers = OrderedDict(body.named_children())
     names = list(getattr(body, "return_layers", ()))  # torchvision's and timm's
     stages: dict[str, nn.Module] = {}

@@ -19,27 +19,27 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets, wants_losses
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
 
 class _GroupNorm(nn.GroupNorm):
-    """In the precision of its input on GPUs as well as on CPUs; autocast would keep float32 maps on GPUs."""
+    """Works in the precision of its input, on GPUs as well; under autocast, torch's gives float32 there."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fast_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-# The head of torchvision's second RetinaNet. Without norms, as in its first one, features start so small that
-# a short run, of pre-training as of fine-tuning, is over before they have grown.
+# The head of torchvision's RetinaNet v2. Without its norms, as in v1, features start so small that a short
+# run of pre-training or fine-tuning is over before they have grown.
 _RETINANET_NORM = partial(_GroupNorm, 32)
 _RETINANET_BOX_LOSS = "giou"
-_RETINANET_ANCHORS = 9  # a location: torchvision's own three sizes and three shapes
+_RETINANET_ANCHORS = 9  # at each location: torchvision's three sizes and three shapes
 
 
 def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
-    """Picks the boxes of the contrast at random: up to a half assigned ones, the rest background.
+    """Picks boxes for the contrast at random: up to a half are assigned ones, the rest background.
 
     Args:
         proposal_ids: (M,) a proposal, BACKGROUND, or lower for a box that the detector ignores.
@@ -57,7 +57,7 @@ def sample_boxes(proposal_ids: Tensor, limit: int) -> Tensor:
 
 
 class _ContrastiveHead(nn.Module):
-    """Mixed into a torchvision head, in front of it: embeddings in the place of class scores."""
+    """A mixin, to stand before a torchvision head: embeddings in the place of class scores."""
 
     classification_head: Any  # torchvision's, as is
     regression_head: Any
@@ -70,15 +70,32 @@ class _ContrastiveHead(nn.Module):
         self.max_boxes = max_boxes
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        """Runs the class tower, and the box branch where there is something to learn: boxes are for the
-        losses alone, and the momentum detector's are not used.
+        """Runs the class tower and the box branch.
+
+        The box branch runs only for losses, so the momentum detector skips it.
         """
-        outputs = self._boxes(x) if torch.is_grad_enabled() else {}
+        outputs = self._boxes(x) if wants_losses() else {}
         tower = self.classification_head.conv
         features = torch.cat([tower(level).flatten(2) for level in x], dim=2).mT  # (B, locations, C)
         return {**outputs, "class_features": features}
 
     def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """What torchvision's detector returns: embeddings, their proposals, and box losses if wanted."""
+        found = self._embed(head_outputs["class_features"], targets, matched_idxs)
+        if wants_losses():
+            found |= self._box_losses(targets, head_outputs, anchors, matched_idxs)
+        return found
+
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _embed(
@@ -113,19 +130,10 @@ class _FcosHead(_ContrastiveHead, FCOSHead):
             "cls_logits": torch.zeros_like(centerness),
         }
 
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if torch.is_grad_enabled():
-            one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-            losses = FCOSHead.compute_loss(self, one_class, head_outputs, anchors, matched_idxs)
-            result |= {"bbox_regression": losses["bbox_regression"], "bbox_ctrness": losses["bbox_ctrness"]}
-        return result
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
+        one_class = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+        losses = FCOSHead.compute_loss(self, one_class, *others)
+        return {name: losses[name] for name in ("bbox_regression", "bbox_ctrness")}
 
 
 class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
@@ -137,19 +145,8 @@ class _RetinaNetHead(_ContrastiveHead, RetinaNetHead):
     def _boxes(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
         return {"bbox_regression": self.regression_head(pyramid)}
 
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        result = self._embed(head_outputs["class_features"], targets, matched_idxs)
-        if torch.is_grad_enabled():
-            result["bbox_regression"] = self.regression_head.compute_loss(
-                targets, head_outputs, anchors, matched_idxs
-            )
-        return result
+    def _box_losses(self, targets: list[dict[str, Tensor]], *others: Any) -> dict[str, Tensor]:
+        return {"bbox_regression": self.regression_head.compute_loss(targets, *others)}
 
 
 class _DensePretraining(Adapter):
@@ -197,11 +194,11 @@ class FcosPretraining(_DensePretraining):
 
 
 def _fcos(*args: Any, **settings: Any) -> FCOS:
-    """torchvision's, with norms of our precision, and its box branch started at 4 strides.
+    """torchvision's FCOS with our norms, and with a box branch that starts at distances of 4 strides.
 
-    Objects of a level lie 4 to 8 away. A rectifier ends torchvision's branch, which starts at distances
-    around 0: there it passes no gradient for half of them, and a few large steps silence it for good.
-    Pre-trained or not, short runs live by it.
+    The edges of a level's objects are 4 to 8 strides away. torchvision's branch starts around 0 and ends in a
+    ReLU, which passes no gradient for half of the distances there; after a few large steps, it may for none.
+    Short runs depend on this start, pre-trained or not.
     """
     detector = FCOS(*args, **settings)
     nn.init.constant_(detector.head.regression_head.bbox_reg.bias, 4.0)

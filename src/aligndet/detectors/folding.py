@@ -19,7 +19,7 @@ _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 def folded(trunk: nn.Module) -> nn.Module:
     """Copies a trunk in eval mode, with every batch norm that follows a convolution folded into it.
 
-    Such a norm is a factor and a shift of each channel, which the convolution has at no cost.
+    Such a norm scales and shifts each channel, which the convolution can do at no extra cost.
 
     Args:
         trunk: For `trunk_features`.
@@ -38,7 +38,7 @@ def folded(trunk: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _folded(trunk: nn.Module) -> nn.Module | None:
-    """The same, in place; None if it cannot be."""
+    """Folds in place; returns None if there is nothing to fold, or the maps would change."""
     example = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     example = example.to(next(trunk.parameters()).device)
     pairs, before = _pairs(trunk, example)
@@ -50,7 +50,8 @@ def _folded(trunk: nn.Module) -> nn.Module | None:
         for name, child in parent.named_children():
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    # elsewhere than into its norm, a convolution's map may go unfolded: then the network is another one
+    # If a convolution's output is also used outside its norm, folding changes the network; compare and
+    # give up.
     same = all(
         float((after - former).norm()) <= 1e-2 * float(former.norm())
         for after, former in zip(trunk_features(trunk, example), before, strict=True)
@@ -59,8 +60,8 @@ def _folded(trunk: nn.Module) -> nn.Module | None:
 
 
 def _pairs(trunk: nn.Module, example: Tensor) -> tuple[list[tuple[nn.Conv2d, Any]], list[Tensor]]:
-    """Convolutions that are called once, each with the norm that is given its map; and the trunk's maps."""
-    maps: list[tuple[Tensor, nn.Conv2d]] = []  # kept, so that no other tensor gets the place of one
+    """Convolutions that are called once, each with the norm that takes its map; and the trunk's maps."""
+    maps: list[tuple[Tensor, nn.Conv2d]] = []  # kept alive, so that no other tensor takes the place of one
     pairs: list[tuple[nn.Conv2d, Any]] = []
 
     def made(conv: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -79,6 +80,6 @@ def _pairs(trunk: nn.Module, example: Tensor) -> tuple[list[tuple[nn.Conv2d, Any
 
 
 def _activation(norm: Any) -> nn.Module:
-    """What a norm does after it has normalised: timm's activate."""
+    """The activation within a norm: timm's have one."""
     activates = isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d)
     return norm.act if activates else nn.Identity()

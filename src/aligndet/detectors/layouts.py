@@ -1,8 +1,8 @@
-"""Published weights of trunks: whose names a file has is found out, and they become the trunk's own.
+"""Published weights of trunks: finds out whose names a file has, and translates them into the trunk's.
 
 Projects differ in three ways. Prefixes ("module.encoder_q.", "state_dict.backbone.") need no table: the one
-under which most of the trunk is found is taken, and among copies that are equally complete (an encoder and
-its moving average) the one that its authors evaluate. Names of layers are the table below, a few rules each.
+under which most of the trunk is found is taken; of equally complete copies (an encoder and its moving
+average), it is the one that the authors evaluate. Names of layers are the table below, a few rules each.
 And networks that are the same but for their names (MobileNets, EfficientNets) are matched by the order of
 their layers.
 """
@@ -28,7 +28,7 @@ _COMPUTED = re.compile(r"num_batches_tracked|relative_position_index|relative_co
 
 
 def _stage(name: str, shift: int, between: str = "") -> Callable[[re.Match[str]], str]:
-    """A stage's number, counted from elsewhere."""
+    """Adds to the number of a stage."""
     return lambda match: f"{name}{int(match[1]) + shift}.{between}"
 
 
@@ -43,7 +43,7 @@ _DOWNSAMPLE: Rule = (r"\blayers\.(\d+)\.downsample\.", _stage("layers.", 1, "dow
 
 
 def _in_features(stages: str, stem: tuple[Rule, Rule]) -> tuple[Rule, ...]:
-    """torchvision's ``features``: the stem, then stages and the layers between them in turns."""
+    """Rules for torchvision's ``features``: the stem, then stages and downsampling layers in turns."""
     return (
         *stem,
         (r"\bfeatures\.([1357])\.", lambda match: f"{stages}.{int(match[1]) // 2}.blocks."),
@@ -102,11 +102,11 @@ LAYOUTS: dict[str, tuple[Rule, ...]] = {
         *_TORCHVISION_MLP,
     ),
 }
-"""Rules by layout, applied one after the other: a pattern, and what timm (ResNets: torchvision) says."""
+"""Rules by layout, applied in order: a pattern, and timm's name in its place (ResNets: torchvision's)."""
 
 
 class Match(NamedTuple):
-    """What of a file belongs to a trunk."""
+    """The part of a file that belongs to a trunk."""
 
     state: dict[str, Tensor]  # by the trunk's names
     layout: str
@@ -117,7 +117,7 @@ class Match(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether nearly all of the trunk is there: of its numbers, and of its tensors (norms are small)."""
+        """Whether nearly all numbers of the trunk are there, and nearly all tensors (norms are small)."""
         tensors = len(self.state) / max(1, len(self.state) + len(self.missing))
         return min(self.share, tensors) >= NEARLY_ALL
 
@@ -222,14 +222,14 @@ def _fitted(name: str, tensor: Tensor, wanted: Tensor) -> Tensor | None:
 
 
 def _unfolded(tensor: Tensor) -> Tensor:
-    """The order of the four merged pixels: OpenMMLab unfolds channel by channel and row by row, Microsoft
+    """Reorders the four merged pixels: OpenMMLab unfolds channel by channel and row by row, Microsoft
     concatenates pixel by pixel and column by column.
     """
     return tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)[..., [0, 2, 1, 3], :].flatten(-2)
 
 
 def _in_order(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, str]:
-    """The trunk's layers as a run of the file's: all shapes and kinds (weight, running_mean) agree."""
+    """Finds the trunk's layers in a row in the file: all shapes and kinds (weight, running_mean) agree."""
     ours = [name for name in wanted if not _COMPUTED.search(name)]
     theirs = [key for key in tensors if not _COMPUTED.search(key)]
     for start in range(len(theirs) - len(ours) + 1):

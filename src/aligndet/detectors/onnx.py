@@ -68,7 +68,9 @@ def save_onnx(detector: nn.Module, path: Path) -> float | None:
 
 
 def _share_of_same(detector: nn.Module, path: Path, names: list[str], image: Tensor) -> float:
-    """Of the boxes of either, those that the other has at the same place, with the same label and score."""
+    """The share of boxes that the other one has as well, at the same place and with the same label and score:
+    the lower of both shares.
+    """
     from onnxruntime import InferenceSession
 
     session = InferenceSession(str(path), providers=["CPUExecutionProvider"])

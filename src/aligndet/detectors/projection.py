@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class ProjectionHead(nn.Module):
     """Embeds the features of boxes for the contrastive loss.
 
-    A classifier of several anchors a location predicts each from weights of its own; so does this head: the
+    A classifier of several anchors at a location has weights of its own for each; so has this head: the
     hidden layer is shared, the output layer has one slice an anchor. The slices start alike: a proposal's
-    anchors differ between views, and slices of unrelated numbers would first have to learn to agree.
+    anchors differ between views, and unrelated slices would first have to learn to agree.
     """
 
     def __init__(self, in_channels: int, embedding_dim: int = 128, num_anchors: int = 1) -> None:
@@ -21,7 +21,7 @@ class ProjectionHead(nn.Module):
         self.hidden = nn.Linear(in_channels, in_channels)
         self.output = nn.Linear(in_channels, num_anchors * embedding_dim)
         self.num_anchors = num_anchors
-        # RetinaNet's towers start with features so small that random biases alone would make the embeddings
+        # RetinaNet's towers start with features so small that random biases would dominate the embeddings
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.output.bias)
         with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput
+from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, wants_losses
 from aligndet.detectors.backbones import PyramidNorm, build_timm_trunk
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import QueryDetector, QueryTrunk, relative_targets
@@ -35,7 +35,7 @@ class QueryPretraining(Adapter):
     family: ClassVar[Family]
     weights_format = "transformers"
     training_defaults: ClassVar = {"learning_rate": 1e-4, "weight_decay": 1e-4, "clip": 0.1}  # DETR's
-    top_proposals = True  # the first in rank order, not a random subset: one query a proposal
+    top_proposals = True  # the first in rank order, not a random subset: each takes a query
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class QueryPretraining(Adapter):
         super().__init__()
         self.needs: tuple[str, ...] = () if objectness else ("clusters",)
         self.num_clusters = 1 if objectness else num_clusters
-        # noisy copies of the targets would be further queries, which fine-tuning gets back
+        # no queries that are noisy copies of the targets; fine-tuning has them again
         no_noise = {"num_denoising": 0} if "num_denoising" in settings_of(self.family) else {}
         self.detector = QueryDetector(
             self.family,
@@ -74,7 +74,7 @@ class QueryPretraining(Adapter):
             image_std=image_std,
             settings={**settings, **no_noise},
         )
-        # objects of any class: what chooses the queries among the encoder's places goes on as it is
+        # With one class, the encoder's query-selection score is class-independent, so fine-tuning keeps it.
         kept = self.family.encoder_score if objectness else None
         self.prediction_layers = tuple(layer for layer in self.family.class_layers if layer != kept)
         self.copied_parameters = tuple(f"detector.network.{name}" for name in self.family.queries)
@@ -129,15 +129,14 @@ class QueryPretraining(Adapter):
                 torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) for boxes in proposals
             ]
         labels = [relative_targets(*target) for target in zip(images, proposals, clusters, strict=True)]
-        network, learns = self.detector.network, torch.is_grad_enabled()
-        # the momentum detector's losses are not used
+        network, learns = self.detector.network, wants_losses()
         with (
             decoder_states(network.model) as recorded,
             matches(network, type(self.matcher)) if learns else without_losses(network) as found,
         ):
             outputs = self.detector.run(images, labels)
         states = recorded[0].movedim(self.family.layer_dim, 0).flatten(1, 2)  # (L, B * Q, C)
-        if learns:  # the loss has matched the last layer, then the others in order
+        if learns:  # the loss matches the last layer first, then the others in order
             last, *others = found[: len(states)]
             found = [*others, last]
         else:
@@ -147,8 +146,8 @@ class QueryPretraining(Adapter):
         return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels) if learns else {})
 
     def _embeddings(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Of all queries, (L, B * Q, D); a gradient flows through those that stand for a proposal, the only
-        ones from which the loss has any.
+        """Embeds all queries, (L, B * Q, D); only those that stand for a proposal have a graph, as the loss
+        has no gradient for others.
         """
         stands = (ids != BACKGROUND).to(states.device)
         own = self.projection_head(states[stands])
@@ -168,7 +167,7 @@ class QueryPretraining(Adapter):
         return [{"logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
 
     def _match(self, layer: Any, labels: list[dict[str, Tensor]]) -> Matches:
-        """Which queries of each image the family's own matcher gives to which of its proposals."""
+        """Matches the queries of each image to its proposals, with the family's own matcher."""
         logits = layer["logits"].float()
         boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
         if not torch.isfinite(boxes).all():  # the matcher does not say what is wrong
@@ -195,9 +194,9 @@ def _matcher(family: Family, config: Any) -> nn.Module:
 
 @contextmanager
 def decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What leaves the decoder's layers during one call; not all families return it.
+    """Records the states after each of the decoder's layers in one call; not all families return them.
 
-    The hook lives for the call alone: one that stays would point to the original from a deep copy.
+    The hook is removed after the call: in a deep copy, it would still point to the original.
 
     Args:
         model: transformers' model below the prediction layers.
@@ -217,9 +216,9 @@ def proposal_ids(found: Sequence[Matches], labels: list[dict[str, Tensor]], quer
     """The proposal that each query stands for.
 
     Args:
-        found: Of each layer, on the CPU.
+        found: Matches of each layer, on the CPU.
         labels: transformers' targets.
-        queries: Of the batch.
+        queries: How many there are in the batch.
 
     Returns:
         (L, queries) int64 on the CPU; a proposal of the batch or BACKGROUND.
@@ -235,7 +234,7 @@ def proposal_ids(found: Sequence[Matches], labels: list[dict[str, Tensor]], quer
 
 @contextmanager
 def matches(network: Any, matcher: type[nn.Module]) -> Iterator[list[Matches]]:
-    """What transformers' losses match in one call: to match once more would take as long.
+    """Records what transformers' losses match in one call; matching again would take as long.
 
     Args:
         network: transformers' model; called with labels inside.
@@ -251,7 +250,7 @@ def matches(network: Any, matcher: type[nn.Module]) -> Iterator[list[Matches]]:
             found.append(output)
 
     def watched(*call: Any, **others: Any) -> Any:
-        # of all modules: the loss makes itself a matcher in each call
+        # a hook on all modules: the loss builds a new matcher in each call
         hook = register_module_forward_hook(keep)
         try:
             return own(*call, **others)
@@ -267,7 +266,7 @@ def matches(network: Any, matcher: type[nn.Module]) -> Iterator[list[Matches]]:
 
 @contextmanager
 def without_losses(network: Any) -> Iterator[list[Matches]]:
-    """Lets transformers predict from every layer, which it does for its losses alone, without these.
+    """Lets transformers predict from every layer, as it does for its losses, without computing them.
 
     Args:
         network: transformers' model; called with labels inside.

@@ -29,7 +29,7 @@ from aligndet.detectors.query_families import (
     start_as_authors,
     with_first_prediction,
 )
-from aligndet.processes import mean_over_processes
+from aligndet.processes import all_reduce_mean
 
 
 class QueryTrunk(NamedTuple):
@@ -95,7 +95,7 @@ class QueryDetector(nn.Module):
 
     @property
     def prediction_heads(self) -> list[nn.Module]:
-        """All that ends in class scores or boxes, or in maps whose type the anchors of RT-DETR get."""
+        """Modules that give class scores or boxes, or the maps whose type RT-DETR's anchors take."""
         found = [m for name, m in self.network.named_modules() if is_head(name.rpartition(".")[2])]
         found.append(getattr(self.network.model, "decoder_input_proj", nn.ModuleList()))
         return [head for entry in found for head in (entry if isinstance(entry, nn.ModuleList) else [entry])]
@@ -133,7 +133,7 @@ class QueryDetector(nn.Module):
             What the model returns.
 
         Raises:
-            FloatingPointError: If boxes are predicted that no target can be matched to.
+            FloatingPointError: If predicted boxes are not finite, so that none can be matched.
         """
         pixels, mask = self._batch(images)
         # the fused kernel's backward pass on a CPU takes many times as long in bfloat16 as matrix products do
@@ -152,16 +152,16 @@ class QueryDetector(nn.Module):
     def losses(self, outputs: Any, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """transformers' losses, summed by kind: what it returns as their sum is the sum of these.
 
-        Where these are divided by the number of boxes of this process, that is exchanged for the mean over
-        all processes: what the detectors' authors divide by, so that every box weighs the same.
+        transformers divides by the number of boxes of this process; here it is the mean over all processes,
+        as with the detectors' authors, so that every box weighs the same.
 
         Args:
             outputs: Of `run` with labels.
-            labels: Those.
+            labels: The same labels.
         """
         config, found = self.network.config, outputs.loss_dict
         boxes = outputs.logits.new_tensor(sum(len(label["boxes"]) for label in labels), dtype=torch.float32)
-        to_mean = boxes.clamp(min=1) / mean_over_processes(boxes).clamp(min=1)
+        to_mean = boxes.clamp(min=1) / all_reduce_mean(boxes).clamp(min=1)
         sums = {}
         for kind, setting in self.family.losses.items():
             weight = 1.0 if setting is None else float(getattr(config, setting))
@@ -170,12 +170,12 @@ class QueryDetector(nn.Module):
                 norm = 1.0 if kind in self.family.own_norm else to_mean
                 sums[kind.removeprefix("loss_")] = weight * norm * torch.stack(parts).sum()
         unused = getattr(self.network.model, "denoising_class_embed", None)
-        if unused is not None and not boxes:  # other processes, which have boxes, wait for its gradient
+        if unused is not None and not boxes:  # other processes, which have boxes, would wait for its gradient
             sums["bbox"] = sums["bbox"] + 0.0 * unused.weight.sum()
         return sums
 
     def configuration_files(self, class_names: Sequence[str] | None) -> dict[str, str]:
-        """What transformers wants beside the weights to load and use the detector by itself.
+        """Files that transformers needs beside the weights to load and use the detector.
 
         Args:
             class_names: If known.
@@ -205,8 +205,8 @@ class QueryDetector(nn.Module):
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Resizes, normalises and pads: (B, 3, H, W), and a mask (B, H, W) that is 1 on the images."""
         if self.family.square:
-            # one size for the batch, that drawn for one image: sizes are as frequent as they were drawn. The
-            # bound of the long side has not made the squarest one smaller
+            # one size for the batch: that of its squarest image, which the bound of the long side has not
+            # made smaller; so sizes are as frequent as they were drawn
             shapes = [sorted(image.shape[-2:]) for image in images]
             side = self.min_size if self._resizes else min(shapes, key=lambda s: round(s[1] / s[0], 1))[0]
             side = self._square_side(side)
@@ -233,7 +233,7 @@ class QueryDetector(nn.Module):
         return self.resize_in_training or not self.training
 
     def _square_side(self, side: int) -> int:
-        """A multiple of the coarsest stride, with as many places as there are queries at least."""
+        """Rounds to a multiple of the coarsest stride; refuses one with fewer places than queries."""
         coarsest = self.family.strides[-1]
         queries = self.network.config.num_queries if self.family.from_encoder else 0
         multiple = max(1, round(side / coarsest))
@@ -256,13 +256,13 @@ class QueryDetector(nn.Module):
 
 
 def _normalised(norm: FrozenBatchNorm2d | FrozenBatchNormAct2d, x: Tensor) -> Tensor:
-    """In one kernel and in the precision of x; torchvision and timm take several, in float32."""
+    """Normalises in one kernel and in the precision of x; torchvision and timm take several, in float32."""
     statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
     return F.batch_norm(x, *statistics, training=False, eps=norm.eps)
 
 
 def _saves_input(x: Tensor) -> bool:
-    """Whether the one kernel would keep for the backward pass what the libraries' several do not."""
+    """Whether the one kernel would keep its input for the backward pass, as the libraries' do not."""
     return x.requires_grad and x.dtype == torch.float32
 
 
@@ -296,11 +296,11 @@ def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, 
 def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> Any:
     """transformers' model on a trunk of timm's."""
     settings = dict(settings)
-    dilated = settings.pop("dilation", False)  # transformers has it for trunks that it chooses itself
+    dilated = settings.pop("dilation", False)  # which transformers has only for trunks that it chooses itself
     backbone = from_transformers("TimmBackboneConfig")(
         backbone=trunk.name,
         out_indices=list(range(-len(family.strides), 0)),
-        # transformers freezes batch norms itself, but takes the activations of timm's norms away with them
+        # frozen by timm: transformers would take the activations within timm's norms away
         freeze_batch_norm_2d=True,
         output_stride=16 if dilated else None,
     )

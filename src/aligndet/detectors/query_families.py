@@ -17,19 +17,19 @@ class Family(NamedTuple):
     model: str  # transformers' classes begin with it: DetrConfig, DetrForObjectDetection
     processor: str  # likewise its image processor, which may be another family's
     matcher: str  # class below transformers
-    losses: dict[str, str | None]  # begin of a loss's name: the setting that is its weight; None: weighted
+    losses: dict[str, str | None]  # prefix of a loss's name: the setting with its weight; None: weighted
     strides: tuple[int, ...]  # of the trunk's maps
     width: tuple[str, ...]  # settings that hold the width of everything above the trunk
     class_layers: tuple[str, ...]  # what depends on the number of classes
-    encoder_score: str | None = None  # that of them which chooses queries among the encoder's places
+    encoder_score: str | None = None  # the one of them that selects queries from the encoder's output
     queries: tuple[str, ...] = ()  # learned query embeddings
     own_norm: tuple[str, ...] = ()  # losses that are not divided by the number of boxes
-    layer_dim: int = 0  # of the decoder's stacked states, where the layers are
+    layer_dim: int = 0  # dimension of the layers in the decoder's stacked states
     square: bool = False  # made for square images, without masks of the padding
-    from_encoder: bool = False  # queries are the encoder's best places
-    moves: bool = True  # boxes are moves of reference points or boxes
-    sides: float = 0.0  # logit of the sides of boxes that are moves of points
-    predicts_first: bool = False  # before its first layer's refinement, see `with_first_prediction`
+    from_encoder: bool = False  # queries are selected from the encoder's output
+    moves: bool = True  # boxes are predicted as offsets to reference points or boxes
+    sides: float = 0.0  # initial logit of the sides of boxes that are offsets to points
+    predicts_first: bool = False  # once before its first refinement, see `with_first_prediction`
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -64,7 +64,7 @@ DETR = Family(
     own_norm=("loss_ce",),
     moves=False,
 )
-# Queries look where they expect the ends of their object.
+# Queries attend to where they expect the edges of their object.
 CONDITIONAL_DETR = DETR._replace(
     model="ConditionalDetr",
     processor="ConditionalDetr",
@@ -88,7 +88,7 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     layer_dim=1,
     sides=-2.0,
 )
-# A hybrid encoder, whose best places are the queries; v2 has sampling points of its own for each map.
+# A hybrid encoder, whose best locations become queries; v2 has sampling points of its own for each map.
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
 RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
 # Edges as distributions, refined from layer to layer.
@@ -105,7 +105,7 @@ _OURS = {
 
 
 def from_transformers(name: str) -> Any:
-    """A class or function of transformers, which is imported only now.
+    """Imports a class or function of transformers when it is needed.
 
     Args:
         name: Below ``transformers``.
@@ -136,11 +136,11 @@ def settings_of(family: Family) -> frozenset[str]:
 
 
 def start_as_authors(family: Family, network: nn.Module) -> None:
-    """Starts what lies above the trunk as the detectors' authors do.
+    """Initialises everything above the trunk as the detectors' authors do.
 
-    transformers' own numbers, normal with a deviation of 0.01 or 0.02, wait for a checkpoint: from them, all
-    queries of DETR predict the same box, to 3e-8 of the image's side, and the maps of RT-DETR's encoder are a
-    hundredth of what its queries hold.
+    transformers' initial weights, normal with a deviation of 0.01 or 0.02, are meant to be replaced by a
+    checkpoint: with them, all queries of DETR predict the same box, to 3e-8 of the image's side, and the maps
+    of RT-DETR's encoder are a hundredth of its queries in size.
 
     Args:
         family: Of the detector.
@@ -150,7 +150,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
     trunk = set(network.model.backbone.modules())  # type: ignore[union-attr]
     modules = [(name, module) for name, module in network.named_modules() if module not in trunk]
     kinds = ("q_proj", "k_proj", "v_proj")
-    fused = {  # one matrix of three times the height with the authors, which Xavier gives smaller numbers
+    fused = {  # the authors have one matrix of three times the height, whose Xavier weights are smaller
         getattr(module, kind) for _, module in modules if hasattr(module, "q_proj") for kind in kinds
     }
     for name, module in modules:
@@ -158,7 +158,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are meant
+        elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are intended
             if is_head(name) or name == "model.input_projection":
                 module.reset_parameters()
             else:
@@ -168,7 +168,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         if family.moves and "bbox_" in name and hasattr(module, "layers"):  # no move at first
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
-            if not refines or name.endswith("bbox_embed.0"):  # later layers move what it gives
+            if not refines or name.endswith("bbox_embed.0"):  # later layers refine its boxes
                 nn.init.constant_(module.layers[-1].bias[2:], family.sides)
 
 
@@ -193,15 +193,15 @@ def with_first_prediction(
     outputs_coord: Tensor,
     **others: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
-    """D-FINE's loss with every layer's prediction beside its own edges.
+    """D-FINE's loss with each layer's prediction paired with its own distributions of edges.
 
-    D-FINE predicts once before its first refinement, so it has one prediction more than edges' distributions.
-    transformers' loss pairs them from the first of each on: the edges of one layer with the prediction of the
-    layer before, so that the last layer but one learns neither classes nor boxes.
+    D-FINE predicts once before its first refinement, so it has one prediction more than distributions.
+    transformers' loss pairs the first with the first, and so the edges of a layer with the prediction of the
+    layer before: the last layer but one learns neither classes nor boxes.
 
     Args:
         loss: transformers' ``DFineForObjectDetectionLoss``.
-        logits: This and all others as it has them.
+        logits: This and all further ones are that loss's own arguments.
 
     Returns:
         Its results, and losses of the first prediction's classes and boxes among them (``loss_vfl_pre``).

@@ -24,7 +24,7 @@ _BUNDLED = {
 
 
 def weights_file(weights: str) -> Path:
-    """The file that a user means.
+    """Finds the file of weights.
 
     Args:
         weights: A file, or a folder of `aligndet pretrain-backbone` or of any other run or export.
@@ -66,8 +66,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             detectron2 keeps them).
 
     Returns:
-        By the keys on the way to them, joined by dots: "state_dict.module.conv1.weight". Optimizers are left
-        out.
+        Tensors by the keys that lead to them, joined by dots: "state_dict.module.conv1.weight". Optimizers
+        are left out.
 
     Raises:
         ValueError: If the file is missing or no such file, holds no tensors, or wants to run code.
@@ -110,7 +110,7 @@ def _flat(value: Any, name: str) -> list[tuple[str, Tensor]]:
 
 
 class _Ignored:
-    """Stands for a value that says how a network was trained: it is not needed, and not built."""
+    """Stands for a value about the training of a network, which is not needed."""
 
     def __init__(self, *_: Any) -> None: ...
 

@@ -41,7 +41,7 @@ _CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1, ".enc_score_head.":
 
 
 def network_of(detector: nn.Module) -> nn.Module:
-    """The module whose names stand in files: the detector, or the model of transformers that it calls.
+    """The module that is saved: the detector, or the model of transformers that it calls.
 
     Args:
         detector: Of `aligndet.detectors.build.build_detector`.
@@ -71,7 +71,7 @@ def initialise(
         modules: Keys of `MODULES`: the parts to take from `state`; the others stay as they are.
 
     Returns:
-        By module that holds parameters: "pre-trained" or "new".
+        For each module with parameters: "pre-trained" or "new".
 
     Raises:
         ValueError: If a module is unknown, or the tensors belong to another kind of detector.
@@ -133,7 +133,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], manifest: dict[str, Any
     places: set[int] = set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        # the format has no two names for one place in memory (heads that layers share)
+        # the format refuses two names for one place in memory (heads that layers share)
         tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
     atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
@@ -190,7 +190,7 @@ def weights_folder(folder: Path) -> Path:
     """Where a run or an export has its weights.
 
     Args:
-        folder: Of either, or of the weights.
+        folder: Of a run, of an export, or of the weights themselves.
     """
     candidates = [folder, folder / "model", folder / "pretrained"]
     return next((c for c in candidates if (c / "manifest.json").is_file()), folder)
@@ -223,3 +223,18 @@ def load_detector(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder}: the weights do not fit the architecture of the manifest: {error}"
         ) from error
     return detector.eval(), manifest
+
+
+def load_tuned(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """As `load_detector`, for a fine-tuned detector: its manifest names the classes.
+
+    Args:
+        folder: Of `aligndet finetune`.
+
+    Raises:
+        ValueError: If the folder holds no whole detector, or one that is not fine-tuned.
+    """
+    detector, manifest = load_detector(folder)
+    if not manifest.get("class_names"):
+        raise ValueError(f"{folder}: knows no classes yet; fine-tune it first")
+    return detector, manifest

@@ -15,7 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from aligndet.data.coco import Category
 from aligndet.evaluation.details import Details, without_nan
 from aligndet.evaluation.inference import binary_masks
-from aligndet.processes import from_all_processes
+from aligndet.processes import all_gather_items
 
 FIGURES = {
     "AP": "map",
@@ -45,7 +45,7 @@ class CocoResult:
     details: Details | None = None  # of boxes, if asked for
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, what JSON can hold; nan becomes None."""
+        """All figures, in a form that JSON can hold; nan becomes None."""
         result: dict[str, Any] = without_nan(self.figures)
         result["AP_by_class"] = without_nan(self.ap_by_class)
         if self.mask_ap_by_class is not None:
@@ -75,7 +75,7 @@ class CocoResult:
 
 
 class CocoEvaluator:
-    """Collects predictions and targets in torchvision's form; the sums are faster-coco-eval's.
+    """Collects predictions and targets in torchvision's form; faster-coco-eval computes the figures.
 
     In a run of several processes each adds its part of the images.
     """
@@ -95,7 +95,7 @@ class CocoEvaluator:
             rec_thresholds=np.linspace(0, 1, 101).tolist(),  # torchmetrics' own are rounded to float32
             class_metrics=True,
             backend="faster_coco_eval",
-            sync_on_compute=False,  # it would gather image by image, and on GPUs only what lies there
+            sync_on_compute=False,  # it would gather image by image, and with GPUs only what is on them
         )
         self._metric.warn_on_many_detections = False
 
@@ -116,14 +116,14 @@ class CocoEvaluator:
         self.images += len(predictions)
 
     def compute(self) -> CocoResult:
-        """Sums up the images of all processes of the run; every process has to call it.
+        """Computes the figures over the images of all processes; every process has to call it.
 
         Raises:
             ValueError: If no image was added.
         """
         for name, state in self._metric.metric_state.items():
-            setattr(self._metric, name, from_all_processes(list(state)))
-        self.images = sum(from_all_processes([self.images]))
+            setattr(self._metric, name, all_gather_items(list(state)))
+        self.images = sum(all_gather_items([self.images]))
         if self.images == 0:
             raise ValueError("no image was evaluated")
         result = self._metric.compute()

@@ -36,14 +36,14 @@ CURVES = ("precision", "recall", "F1", "precision_at_recall")
 class Details:
     """Figures of boxes at IoU 0.5; nan where nothing was found or there was nothing to find."""
 
-    score: float  # boxes below are left out, but for the curves, the best scores and AP
+    score: float  # boxes below are left out, except from curves, best scores and AP
     by_class: dict[str, dict[str, float]]
     curves: dict[str, dict[str, Floats]]  # of each class: precision, recall, F1 by score; precision by recall
     confusion: Ints  # (classes + 1, classes + 1) objects by rows, boxes by columns; the last: background
     errors: dict[str, dict[str, float]]  # by kind: how many, and by how much AP50 would be higher without
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, what JSON can hold; nan becomes None."""
+        """All figures, in a form that JSON can hold; nan becomes None."""
         plain = {"iou": FOUND, "score": self.score, "classes": self.by_class, "errors": self.errors}
         names = [*self.by_class, "background"]
         confusion = {"names": names, "rows": "objects", "columns": "boxes", "counts": self.confusion.tolist()}
@@ -56,7 +56,7 @@ class Details:
         return without_nan({**plain, "confusion": confusion, "curves": curves})
 
     def mean_curves(self) -> dict[str, Floats]:
-        """The curves averaged over the classes that have objects; precision over those with boxes, too."""
+        """Curves averaged over the classes with objects; for precision, over those that also have boxes."""
         found = [self.curves[name] for name, row in self.by_class.items() if row["objects"]]
         stacked = {kind: np.ma.masked_invalid([curve[kind] for curve in found]) for kind in CURVES}
         return {
@@ -74,7 +74,7 @@ class Details:
         ]
         for name, row in self.by_class.items():
             shares = [f"{100 * row[key]:8.1f}" for key in ("precision", "recall", "F1", "best_F1")]
-            best = 1000 * row["best_score"]  # rounded down: the box of this score counts from it on
+            best = 1000 * row["best_score"]  # rounded down, so that it keeps the box of this score
             best = math.floor(best) / 1000 if math.isfinite(best) else best
             lines.append(
                 f"{name:<{width}}  " + "  ".join([f"{row['objects']:8.0f}", *shares, f"{best:8.3f}"])
@@ -124,7 +124,7 @@ class DetailsEvaluator:
         )
 
     def compute(self) -> Details:
-        """Sums up.
+        """Computes the figures over all images.
 
         Raises:
             ValueError: If no image was added.
@@ -181,7 +181,7 @@ def _plain(curves: dict[str, Floats]) -> dict[str, list[float]]:
 
 
 def _errors(matches: Matches, score: float) -> dict[str, dict[str, float]]:
-    """How often each error happens from a score on, and what AP50 it costs over all scores (TIDE)."""
+    """Counts each kind of error from a score on, and what it costs in AP50 over all scores (TIDE)."""
     base = _ap50(matches)
     sure = matches.scores >= score
     errors = {}
@@ -198,20 +198,20 @@ def _errors(matches: Matches, score: float) -> dict[str, dict[str, float]]:
 
 
 def _missed(matches: Matches) -> Any:
-    """Objects that no box has found, or would have but for its class or its location."""
+    """Objects that no box has found, not even with a wrong class or location, as a mask."""
     missed = np.ones(len(matches.object_labels), np.bool_)
     missed[matches.objects[matches.objects >= 0]] = False
     return missed
 
 
 def _corrected(matches: Matches, kind: int) -> Matches:
-    """Boxes with one kind of error put right: they find the object that they mean, if no other box has found
-    it, and are left out if they mean none.
+    """Corrects one kind of error: a box finds the object that it means, if no other box has found it; all
+    others with the error are left out.
     """
     mended = matches.kinds == kind
     if kind not in (CLASS, LOCATION):
         return _chosen(matches, ~mended)
-    # a box is right about an object if it is the first to mean it, with either error, and no box was right
+    # an object without a correct box goes to the first that means it, with either error
     taken = np.zeros(len(matches.object_labels), np.bool_)
     taken[matches.objects[matches.kinds == CORRECT]] = True
     meant = np.flatnonzero(np.isin(matches.kinds, (CLASS, LOCATION)))

@@ -14,7 +14,7 @@ Item = TypeVar("Item", bound=tuple[Any, ...])
 
 
 def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
-    """From a name to a device.
+    """Finds a device by name.
 
     Args:
         device: Of torch, or "auto": a GPU if there is one.
@@ -94,7 +94,7 @@ def predict_images(
 
 
 def binary_masks(masks: Tensor) -> Tensor:
-    """Decides pixel by pixel.
+    """Turns probabilities into masks.
 
     Args:
         masks: (n, 1, H, W) probabilities, torchvision's form, or (n, H, W) bool, which stays.

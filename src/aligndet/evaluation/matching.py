@@ -18,7 +18,9 @@ FOUND = 0.5  # IoU from which a box has found an object
 NEAR = 0.1  # IoU up to which there is nothing but background
 
 KINDS = ("correct", "class", "location", "both", "duplicate", "background")
-"""Of boxes; all but the first are errors. An object that no box is right or nearly right about is missed."""
+"""Kinds of boxes; all but the first are errors. What no box has found, even with a wrong class or location,
+is missed.
+"""
 CORRECT, CLASS, LOCATION, BOTH, DUPLICATE, BACKGROUND = range(len(KINDS))
 
 Ints = npt.NDArray[np.int64]
@@ -39,8 +41,8 @@ class Matches(NamedTuple):
 def without_crowds(
     prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Leaves crowds out, and the boxes that they excuse: those with a half or more in a crowd of their class,
-    if they have found no object.
+    """Leaves out crowds and the boxes that they excuse: those that have found no object and lie to a half or
+    more in a crowd of their class.
 
     Args:
         prediction: Boxes (P, 4) xyxy pixels, labels (P,), scores (P,), the highest score first.
@@ -63,7 +65,7 @@ def without_crowds(
 
 
 def surest(prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps the boxes that COCO's figures look at: a hundred of a class.
+    """Keeps the boxes that COCO's figures are of: the hundred best of each class.
 
     Args:
         prediction: Boxes (P, 4), labels (P,), scores (P,) of an image.
@@ -95,10 +97,10 @@ def match(prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Mat
 
 
 def assign(ious: Floats) -> Ints:
-    """Lets boxes choose objects, in their order, each the one that it overlaps most of those that are left.
+    """Matches boxes greedily, in their order, each to the object that it overlaps most of those left.
 
-    Boxes ask for their best object all at once; of those who ask for the same, the first keeps it, the others
-    ask for their next best. That ends as one after the other would.
+    In rounds, all boxes ask for their best object; of those that ask for the same, the first keeps it, the
+    others ask for their next best. The result is the same as box by box.
 
     Args:
         ious: (P, G), 0 where a box cannot have an object.
@@ -121,7 +123,7 @@ def assign(ious: Floats) -> Ints:
 
 
 def join(parts: list[Matches]) -> Matches:
-    """Makes the matches of many images one; objects are counted through.
+    """Concatenates the matches of many images; objects are numbered anew.
 
     Args:
         parts: At least one.
@@ -140,7 +142,7 @@ def join(parts: list[Matches]) -> Matches:
 
 
 def _kinds(ious: Floats, same: npt.NDArray[np.bool_], found: Ints) -> tuple[Ints, Ints]:
-    """Of each box the kind and the object that it has found or means."""
+    """For each box, its kind and the object that it has found or means."""
     if not ious.shape[1]:
         return np.full(len(ious), BACKGROUND), np.full(len(ious), -1)
     own, other = np.where(same, ious, 0.0), np.where(same, 0.0, ious)

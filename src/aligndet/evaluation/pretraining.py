@@ -1,4 +1,4 @@
-"""Pre-training runs, opened to look inside."""
+"""Detectors before and after pre-training, loaded from its runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aligndet.detectors.weights import MODULES, initialise, load_weights
 from aligndet.files import read_json
 
 Pair: TypeAlias = tuple[Any, Any]
-"""A detector as pre-training has found it, with random neck and heads, and as it has left it."""
+"""A detector before pre-training, with random neck and heads, and after it."""
 
 
 def load_pretrainable(run: Path) -> Pair:

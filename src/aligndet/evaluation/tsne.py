@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError(f't-SNE needs scikit-learn: pip install "aligndet[report]" ({error})') from error
 
 Floats = npt.NDArray[np.float64]
-_FEWEST = 10  # points of which neighbours can be told
+_FEWEST = 10  # points that t-SNE makes sense of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def embed_boxes(
     device: torch.device,
     seed: int = 0,
 ) -> Embedded:
-    """Takes the features that the contrast compares, of boxes that people have drawn, and lays them out.
+    """Lays out the contrast features of labelled boxes in two dimensions.
 
     Args:
         pair: Of `aligndet.evaluation.pretraining.load_pretrainable`.
@@ -61,7 +61,7 @@ def embed_boxes(
         seed: Of t-SNE.
 
     Raises:
-        ValueError: If the boxes are too few to tell neighbours.
+        ValueError: If there are too few boxes.
     """
     counts = np.bincount(np.concatenate([*coco.labels, np.array([0])]), minlength=len(coco.categories) + 1)
     chosen = np.argsort(-counts[1:], kind="stable")[:classes] + 1
@@ -95,7 +95,7 @@ def embed_boxes(
 
 @torch.no_grad()
 def box_features(adapter: nn.Module, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes boxes for proposals, and gives each the mean feature of the predictions that stand for it.
+    """Treats boxes as proposals, and gives each the mean feature of the predictions that stand for it.
 
     Args:
         adapter: In the protocol of `PretrainableDetector`, in train mode: detectors assign nothing otherwise.
@@ -103,10 +103,10 @@ def box_features(adapter: nn.Module, image: Tensor, boxes: Tensor) -> tuple[Tens
         boxes: (N, 4) xyxy pixels.
 
     Returns:
-        (N, D) of unit length each before the mean, and (N,) whether any prediction stands for the box; on the
+        Means of features of unit length (N, D), and whether any prediction stands for the box (N,); on the
         CPU.
     """
-    # mask heads want to see masks, which the contrast has no use for
+    # mask heads need masks, which the contrast has no use for
     unused = (
         {"masks": [boxes.new_zeros(len(boxes), 1, 1)]} if "masks" in getattr(adapter, "needs", ()) else {}
     )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligndet.data.document import image_size, read_box
+from aligndet.data.document import CocoWriter, image_size, read_box
 from aligndet.data.rle import EncodedMasks, decode, encode, read_segmentation
 from aligndet.files import atomic_write, read_json, safe_name, whole_file
 from aligndet.proposals.masks import MASK_SIDE, on_grid, on_image
@@ -181,29 +181,16 @@ def write_coco(path: Path, rows: Iterable[ImageProposals]) -> None:
         path: Of the file.
         rows: The images; those skipped are left out.
     """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    document = CocoWriter({1: "proposal"})
     for row in rows:
         if row.skipped is not None:
             continue
-        images.append(
-            {"id": len(images) + 1, "file_name": row.file_name, "width": row.width, "height": row.height}
-        )
+        document.add_image(row.file_name, row.width, row.height)
         masks = [] if row.masks is None else whole_masks(row, np.arange(len(row.boxes))).segmentations()
-        for position, (x0, y0, x1, y1) in enumerate(row.boxes.astype(float).tolist()):
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": len(images),
-                "category_id": 1,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": (x1 - x0) * (y1 - y0),
-                "iscrowd": 0,
-            }
-            if masks:
-                annotation["segmentation"] = masks[position]
-            annotations.append(annotation)
-    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "proposal"}]}
-    atomic_write(path, json.dumps(document))
+        for position, box in enumerate(row.boxes.astype(float).tolist()):
+            mask = {"segmentation": masks[position]} if masks else {}
+            document.add_object(1, box, area=(box[2] - box[0]) * (box[3] - box[1]), iscrowd=0, **mask)
+    atomic_write(path, json.dumps(document.content))
 
 
 def whole_masks(row: ImageProposals, chosen: npt.NDArray[np.int64]) -> EncodedMasks:

@@ -100,7 +100,7 @@ def comparison_section(comparison: Comparison, parts: Sequence[Part]) -> Section
     for row in comparison.rows:
         (answers if (row["arm"], row["steps"]) == (main, longest) else more).append(sentence(row))
     count = len(comparison.cells)
-    missing = f" of {comparison.planned}" if (comparison.planned or 0) > count else ""
+    missing = f" of {comparison.planned}" if comparison.planned > count else ""
     facts = [settings.get("trunk"), f"folder {comparison.name}", f"{count}{missing} fine-tunings"]
     manifest = [_manifest(comparison.name, comparison.record)]
     if comparison.begun is not None:

@@ -33,30 +33,26 @@ class Pictures:
     rows: list[tuple[str, tuple[bytes, ...]]]  # file name of the image, JPEGs
 
 
-def sides_of(comparisons: list[Comparison], runs: list[Run]) -> list[tuple[str, Run]]:
-    """Chooses the two detectors to be looked at.
+def sides_of(comparison: Comparison) -> list[tuple[str, Run]]:
+    """Chooses the two detectors to be looked at: scratch and the best other arm with the most labels and
+    steps, of the same seed and fold.
 
     Args:
-        comparisons: Of the first with two finished arms, scratch and the best other arm are taken, where
-            labels and steps are the most, of the same seed and fold.
-        runs: Else the first two with a detector.
+        comparison: Whose cells may be finished in part.
 
     Returns:
-        Title and run of each; fewer than two if there are none.
+        Title and run of each; none if no such pair is finished.
     """
-    for comparison in comparisons:
-        cells = [(entry, run) for entry, run in comparison.cells if run.model is not None]
-        cells.sort(
-            key=lambda cell: (cell[0]["labels"], cell[0]["steps"], cell[0]["figures"].get("AP") or 0.0)
-        )
-        for best, run in reversed(cells):
-            if best["arm"] == BASELINE:
-                continue
-            for entry, scratch in cells:
-                same = all(entry[k] == best[k] for k in ("fraction", "steps", "seed", "fold"))
-                if same and entry["arm"] == BASELINE:
-                    return [(BASELINE, scratch), (best["arm"], run)]
-    return [(run.name, run) for run in runs if run.model is not None][:2]
+    cells = [(entry, run) for entry, run in comparison.cells if run.model is not None]
+    cells.sort(key=lambda cell: (cell[0]["labels"], cell[0]["steps"], cell[0]["figures"].get("AP") or 0.0))
+    for best, run in reversed(cells):
+        if best["arm"] == BASELINE:
+            continue
+        for entry, scratch in cells:
+            same = all(entry[k] == best[k] for k in ("fraction", "steps", "seed", "fold"))
+            if same and entry["arm"] == BASELINE:
+                return [(BASELINE, scratch), (best["arm"], run)]
+    return []
 
 
 def draw_sides(
@@ -72,7 +68,7 @@ def draw_sides(
 
     Args:
         name: Of the files.
-        sides: Two, of `sides_of`.
+        sides: Title and run of each, with a detector.
         images: Folder; its first images by name are taken.
         labelled: If any of the images is in it, its labels become a side, too.
         count: Of images.
@@ -87,7 +83,7 @@ def draw_sides(
     if labelled is not None and (drawn := _draw_labels([images / name for name in names], fitted, labelled)):
         columns["labels"] = drawn
     for title, run in sides:
-        assert run.model is not None  # sides_of chooses finished runs
+        assert run.model is not None
         detector, manifest = load_detector(run.model)
         columns[title] = []
         shown = zip(pixels, fitted, strict=True)

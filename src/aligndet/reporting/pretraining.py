@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +18,18 @@ from aligndet.evaluation.tsne import embed_boxes
 from aligndet.proposals.storage import read_proposals
 from aligndet.reporting.pictures import Pictures, fit
 from aligndet.reporting.plots import Plot, draw_points
-from aligndet.reporting.runs import Comparison, Run
 
 _SIDES = ("random", "pre-trained")
 _CENTERS = 100  # of an image
 
 
-def pretraining_of(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Path | None:
-    """Chooses the pre-training to look into.
+def first_pretrained(runs: Iterable[Path]) -> Path | None:
+    """The first run of `aligndet pretrain` that has come to its end.
 
     Args:
-        comparisons: Whose first pre-training counts if there is no single run of one.
-        runs: The first that has come to its end is taken.
-
-    Returns:
-        Its folder, or None.
+        runs: Folders of any runs.
     """
-    folders = [run.folder for run in runs]
-    for comparison in comparisons:
-        folders += sorted((comparison.folder / "pretrained").glob("aligndet_seed*"))
-    return next((f for f in folders if (f / "pretrained" / "manifest.json").is_file()), None)
+    return next((run for run in runs if (run / "pretrained" / "manifest.json").is_file()), None)
 
 
 def proposal_pictures(name: str, run: Path, *, count: int) -> list[Pictures]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aligndet.comparison import Cell, rows_of
+from aligndet.comparison import Cell
 from aligndet.files import fingerprint, read_json
 
 Curve = dict[int, float]  # value by step
@@ -43,10 +43,10 @@ class Comparison:
 
     name: str
     record: dict[str, Any]  # settings; command and versions of the call that has made the table
-    rows: list[dict[str, Any]]  # of `aligndet.comparison.summarise`
+    rows: list[dict[str, Any]]  # of `aligndet.comparison.rows_of`
     cells: list[tuple[dict[str, Any], Run]]  # an entry of results.json and its run
     folder: Path
-    planned: int | None = None  # cells; None: of an earlier version
+    planned: int  # cells
     remarks: tuple[str, ...] = ()
     begun: str | None = None  # command of the first call, if it was another
 
@@ -170,12 +170,18 @@ def _read_comparison(folder: Path) -> Comparison:
         for entry in results["cells"]:
             name = Cell.of(entry).name(entry["learning_rate"])
             cells.append((entry, read_run(folder / "cells" / name)))
-        rows = rows_of(results["cells"])  # anew: those of an earlier version may lack something
         record = {name: {**first, **results}.get(name) for name in ("command", "versions", "settings")}
-        remarks = (*results.get("remarks", ()), *_mixed_versions([run for _, run in cells]))
+        remarks = (*results["remarks"], *_mixed_versions([run for _, run in cells]))
         begun = first.get("command") if first.get("command") != record["command"] else None
         return Comparison(
-            folder.resolve().name, record, rows, cells, folder, results.get("planned"), remarks, begun
+            folder.resolve().name,
+            record,
+            results["rows"],
+            cells,
+            folder,
+            results["planned"],
+            remarks,
+            begun,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no result of aligndet compare ({error!r})") from error
