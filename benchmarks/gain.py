@@ -147,13 +147,14 @@ def cell(
                 init=init,
                 detector=detector,
                 steps=args.steps,
+                optimizer=args.optimizer,
                 learning_rate=rate,
                 min_size=(args.size * 3 // 4, args.size),
                 batch_norm=args.batch_norm,
                 precision=args.precision,
                 trunk_factor=args.trunk_factor,
                 options=finetune_options,
-                weight_decay=training_defaults(detector)["weight_decay"],
+                weight_decay=training_defaults(detector, args.optimizer)["weight_decay"],
                 checkpoint_every=50,
                 resume=run.is_dir(),
                 **trunk_of(args),
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--labels", type=int, default=300, help="labelled images")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"], help="of fine-tuning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--pretrain-learning-rate", type=float, default=5e-4)
     parser.add_argument("--proposals", type=int, default=20, help="of an image in a step")
