@@ -132,9 +132,10 @@ class Known(nn.Module):
         self.detector.head = nn.Linear(7, 5)
         self.detector.query = nn.Parameter(torch.ones(5))
         self.seen: list[Tensor] = []
+        self.learns = False
 
     def forward(self, images: list[Tensor], proposals: list[Tensor]) -> PretrainOutput:
-        self.seen = images
+        self.seen, self.learns = images, torch.is_grad_enabled()
         colours = [self.detector.backbone.body(image).mean((1, 2)) for image in images]
         rows = [
             torch.cat([colour.expand(len(b), 3), b / 100], 1)
@@ -147,12 +148,15 @@ class Known(nn.Module):
         return PretrainOutput(stages, {"box": first.square().mean(), "iou": first.abs().mean()})
 
 
-def test_a_step_is_algorithm_1(batch: list[TwoViews]) -> None:
+def test_a_step_is_algorithm_1(batch: list[TwoViews], monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {}
     ours = BoxPretraining(Known(), steps=10, temperature=0.3, contrast_weight=2.0, box_weight=0.5)
+    monkeypatch.setattr(ours, "log_dict", logged.update)
     with torch.no_grad():
         for parameter in ours.momentum.detector.head.parameters():
             parameter.add_(torch.randn_like(parameter))
     total = ours.training_step(batch, 0)
+    assert (ours.online.learns, ours.momentum.learns) == (True, False)
     views = [[getattr(item, view) for item in batch] for view in ("online", "momentum")]
     outputs = []
     for adapter, side in zip((ours.online, ours.momentum), views, strict=True):
@@ -166,6 +170,9 @@ def test_a_step_is_algorithm_1(batch: list[TwoViews]) -> None:
         for a, b in zip(online.stages, momentum.stages, strict=True)
     ]
     torch.testing.assert_close(total, 2.0 * sum(contrasts) + 0.5 * sum(online.losses.values()))
+    torch.testing.assert_close(logged, _statistics(batch, online.stages[-1], momentum.stages[-1]))
+    usual = BoxPretraining(Known(), steps=10)
+    assert (usual.temperature, usual.contrast_weight, usual.box_weight) == (0.5, 1.0, 1.0)
 
 
 class Replay(Callback):

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from aligndet.callbacks import Throughput
+from aligndet.callbacks import Termination, Throughput
+from aligndet.checkpoints import LastCheckpoint
 
 
 def test_speed_is_told_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +39,16 @@ def test_speed_is_told_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     throughput.on_validation_end(trainer, module)
     step(3, waits=1.0, works=3.0)
     assert logged == {"speed/images_per_second": 6 * 2 / 5.0, "speed/data_wait": 0.3}
+
+
+@pytest.mark.parametrize(("processes", "step", "ends"), [(2, 3, True), (1, 3, False), (2, 8, False)])
+def test_all_processes_end_where_one_was_told_to(
+    processes: int, step: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligndet.callbacks.all_reduce_mean", lambda told: told + 0.5)
+    last, strategy = create_autospec(LastCheckpoint), SimpleNamespace(launcher=None)
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(global_step=step, max_steps=8, world_size=processes, strategy=strategy)
+    with pytest.raises(SIGTERMException) if ends else nullcontext():
+        Termination(last).on_validation_end(trainer, module)
+    assert last.keep.called == ends

@@ -31,7 +31,7 @@ from aligndet.checkpoints import (
 )
 from aligndet.commands.finetune import _callbacks
 from aligndet.data.labelled import ValidationDataset
-from aligndet.trainer import fit
+from aligndet.trainer import SyncBatchNorms, _trainer, fit
 from aligndet.training import StepSampler, TrainingModule
 
 SCORES = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.6}
@@ -88,44 +88,30 @@ def train(
     output: Path,
     accumulate: int,
     *,
-    checkpoint_every: int | None = 2,
     validated: bool = True,
-    devices: int = 1,
-    clip: float | None = None,
-    workers: int | None = 0,
     patience: int | None = None,
     ema: float | None = None,
-    data: str = "8 images",
-    steps: int = 8,
-    seed: int = 0,
+    **settings: Any,
 ) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
-    fit(
-        module,
-        Items(),
-        data=data,
-        steps=steps,
-        checkpoint=checkpoint if checkpoint.is_file() else None,
-        output=output,
-        batch_size=1,
-        accumulate=accumulate,
-        devices=devices,
-        nodes=1,
-        strategy="auto",
-        accelerator="cpu",
-        precision="32",
-        channels_last=False,
-        compile=False,
-        clip=clip,
-        checkpoint_every=checkpoint_every,
-        log_every=1,
-        loggers=(),
-        workers=workers,
-        seed=seed,
-        validation=ValidationDataset(Items()) if validated else None,
-        validate_every=2,
-        callbacks=_callbacks(output, validated, patience, ema),
-    )
+    usual: dict[str, Any] = {
+        **{
+            "data": "8 images",
+            "steps": 8,
+            "batch_size": 1,
+            "devices": 1,
+            "nodes": 1,
+            "workers": 0,
+            "seed": 0,
+        },
+        **{"strategy": "auto", "accelerator": "cpu", "precision": "32", "clip": None, "loggers": ()},
+        **{"checkpoint_every": 2, "validate_every": 2, "log_every": 1},
+        **{"channels_last": False, "compile": False},
+        "checkpoint": checkpoint if checkpoint.is_file() else None,
+        "validation": ValidationDataset(Items()) if validated else None,
+        "callbacks": _callbacks(output, validated, patience, ema),
+    }
+    fit(module, Items(), output=output, accumulate=accumulate, **usual | settings)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -200,6 +186,68 @@ def test_the_seed_decides_the_order_of_the_data(tmp_path: Path, monkeypatch: pyt
         train(Counting(), tmp_path / "run", 2, seed=3)
     order = list(loader.call_args.kwargs["batch_sampler"])
     assert order == list(StepSampler(4, batch_size=1, batches=16, seed=3))
+
+
+class Elsewhere:
+    """The trainer of the second process of the second machine, of three on each; it trains nothing."""
+
+    global_rank, local_rank = 4, 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        raise InterruptedError
+
+
+def test_a_process_has_its_part_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tall = torch.arange(12) % 3 == 0
+    monkeypatch.setattr(Items, "__len__", lambda _: 12)
+    monkeypatch.setattr(Items, "tall", tall, raising=False)
+    monkeypatch.setattr("aligndet.trainer._trainer", lambda **_: Elsewhere())
+    monkeypatch.setattr("aligndet.trainer.DataLoader", loader := create_autospec(DataLoader))
+    with pytest.raises(InterruptedError):
+        train(Counting(), tmp_path / "run", 2, devices=3, nodes=2)
+    training, validation = (call.kwargs for call in loader.call_args_list)
+    expected = StepSampler(12, batch_size=1, batches=16, rank=4, world=6, accumulate=2, tall=tall)
+    assert list(training["batch_sampler"]) == list(expected)
+    assert list(validation["sampler"]) == [4, 10]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_module_is_prepared_as_asked(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, compiled = Counting(), list[nn.Module]()
+    module.layer = nn.Conv2d(2, 2, 3)
+    monkeypatch.setattr("aligndet.trainer._trainer", lambda **_: Elsewhere())
+    monkeypatch.setattr("aligndet.trainer.compile_networks", compiled.append)
+    with pytest.raises(InterruptedError):
+        train(module, tmp_path / "run", 1, validated=False, channels_last=asked, compile=asked)
+    assert module.layer.weight.is_contiguous(memory_format=torch.channels_last) == asked
+    assert compiled == [module] * asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "synchronised"),
+    [
+        ({"devices": 2}, True),
+        ({"nodes": 2}, True),
+        ({}, False),
+        ({"devices": 2, "accelerator": "cpu"}, False),
+        ({"devices": 2, "sync_batch_norm": False}, False),
+    ],
+)
+def test_batch_norms_are_synchronised_between_gpus(
+    settings: dict[str, Any], synchronised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    trainer = create_autospec(_trainer, side_effect=InterruptedError)
+    monkeypatch.setattr("aligndet.trainer._trainer", trainer)
+    usual: dict[str, Any] = {"accelerator": "gpu", "sync_batch_norm": True}
+    with pytest.raises(InterruptedError):
+        train(Counting(), tmp_path, 2, steps=70, validate_every=None, **usual | settings)
+    plugins = trainer.call_args.kwargs["plugins"]
+    assert any(isinstance(plugin, SyncBatchNorms) for plugin in plugins) == synchronised
+    assert trainer.call_args.kwargs["val_check_interval"] == 7 * 2  # batches: a tenth of the run
 
 
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
@@ -359,7 +407,7 @@ def test_the_devices_of_a_machine_share_its_cores(
 
     monkeypatch.setattr("aligndet.trainer.cores", lambda: 16)
     monkeypatch.setattr("aligndet.trainer.worker_settings", stop)
-    monkeypatch.setattr("aligndet.trainer._trainer", lambda **_: SimpleNamespace(global_rank=0))
+    monkeypatch.setattr("aligndet.trainer._trainer", lambda **_: Elsewhere())
     monkeypatch.setattr("aligndet.trainer.environment", lambda: SLURMEnvironment() if slurm else None)
     with pytest.raises(InterruptedError):
         train(Counting(), tmp_path, 1, validated=False, devices=devices, workers=None)

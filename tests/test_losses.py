@@ -100,6 +100,7 @@ ids = st.lists(st.integers(BACKGROUND, 4), max_size=9)
 @example(l1=[0, 0], l2=[0, 0, 0], tau=0.5, seed=0)  # one proposal
 @example(l1=[0, 1], l2=[2, 3], tau=0.5, seed=0)  # none in both
 @example(l1=[0, -1], l2=[0, 1], tau=0.5, seed=0)  # one in both
+@example(l1=[0, 1, 2] + 6 * [-1], l2=[0, 1, 2] + 6 * [-1], tau=0.01, seed=0)  # exp(1 / tau) is infinite
 @given(l1=ids, l2=ids, tau=st.sampled_from([0.1, 0.5, 1.0]), seed=st.integers(0, 1000))
 def test_equals_the_formula(l1: list[int], l2: list[int], tau: float, seed: int) -> None:
     compare(l1, l2, tau, seed)

@@ -37,7 +37,7 @@ def box_contrastive_loss(
     Args:
         online: M boxes of the online detector's view; embeddings (M, D), proposal_ids (M,).
         momentum: N boxes of the momentum detector's view; no gradient flows into them.
-        temperature: Divides the cosine similarities (0.5 in the paper, section 3.2).
+        temperature: Divides the cosine similarities (0.5 in the paper, section 3.2); at least 0.025.
         elsewhere: More boxes of the background, those of other processes; no gradient flows into them.
 
     Returns:
@@ -86,7 +86,7 @@ def _similarities(query: Tensor, key: Tensor, queries: Tensor, keys: Tensor) -> 
 def _negatives(queries: Tensor, ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
     """logsumexp(s-) of each query, (Q,)."""
     # similarities are at most 1: less that bound, exp() stays finite at any temperature; what is 87 times the
-    # temperature below it is 0
+    # temperature below it is 0, which is nothing from 0.023 on
     bound = torch.full((), 1.0 / temperature, device=keys.device)
     below = torch.addmm(-bound, queries / temperature, keys.T).exp()  # (Q, K)
     others = below.masked_fill(ids[:, None] == key_ids, 0.0).sum(1)

@@ -220,7 +220,7 @@ def test_the_architecture_is_that_of_the_weights(run: Path, sample: Path, tmp_pa
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
         ({"accumulate": 0}, "--accumulate must be at least 1"),
-        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"temperature": 0.02}, "--temperature must be at least 0.025"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"max_proposals": 0}, "--max-proposals must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0"),

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ _parser_of = cache(cli.parser_of)  # to parse is short work beside building one
 def _parsed(command: str, arguments: list[str]) -> dict[str, Any]:
     function, parser = _parser_of(command)
     return parser.parse_args(cli._as_options(function, arguments)).as_dict()
+
+
+def test_the_defaults_are_the_papers() -> None:
+    defaults = {name: parameter.default for name, parameter in signature(pretrain).parameters.items()}
+    papers = {
+        **{"epochs": 12.0, "min_size": (640, 800), "max_size": 1333, "max_proposals": 50},
+        **{"temperature": 0.5, "contrast_weight": 1.0, "box_weight": 1.0},
+    }
+    assert papers.items() <= defaults.items()
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -50,10 +50,14 @@ def test_a_broken_image_is_replaced_and_named(sample: Path, tmp_path: Path) -> N
 
 
 def test_the_middle_of_an_image(sample: Path) -> None:
-    whole = ClassifiedDataset(sample / "train", {"00001.jpg": 2}, size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    raw, whole = (
+        ClassifiedDataset(sample / "train", {"00001.jpg": 2}, size=32, mean=(mean,) * 3, std=(std,) * 3)
+        for mean, std in ((0.0, 1.0), (0.2, 0.4))
+    )
     image, label = whole[0]
     assert (len(whole), tuple(image.shape), label) == (1, (3, 32, 32), 2)
-    assert -1 <= image.min() < image.max() <= 1
+    torch.testing.assert_close(image, (raw[0][0] - 0.2) / 0.4)
+    assert 0 <= raw[0][0].min() < raw[0][0].max() <= 1
 
 
 def test_classes_of_a_coco_json_are_those_of_the_largest_box(sample: Path) -> None:

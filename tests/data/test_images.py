@@ -77,7 +77,7 @@ def test_transparent_pixels_are_black(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "exif behind the pixels.png", "tif"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
 def test_exif_orientation_is_applied(orientation: int, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -88,8 +88,11 @@ def test_exif_orientation_is_applied(orientation: int, kind: str, tmp_path: Path
         start = chunks.index(b"eXIf") - 4
         end = start + 12 + int.from_bytes(chunks[start : start + 4], "big")
         path.write_bytes(chunks[:start] + chunks[end:-12] + chunks[start:end] + chunks[-12:])
-    turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
-    upright = torch.from_numpy(np.rot90(np.asarray(picture()), turns).copy()).permute(2, 0, 1)
+    turns = {1: 0, 3: 2, 5: 0, 6: -1, 7: 2, 8: 1}[orientation]
+    pixels = np.asarray(picture())
+    if orientation in (5, 7):  # are mirrored
+        pixels = pixels.swapaxes(0, 1)
+    upright = torch.from_numpy(np.rot90(pixels, turns).copy()).permute(2, 0, 1)
     assert torch.equal(read_image(path), upright)
     assert read_image_size(path) == (upright.shape[2], upright.shape[1])
 

@@ -41,6 +41,12 @@ def test_the_same_as_torchvision_to_a_grey_level(name: str, number: int) -> None
         assert np.abs(planes.astype(int) - theirs.astype(int)).max() <= 1
 
 
+def test_the_factors() -> None:
+    factors = {name: drawn for name, (_, drawn) in OPERATIONS.items() if drawn != (1.0,)}
+    ranges = dict.fromkeys(("saturation", "contrast", "brightness"), (0.05, 1.95))
+    assert factors == {**ranges, "sharpness": (0.1, 0.5, 1.5, 1.9)}
+
+
 def test_every_operation_is_drawn_about_equally_often() -> None:
     rng, before = np.random.default_rng(0), np.ascontiguousarray(pictures()[2].transpose(2, 0, 1))
     found = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import socket
 import tarfile
@@ -171,6 +172,10 @@ def test_a_tar_that_has_changed_is_looked_up_anew(pictures: dict[str, bytes], tm
     write_tar(tmp_path / "a.tar", {"1.jpg": pictures["00000.jpg"]})
     assert source.names() == ["a.tar/1.jpg"]
     write_tar(tmp_path / "a.tar", {"0.jpg": pictures["00001.jpg"], "1.jpg": pictures["00002.jpg"]})
+    assert source.names() == ["a.tar/0.jpg", "a.tar/1.jpg"]
+    assert content(source, "a.tar/1.jpg") == pictures["00002.jpg"]
+    write_tar(tmp_path / "a.tar", {"1.jpg": pictures["00002.jpg"], "0.jpg": pictures["00001.jpg"]})
+    os.utime(tmp_path / "a.tar", (1, 1))  # of the same size
     assert source.names() == ["a.tar/0.jpg", "a.tar/1.jpg"]
     assert content(source, "a.tar/1.jpg") == pictures["00002.jpg"]
 

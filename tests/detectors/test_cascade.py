@@ -18,6 +18,8 @@ CLASSES = 4  # with background
 IMAGES = [torch.rand(3, 128, 128), torch.rand(3, 96, 128)]
 OBJECTS = torch.tensor([[8.0, 16.0, 64.0, 72.0], [30.0, 20.0, 120.0, 90.0]])
 SIZES: dict[str, Any] = {"min_size": 96, "max_size": 128, "box_score_thresh": 0.0}
+ALL: dict[str, Any] = {"box_batch_size_per_image": 10**6, "box_positive_fraction": 0.5}  # no region at random
+FEW: dict[str, Any] = {"box_batch_size_per_image": 64}
 
 
 def targets() -> list[dict[str, Tensor]]:
@@ -34,11 +36,11 @@ def one_stage(masks: bool) -> tuple[Any, Any]:
     """torchvision's detector, and a cascade of one stage with the same weights."""
     backbone = HtcPretraining.backbone("resnet18", "none", 64, "none")
     family = MaskRCNN if masks else FasterRCNN
-    single: Any = family(backbone, CLASSES, **SIZES)
+    single: Any = family(backbone, CLASSES, **SIZES, **ALL, rpn_post_nms_top_n_train=200)
     predictor = ClassAgnosticPredictor(1024, CLASSES)
     mask_predictors = [MaskRCNNPredictor(256, 256, CLASSES)] if masks else []
-    cascade: Any = CascadeRCNN(backbone, [predictor], mask_predictors, **SIZES)
-    cascade.rpn.load_state_dict(single.rpn.state_dict())
+    cascade: Any = CascadeRCNN(backbone, [predictor], mask_predictors, **SIZES, **ALL)
+    cascade.rpn = single.rpn
     nn.init.zeros_(predictor.bbox_pred.weight)  # the regions stay where they are: so will the mask head's
     nn.init.constant_(predictor.bbox_pred.bias, 0.0 if masks else 0.2)
     for name in ("weight", "bias"):
@@ -61,8 +63,9 @@ def test_one_stage_detects_what_torchvision_detects(masks: bool) -> None:
                 torch.testing.assert_close(ours[name], value)
 
 
-def test_one_stage_loses_what_torchvision_loses() -> None:
-    single, cascade = (model.train() for model in one_stage(masks=False))
+@pytest.mark.parametrize("masks", [False, True])
+def test_one_stage_loses_what_torchvision_loses(masks: bool) -> None:
+    single, cascade = (model.train() for model in one_stage(masks))
     backbone: Backbone = single.backbone
     backbone.eval()
     torch.manual_seed(2)
@@ -92,8 +95,9 @@ def test_each_stage_starts_where_the_one_before_has_ended() -> None:
     for shift, (before,), (after,) in zip((0.05, 0.10), seen, seen[1:], strict=False):
         width = before[:, 2] - before[:, 0]
         torch.testing.assert_close(after[:, 0], (before[:, 0] + shift * width).clamp(max=128.0))
-    thresholds = [stage.proposal_matcher.high_threshold for stage in cascade.roi_heads.stages]
-    assert thresholds == [0.5, 0.6, 0.7]
+    matchers = [stage.proposal_matcher for stage in cascade.roi_heads.stages]
+    assert [matcher.high_threshold for matcher in matchers] == [0.5, 0.6, 0.7]
+    assert [matcher.low_threshold for matcher in matchers] == [0.5, 0.6, 0.7]
 
 
 def test_mask_features_flow_from_stage_to_stage() -> None:
@@ -157,9 +161,11 @@ def test_pretraining_weighs_the_stages() -> None:
 
 @pytest.mark.parametrize("name", ["cascade_rcnn", "htc"])
 def test_fine_tuning_weighs_the_stages(name: str) -> None:
-    cascade: Any = build_detector(name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96)
+    cascade: Any = build_detector(
+        name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, options=FEW
+    )
     kinds = ("classifier", "box_reg", *(["mask"] if name == "htc" else []))
-    cascade.train().backbone.eval()
+    cascade.train().backbone.eval().requires_grad_(False)
     results = []
     for weights in ((1.0, 1.0, 1.0), cascade.roi_heads.weights):
         cascade.roi_heads.weights = weights
@@ -169,26 +175,36 @@ def test_fine_tuning_weighs_the_stages(name: str) -> None:
         for loss in (f"loss_{kind}_{depth}" for kind in kinds):
             assert results[0][loss] > 0
             torch.testing.assert_close(results[1][loss], weight * results[0][loss])
+    sum(results[1].values()).backward()
+    assert all(parameter.grad is not None for parameter in cascade.roi_heads.parameters())
     precisions = [stage.box_coder.weights for stage in cascade.roi_heads.stages]
     assert precisions == [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
 
 
-def test_in_training_too_a_stage_starts_where_the_one_before_has_ended() -> None:
-    cascade: Any = build_detector(
-        "cascade_rcnn", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96
-    )
+@pytest.mark.parametrize("pretraining", [False, True])
+def test_in_training_too_a_stage_starts_where_the_one_before_has_ended(pretraining: bool) -> None:
+    small: Any = {"trunk": "resnet18", "fpn_channels": 64}
+    adapter: Any = build_pretrainable("htc", **small)
+    plain: Any = build_detector("htc", num_classes=3, **small, min_size=96, options=FEW)
+    cascade = adapter.detector if pretraining else plain
     seen: list[Tensor] = []
+    masked: list[Tensor] = []
     for stage in cascade.roi_heads.stages:  # all regions go beyond the right edge
         nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
         stage.box_predictor.bbox_pred.bias.data = torch.tensor([1e4, 0.0, 0.0, 0.0])
+        stage.mask_roi_pool.register_forward_pre_hook(lambda _, inputs: masked.append(inputs[1][0]))
     pool = cascade.roi_heads.stages[0].box_roi_pool
     pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1][0]))
-    cascade.train()(IMAGES[1:], targets()[1:])
+    if pretraining:
+        adapter(IMAGES[1:], [OBJECTS[:1]], [torch.ones(1, 8, 8, dtype=torch.uint8)])
+    else:
+        cascade.train()(IMAGES[1:], targets()[1:])
     assert (seen[0][:, 0] < 128).sum() > 10
     for regions in seen[1:]:
         moved = (regions != OBJECTS[0]).any(1)  # but the object that is added to them
-        assert moved.any()
+        assert moved.any() != pretraining  # which takes no other region then
         assert (regions[moved][:, 0] == 128).all()
+    assert [len(regions) for regions in masked] == [1, 1, 1]  # the object alone: masks are of moved regions
 
 
 def test_classes_are_the_mean_over_all_stages() -> None:
@@ -207,12 +223,18 @@ def test_classes_are_the_mean_over_all_stages() -> None:
 
 def test_masks_are_the_mean_over_all_stages() -> None:
     options = {"box_score_thresh": 0.0, "box_detections_per_img": 5}
+    made: list[Tensor] = []
+    seen: list[Tensor] = []
     htc: Any = build_detector(
         "htc", num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, options=options
     )
     for stage, chance in zip(htc.roi_heads.stages, (0.1, 0.2, 0.6), strict=True):
         nn.init.zeros_(stage.mask_predictor.mask_fcn_logits.weight)
         nn.init.constant_(stage.mask_predictor.mask_fcn_logits.bias, math.log(chance / (1 - chance)))
+        stage.mask_head.register_forward_hook(lambda *call: made.append(call[2]))
+        stage.mask_predictor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
         masks = htc.eval()(IMAGES[1:])[0]["masks"]
     torch.testing.assert_close(masks.amax(), torch.tensor(0.3))
+    assert len(made) == 3
+    assert all(ours is theirs for ours, theirs in zip(seen, made, strict=True))  # each of its own features

@@ -107,6 +107,17 @@ def test_assigns_embeds_and_learns(name: str) -> None:
     assert all(p.grad is None for p in adapter.detector.backbone.body.parameters())
 
 
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn", "cascade_rcnn"])
+def test_the_boxes_of_a_stage_are_bounded(name: str) -> None:
+    bounded, usual = build(name, max_boxes=8), build(name)
+    for stage in call(bounded, images((128, 160)), [OBJECTS]).stages:
+        assert 0 < len(stage.proposal_ids) <= 8
+    if name in ("fcos", "retinanet"):
+        assert usual.detector.head.max_boxes == 2048
+    else:
+        assert {stage.fg_bg_sampler.limit for stage in usual.stages} == {4096}
+
+
 def test_the_momentum_copy_sees_the_same_assignment_without_a_graph(name: str) -> None:
     adapter = build(name)
     momentum: Any = momentum_copy(adapter, adapter.detector.backbone.body)

@@ -138,6 +138,13 @@ FILES: dict[str, tuple[str, Callable[[State], Any], str, str, int]] = {
     "timm.safetensors": ("timm/resnet18", lambda s: s, "torchvision's", "", 2),
     "timm convnext.safetensors": ("convnext_atto", lambda s: s, "torchvision's", "", 4),
     "timm swin.safetensors": (SWIN, lambda s: s, "torchvision's", "", 4),
+    "timm with its average.pth.tar": (
+        "resnet18",
+        lambda s: {"state_dict_ema": copy(s, ""), "state_dict": dict(s)},
+        "torchvision's",
+        "state_dict",
+        2 + 102,
+    ),
     "moco_v1.pth.tar": (
         "resnet18",
         lambda s: fits(

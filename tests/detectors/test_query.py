@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from aligndet.boxes import BACKGROUND, BoxPredictions
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.query import proposal_ids
+from aligndet.detectors.query_detector import relative_targets
 from aligndet.detectors.query_families import from_transformers, with_first_prediction
 from aligndet.detectors.weights import initialise, pretrained_state, save_detector
 from aligndet.losses import box_contrastive_loss
@@ -402,6 +403,33 @@ def test_labels_are_from_one_on_where_transformers_has_them_from_zero() -> None:
         targets = [[{"boxes": boxes(1), "labels": torch.tensor([label])}] for label in (1, 2, 3)]
         losses.append([float(detector.train()(IMAGES[:1], target)["ce"]) for target in targets])
     assert torch.tensor(losses).argmin(1).tolist() == [0, 1, 2]
+
+
+def test_the_class_layer_learns_clusters() -> None:
+    adapter, losses = build("detr", dropout=0.0), []
+    bias = adapter.detector.network.class_labels_classifier.bias.data
+    for sure in (3, 7):
+        bias.fill_(-20.0)[sure] = 20.0
+        outputs = [adapter(IMAGES[:1], [boxes(1)], [torch.tensor([cluster])]) for cluster in (3, 7)]
+        losses.append([output.losses["ce"].item() for output in outputs])
+    assert torch.tensor(losses).argmin(1).tolist() == [0, 1]
+
+
+def test_boxes_are_pixels_here_and_shares_there() -> None:
+    image = torch.zeros(3, 100, 200)
+    targets = relative_targets(image, torch.tensor([[20.0, 10.0, 60.0, 50.0]]), torch.tensor([2]))
+    torch.testing.assert_close(targets["boxes"], torch.tensor([[0.2, 0.3, 0.2, 0.4]]))
+    detector = build_plain("detr", dropout=0.0).eval()
+    last = detector.network.bbox_predictor.layers[-1]
+    nn.init.zeros_(last.weight)
+    for share, box in (
+        ([0.5, 0.5, 0.5, 0.25], [50.0, 37.5, 150.0, 62.5]),
+        ([0.75, 0.5, 0.75, 0.25], [75.0, 37.5, 200.0, 62.5]),  # reaches beyond the image
+    ):
+        last.bias.data = torch.tensor(share).logit()
+        with torch.inference_mode():
+            found = detector([image])[0]["boxes"]
+        torch.testing.assert_close(found, torch.tensor(box).expand(12, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)

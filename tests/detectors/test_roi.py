@@ -84,14 +84,16 @@ def test_torchvisions_losses(detector: str) -> None:
         torch.testing.assert_close(loss, plain(images, targets)["loss_mask"])
 
 
-def test_pseudo_masks_of_large_boxes_lie_where_torchvision_would_have_them() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_pseudo_masks_of_large_boxes_lie_where_torchvision_would_have_them(rows: int) -> None:
     """A mask on a grid of half the image's resolution costs what the mask of the image itself does."""
     adapter: Any = build_pretrainable("mask_rcnn", **SMALL)
     torch.nn.init.normal_(adapter.detector.roi_heads.mask_predictor.mask_fcn_logits.weight, std=1.0)
     features = {str(i): torch.randn(1, 64, 64 >> i, 64 >> i) for i in range(4)}
-    box, grid = torch.tensor([[32.0, 48.0, 144.0, 160.0]]), disc()
+    bottom = 48 + 56 * rows
+    box, grid = torch.tensor([[32.0, 48.0, 144.0, bottom]]), disc()
     whole = torch.zeros(1, 256, 256, dtype=torch.uint8)
-    whole[0, 48:160, 32:144] = grid.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    whole[0, 48:bottom, 32:144] = grid.repeat_interleave(rows, 0).repeat_interleave(2, 1)
     region, match, label = [box + 4.0], [torch.zeros(1, dtype=torch.int64)], torch.ones(1, dtype=torch.int64)
     targets = [{"boxes": box, "labels": label, "masks": grid[None]}]
     ours = adapter._mask_loss(1, features, region, match, targets, [(256, 256)])
@@ -99,6 +101,18 @@ def test_pseudo_masks_of_large_boxes_lie_where_torchvision_would_have_them() -> 
     logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, region, [(256, 256)])))
     theirs = maskrcnn_loss(logits, region, [whole], [label - 1], match)
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)
+
+
+def test_the_images_of_a_batch_share_the_masks() -> None:
+    adapter: Any = build_pretrainable("mask_rcnn", **SMALL, options={"max_masks": 5})
+    features = {str(i): torch.randn(2, 64, 64 >> i, 64 >> i) for i in range(4)}
+    box, seen = torch.tensor([[32.0, 48.0, 144.0, 160.0]]), list[int]()
+    pool = adapter.detector.roi_heads.mask_roi_pool
+    pool.register_forward_pre_hook(lambda _, inputs: seen.extend(map(len, inputs[1])))
+    target = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": disc()[None]}
+    matched = torch.zeros(4, dtype=torch.int64)
+    adapter._mask_loss(1, features, [box.repeat(4, 1)] * 2, [matched] * 2, [target] * 2, [(256, 256)] * 2)
+    assert seen == [2, 2]
 
 
 def test_half_precision_leaves_out_exactly_the_added_objects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +156,8 @@ def test_refined_regions_are_where_the_deltas_say_without_the_added_objects() ->
     stage = build_pretrainable("faster_rcnn", **SMALL).stages[0]  # type: ignore[attr-defined]
     regions = [torch.tensor([[10.0, 10.0, 50.0, 30.0], [8.0, 16.0, 64.0, 72.0]]), torch.zeros(0, 4)]
     deltas = torch.tensor([[1.0, 0.0, 0.0, 5.0 * torch.log(torch.tensor(2.0))], [0.0, 0.0, 0.0, 0.0]])
-    moved = refine(stage, deltas, regions, [(128, 128), (128, 96)], BOXES)
+    moved = refine(stage, deltas.requires_grad_(), regions, [(128, 128), (128, 96)], BOXES)
+    assert not moved[0].requires_grad
     # a tenth of the width to the right, twice as high about the same centre
     torch.testing.assert_close(moved[0], torch.tensor([[14.0, 0.0, 54.0, 40.0]]))
     assert moved[1].shape == (0, 4)

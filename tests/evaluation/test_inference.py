@@ -89,7 +89,12 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 def test_masks_are_decided_pixel_by_pixel() -> None:
     class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask_predictor = nn.Identity()
+
         def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            assert len(images) == 1  # or their masks would fill the memory
             masks = torch.tensor([[[[0.2, 0.6]]], [[[0.5, 0.9]]]])
             return [{"masks": masks[: len(image)]} for image in images]
 

@@ -49,7 +49,7 @@ def test_every_kind_of_detector_has_features(detector: str) -> None:
     assert not features.requires_grad
 
 
-def test_features_in_two_dimensions(sample: Path) -> None:
+def test_features_in_two_dimensions(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = build_pretrainable("fcos", **SMALL), build_pretrainable("fcos", **SMALL)
     coco = read_labelled(sample / "train.json")
     embedded = embed_boxes(pair, coco, min_size=128, max_size=128, classes=2, boxes=8, device=CPU)
@@ -62,6 +62,15 @@ def test_features_in_two_dimensions(sample: Path) -> None:
     assert set(embedded.levels) <= {"P2", "P3", "P4", "P5"}
     with pytest.raises(ValueError, match="boxes have features; at least 10 are needed"):
         embed_boxes(pair, coco, min_size=128, max_size=128, classes=1, boxes=3, device=CPU)
+
+    def side(adapter: Any, _: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full((len(boxes), 2), float(adapter is pair[1])), torch.ones(len(boxes)) > 0
+
+    monkeypatch.setattr("aligndet.evaluation.tsne.box_features", side)
+    monkeypatch.setattr("aligndet.evaluation.tsne._laid_out", lambda features, _: features.numpy())
+    embedded = embed_boxes(pair, coco, min_size=128, max_size=128, device=CPU)
+    assert not embedded.before.any()
+    assert embedded.after.all()
 
 
 @pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,25 @@ def test_processes_share_a_table() -> None:
     received = make(*parts).file_names
     assert list(received) == received[:] == names
     assert received[-1] == "c.png"
+
+
+def test_without_room_for_sharing_a_process_has_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError(f"unable to {what}")
+
+    monkeypatch.setattr("torch.Tensor.share_memory_", refuse)
+    table = replace(ProposalTable.of(masked_rows()[:1]), clusters=np.array([4, 5, 6]))
+    what = "open shared memory object"
+    copied = pickle.loads(pickle.dumps(table))
+    assert copied.file_names == table.file_names
+    np.testing.assert_array_equal(copied.sizes, table.sizes)
+    np.testing.assert_array_equal(copied.boxes_of(0), table.boxes_of(0))
+    for part in ("masks_of", "clusters_of"):
+        ours, theirs = (getattr(side, part)(0, np.arange(3)) for side in (copied, table))
+        np.testing.assert_array_equal(ours, theirs)
+    what = "pickle"
+    with pytest.raises(RuntimeError, match="unable to pickle"):
+        pickle.dumps(table)
 
 
 def test_json_carries_masks_at_the_size_of_the_image(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ _AT_LEAST = {
     **dict.fromkeys(("clusters", "components", "sample"), 1),
     **dict.fromkeys(("workers", "seed", "warmup_steps", "weight_decay", "contrast_weight", "box_weight"), 0),
     "trunk_factor": 0,
+    "temperature": 0.025,  # below it, the contrastive loss would round what is least similar to nothing
     "max_aspect_ratio": 1,
 }
 _SHARES = ("nms_iou", "min_area", "max_area", "min_inside", "ema", "decay", "score")
-_POSITIVE = ("temperature", "learning_rate", "epochs", "clip")
+_POSITIVE = ("learning_rate", "epochs", "clip")
 
 
 def check_bounds(settings: dict[str, Any]) -> None:
