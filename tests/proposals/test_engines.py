@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
@@ -78,6 +79,23 @@ def killed_once(path: Path) -> str:
     return path.name
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends the processes that are started beside this one, as if it were Ray's."""
+    pools = []
+
+    def start(*settings: Any) -> Any:
+        pools.append(ProcessPoolExecutor(*settings))
+        return pools[-1]
+
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", start)
+    yield
+    engines._beside.cache_clear()
+    for pool in pools:
+        pool.shutdown()
+
+
+@pytest.mark.usefixtures("beside")
 def test_what_kills_the_process_beside_rays_is_done_once_more(tmp_path: Path) -> None:
     piece = {"item": pickle.dumps([tmp_path / "a"])}
     assert pickle.loads(engines._Piece(killed_once)(piece)["item"]) == [("a", None)]
@@ -91,6 +109,7 @@ def gpus(number: int) -> tuple[int, str | None]:
     return number, os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.usefixtures("beside")
 def test_a_worker_of_ray_can_be_given_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     piece = engines._Piece(gpus)
     for given in ("0", "1"):
