@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aligndet.boxes import BACKGROUND, BoxPredictions
+from aligndet.boxes import BACKGROUND, BoxPredictions, rows_of
 from aligndet.losses import MOST_SIMILARITIES, box_contrastive_loss
 
 
@@ -65,6 +65,23 @@ def test_many_boxes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append((loss, online.grad))
     for part in results[1:]:
         torch.testing.assert_close(part, results[0])
+
+
+def test_the_gradient_is_the_same_each_time() -> None:
+    """Also with several threads, though a box has many partners: sums in another order are other numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    z1, z2, ids = torch.randn(2000, 64), torch.randn(2000, 64), torch.randint(0, 50, (2000,))
+    index = torch.randint(0, 500, (4096,))
+    gradients: set[bytes] = set()
+    for _ in range(5):
+        online = z1.clone().requires_grad_()
+        box_contrastive_loss(BoxPredictions(online, ids), BoxPredictions(z2, ids)).backward()
+        (rows_of(online, index) * rows_of(z2, index.flip(0))).sum().backward()
+        gradients.add(online.grad.numpy().tobytes())  # type: ignore[union-attr]
+    torch.set_num_threads(threads)
+    assert len(gradients) == 1
+    assert torch.equal(rows_of(z1, index), z1[index])
 
 
 def test_what_is_kept_for_the_way_back_does_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BACKGROUND = -1
@@ -32,6 +33,21 @@ class PretrainOutput(NamedTuple):
 def wants_losses() -> bool:
     """The momentum detector runs without a graph; its losses would be thrown away."""
     return torch.is_grad_enabled()
+
+
+def rows_of(matrix: Tensor, index: Tensor) -> Tensor:
+    """Is ``matrix[index]``, whose gradient, too, is the same each time.
+
+    Where a row occurs more than once, the threads of indexing add up its gradients in any order.
+
+    Args:
+        matrix: (N, C).
+        index: (M,) int64.
+
+    Returns:
+        (M, C).
+    """
+    return F.embedding(index, matrix)
 
 
 def as_targets(proposals: Sequence[Tensor], first: int = 0) -> list[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from aligndet.boxes import BACKGROUND, BoxPredictions
+from aligndet.boxes import BACKGROUND, BoxPredictions, rows_of
 
 MOST_SIMILARITIES = 2**25
 """Held at a time (128 MiB in float32); more are made part by part, which takes time and spares memory."""
@@ -63,7 +63,7 @@ def box_contrastive_loss(
             key_ids = torch.cat([key_ids, elsewhere.proposal_ids])
         rows = max(1, MOST_SIMILARITIES // len(keys))
         negatives = _in_parts(_negatives, rows, (queries, ids), keys, key_ids, temperature)  # (Q,)
-        pair_losses = F.softplus(negatives[query] - positives)  # (P,)
+        pair_losses = F.softplus(rows_of(negatives[:, None], query)[:, 0] - positives)  # (P,)
         _, proposal, pairs = ids[query].unique(return_inverse=True, return_counts=True)
         return (pair_losses / pairs[proposal]).sum() / len(pairs)
 
@@ -80,7 +80,7 @@ def _in_parts(
 
 def _similarities(query: Tensor, key: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Cosines of P pairs, (P,)."""
-    return (queries[query] * keys[key]).sum(1)
+    return (rows_of(queries, query) * keys[key]).sum(1)
 
 
 def _negatives(queries: Tensor, ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:

@@ -19,7 +19,15 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, as_targets, wants_losses
+from aligndet.boxes import (
+    BACKGROUND,
+    Adapter,
+    BoxPredictions,
+    PretrainOutput,
+    as_targets,
+    rows_of,
+    wants_losses,
+)
 from aligndet.detectors.backbones import Backbone, PyramidNorm, build_backbone
 from aligndet.detectors.projection import ProjectionHead
 
@@ -109,10 +117,11 @@ class _ContrastiveHead(nn.Module):
             ids.append(torch.where(match >= 0, assigned, match))  # BACKGROUND and ignored stay negative
         proposal_ids = torch.cat(ids)  # (B * locations * anchors,)
         chosen = sample_boxes(proposal_ids, self.max_boxes)
-        location = chosen // self.projection_head.num_anchors
+        location, row = (chosen // self.projection_head.num_anchors).unique(return_inverse=True)
         anchor = chosen % self.projection_head.num_anchors
         locations = class_features.shape[1]  # not flattened: that would copy the features of all
-        embeddings = self.projection_head(class_features[location // locations, location % locations], anchor)
+        features = class_features[location // locations, location % locations]
+        embeddings = self.projection_head(rows_of(features, row), anchor)
         return {"embeddings": embeddings, "proposal_ids": proposal_ids[chosen]}
 
 
