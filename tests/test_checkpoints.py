@@ -301,7 +301,7 @@ def test_a_checkpoint_that_has_changed_is_named(tmp_path: Path) -> None:
     checkpoint.write_bytes(content)
     assert torch.load(checkpoint, weights_only=True)["state_dict"]["weight"] != 4
     for read in (steps_done, partial(load_state, Counting())):
-        with pytest.raises(ValueError, match=r"last\.ckpt: no checkpoint of .* is not what was written"):
+        with pytest.raises(ValueError, match=r"last\.ckpt: no checkpoint of .* is not what was written,"):
             read(checkpoint)
     with pytest.raises(ValueError, match=r"last\.ckpt: no checkpoint"):
         train(Counting(), tmp_path, 1)

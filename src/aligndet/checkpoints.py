@@ -76,6 +76,11 @@ class LastCheckpoint(_Checkpoint):
         if trainer.global_step >= trainer.max_steps:
             self.keep(trainer)
 
+    @property
+    def step(self) -> int:
+        """That is saved."""
+        return self._last_global_step_saved
+
     def keep(self, trainer: Trainer) -> None:
         """Saves the step that has just ended, unless that is done.
 

@@ -277,7 +277,7 @@ def check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         broken = file.testzip()
     if broken is not None:
-        raise ValueError(f"{broken} is not what was written")
+        raise ValueError(f"{broken} is not what was written, or was written without checksums")
 
 
 def print_skipped(messages: Collection[str]) -> None:

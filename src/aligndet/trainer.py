@@ -222,8 +222,7 @@ def fit(
         forget_processes(trainer)
         if agreed or ending.requested:  # a success to whoever asks for the exit status; loaders may die of it
             if trainer.is_global_zero:
-                kept = steps_done(path if (path := output / "checkpoints" / "last.ckpt").is_file() else None)
-                print(f"terminated; the last checkpoint is of step {kept} of {steps}: {output}")
+                print(f"terminated; the last checkpoint is of step {last.step} of {steps}: {output}")
             raise SystemExit(128 + signal.SIGTERM) from None
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise

@@ -73,6 +73,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
 
 
 def test_what_was_stopped_goes_on_to_the_same_clusters(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbroken = (images / "4.png").read_bytes()
     (images / "4.png").write_bytes(b"")
     settings: dict[str, Any] = {**SMALL, "proposals": images / "proposals", "sample": 20, "overwrite": True}
     whole = aligndet.cluster(images, **settings).read_bytes()
@@ -95,3 +96,27 @@ def test_what_was_stopped_goes_on_to_the_same_clusters(images: Path, monkeypatch
     assert seen == [0, 1]
     assert again.read_bytes() == whole
     assert not again.with_suffix(".partial").exists()
+    # what was broken is looked at once more, and --strict holds for it
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_assign", assign)
+    monkeypatch.setattr(module, "_WRITE_EVERY", -1.0)
+    seen.clear()
+    last = 1
+    with pytest.raises(KeyboardInterrupt):
+        aligndet.cluster(images, **settings)
+    with pytest.raises(ImageError, match=r"4\.png: is empty"):
+        aligndet.cluster(images, **settings, strict=True)
+    (images / "4.png").write_bytes(unbroken)
+    last = 9
+    aligndet.cluster(images, **settings)
+    assert seen == [0, 4, 1]
+    (bright,), (dark,) = clusters_of(images)[0]
+    assert clusters_of(images)[4] == ({bright}, {dark})
+
+
+def test_more_images_are_drawn_where_some_cannot_be_read(images: Path) -> None:
+    (images / "3.png").write_bytes(b"")  # the first of the sample
+    aligndet.cluster(images, proposals=images / "proposals", **SMALL, sample=10)
+    (bright,), (dark,) = clusters_of(images)[0]
+    assert clusters_of(images)[3] == ({0}, {0})
+    assert clusters_of(images)[2] == ({bright}, {dark})

@@ -336,10 +336,14 @@ def flaky(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> type[Fla
     return Flaky
 
 
-def test_a_web_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", [False, True])
+def test_a_web_server_that_says_nothing_is_given_up(setting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[str, Any] = {}
     monkeypatch.setattr(addresses, "PAUSES", ())
-    monkeypatch.setattr(addresses, "_SILENCE", 0.2)
+    if setting:
+        known["http"] = {"client_kwargs": {"timeout": 0.2}}
+    else:
+        monkeypatch.setattr(addresses, "_SILENCE", 0.2)
     monkeypatch.setattr(addresses, "conf", known)
     monkeypatch.setattr("fsspec.config.conf", known)
     addresses._limit_silence.cache_clear()

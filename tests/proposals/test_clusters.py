@@ -81,10 +81,10 @@ def test_what_was_begun_goes_on_where_it_is_of_the_same(
     path, decides = tmp_path / "clusters.partial", {"seed": 0}
     assert PartialClusters.read(path, decides) is None
     group = FeatureClusters.fit(features(4, 20), clusters=4, components=8, seed=0)
-    PartialClusters(group, np.array([3, 0, 7], np.int32), 2, ["é.jpg: is empty"]).write(path, decides)
+    PartialClusters(group, np.array([3, 0, 7], np.int32), 2, {4: "é.jpg: is empty"}).write(path, decides)
     begun = PartialClusters.read(path, decides)
     assert begun is not None
-    assert (begun.found.tolist(), begun.done, begun.broken) == ([3, 0, 7], 2, ["é.jpg: is empty"])
+    assert (begun.found.tolist(), begun.done, begun.broken) == ([3, 0, 7], 2, {4: "é.jpg: is empty"})
     np.testing.assert_array_equal(begun.group(features(4, 3)), group(features(4, 3)))
     assert not capsys.readouterr().out
     assert PartialClusters.read(path, {"seed": 1}) is None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -103,6 +104,22 @@ def test_what_kills_the_process_beside_rays_is_done_once_more(tmp_path: Path) ->
     assert nothing is None
     assert isinstance(error, ChildProcessError)
     assert "killed twice" in str(error)
+
+
+class Unknown:
+    def __reduce__(self) -> Any:
+        return import_module, ("no_such_package",)
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_machine_that_lacks_a_package_says_so() -> None:
+    work = partial(lambda_free, Unknown())
+    ((_, error),) = pickle.loads(engines._Piece(work)({"item": pickle.dumps([1])})["item"])
+    assert isinstance(error, ModuleNotFoundError)
+
+
+def lambda_free(_: Any, number: int) -> int:
+    return number
 
 
 def gpus(number: int) -> tuple[int, str | None]:

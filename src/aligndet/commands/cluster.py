@@ -32,6 +32,7 @@ from aligndet.proposals.clusters import (
     PartialClusters,
     clusters_file,
     digest,
+    partial_file,
     write_clusters,
 )
 from aligndet.proposals.engines import Engine, check_engine, run
@@ -68,7 +69,8 @@ def cluster(
     A trunk's features of each proposal (RoI align on its last map), reduced to principal components, are
     grouped by k-means, as for the official DETR. `aligndet pretrain` reads the result, a Parquet file beside
     the proposals, where a detector needs it. The same command goes on where it was stopped, from
-    clusters.partial, which is written there every five minutes.
+    a file .partial that is written there every five minutes once the sample is grouped, and looks at broken
+    images once more.
 
     Args:
         images: Folder of images, or an address; see `aligndet pretrain --help`.
@@ -117,27 +119,45 @@ def cluster(
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
     decides = {name: settings[name] for name in ("clusters", "components", "sample", "seed")}
     decides |= {"sizes": [min_size, max_size], "trunk": describe.fingerprint(), "proposals": digest(table)}
-    begun = clusters_file(proposals).with_suffix(".partial")
-    state = PartialClusters.read(begun, decides)
-    if state is None:
-        enough = 1 + int(np.searchsorted(np.diff(table.offsets)[order].cumsum(), sample))
-        first, broken = order[:enough], list[str]()
-        seen = tqdm(stream(describe, first, broken), total=len(first), desc="sample", unit="image")
-        drawn = [item for item in seen if item]
-        if not any(len(rows) for _, rows in drawn):
-            raise ImageError(f"{images}: none of {len(first)} images can be read; the first: {broken[0]}")
+    begun = partial_file(proposals)
+    state, again = PartialClusters.read(begun, decides), list[int]()
+    if state is not None:
+        again = list(state.broken)  # they may be readable by now
+    else:
+        done, count, drawn, broken = 0, 0, list[Described](), dict[int, str]()
+        bar = tqdm(total=min(sample, len(table.boxes)), desc="sample", unit="box")
+        while count < sample and done < len(order):
+            lacking = np.searchsorted(np.diff(table.offsets)[order[done:]].cumsum(), sample - count)
+            more = order[done : done + 1 + int(lacking)]
+            for position, item in zip(more, stream(describe, more), strict=True):
+                if isinstance(item, str):
+                    broken[position] = item
+                    continue
+                drawn.append(item)
+                count += len(item[1])
+                bar.update(len(item[1]))
+            done += len(more)
+        bar.close()
+        if not count:
+            raise ImageError(
+                f"{images}: none of {done} images can be read; the first: {next(iter(broken.values()))}"
+            )
         features = np.concatenate([rows for _, rows in drawn])
         group = FeatureClusters.fit(features, clusters=clusters, components=components, seed=seed)
-        state = PartialClusters(group, np.zeros(len(table.boxes), np.int32), len(first), broken)
+        state = PartialClusters(group, np.zeros(len(table.boxes), np.int32), done, broken)
         for index, rows in drawn:
             state.found[slice(*table.offsets[index : index + 2])] = group(rows)
         state.write(begun, decides)
-    written = monotonic()
-    rest = stream(partial(_assign, describe, state.group), order[state.done :], state.broken)
-    for item in tqdm(rest, total=len(order), initial=state.done, desc="cluster", unit="image"):
-        state.done += 1
-        if item:
-            state.found[slice(*table.offsets[item[0] : item[0] + 2])] = item[1]
+    written, rest = monotonic(), [*again, *order[state.done :]]
+    items = zip(rest, stream(partial(_assign, describe, state.group), rest), strict=True)
+    progress = tqdm(items, total=len(order), initial=len(order) - len(rest), desc="cluster", unit="image")
+    for number, (position, item) in enumerate(progress):
+        state.done += number >= len(again)
+        if isinstance(item, str):
+            state.broken[position] = item
+        else:
+            state.broken.pop(position, None)
+            state.found[slice(*table.offsets[position : position + 2])] = item[1]
         if monotonic() - written > _WRITE_EVERY:
             state.write(begun, decides)
             written = monotonic()
@@ -148,13 +168,13 @@ def cluster(
         {
             "clusters": len(state.group.centres),
             "components": len(state.group.components),
-            "skipped": state.broken,
+            "skipped": list(state.broken.values()),
             "settings": settings,
             **provenance(),
         },
     )
     begun.unlink(missing_ok=True)
-    print_skipped(state.broken)
+    print_skipped(state.broken.values())
     print(
         f"{len(state.found)} proposals in {len(state.group.centres)} clusters, {len(state.broken)} images"
         f" skipped: {path}"
@@ -164,6 +184,8 @@ def cluster(
 
 Loaded = tuple[int, Tensor, Tensor]
 """Position of an image, the image (3, H, W) uint8 and its boxes (N, 4), resized."""
+Described = tuple[int, npt.NDArray[np.float32]]
+"""Position of an image, and the features (N, C) of its boxes."""
 
 
 class _Request(NamedTuple):
@@ -213,9 +235,10 @@ def _stream(
     on_gpu: bool,
     do: Callable[[Loaded], Any],
     order: list[int],
-    broken: list[str],
 ) -> Iterator[Any]:
-    """What is done to images, in order; None for a broken one, and why is added to the list."""
+    """What is done to images, in order; in the place of a broken one, why."""
+    if not order:
+        return
     if engine == "ray":
         results = run(
             partial(_read_and_do, do, boxes.images, boxes.resize),
@@ -230,11 +253,8 @@ def _stream(
         results = (loaded if isinstance(loaded, str) else do(loaded) for loaded in loader)
     with closing(results):
         for result in results:
-            if isinstance(result, str):
-                if strict:
-                    raise ImageError(result)
-                broken.append(result)
-                result = None
+            if strict and isinstance(result, str):
+                raise ImageError(result)
             yield result
 
 
@@ -257,7 +277,7 @@ class _BoxFeatures:
         return f"{crc32(save(self.body.state_dict())):08x}"
 
     @torch.inference_mode()
-    def __call__(self, loaded: Loaded) -> tuple[int, npt.NDArray[np.float32]]:
+    def __call__(self, loaded: Loaded) -> Described:
         index, image, boxes = loaded
         allow_tf32(self.device)
         self.body.to(self.device)  # here, because a machine of a cluster has GPUs of its own

@@ -127,7 +127,7 @@ def pretrain(
             "constant".
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
-        temperature: Of the contrastive loss (equation 4); in runs of a few hundred steps 0.1 did better.
+        temperature: Of the contrastive loss (equation 4); at least 0.025; in short runs 0.1 did better.
         gather_keys: Contrast with the boxes of all processes; by default each with its own alone.
         decay: Coefficient of the momentum detector's moving average (EMA) at the start; it grows to 1 by a
             cosine. By default 0.996, or 1 - 15 / steps in runs of fewer than 3,750 steps.

@@ -19,7 +19,7 @@ from aligndet.commands._settings import check_bounds
 from aligndet.data.formats import read_labelled
 from aligndet.data.sources import ImageSource
 from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
-from aligndet.proposals.clusters import clusters_file
+from aligndet.proposals.clusters import clusters_file, partial_file
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.masks import MASK_SIDE
 from aligndet.proposals.pipeline import Rank, propose_image
@@ -214,7 +214,12 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
     manifest = folder / "manifest.json"
     if overwrite and manifest.is_file():
         _write_manifest(folder, {}, "in progress")
-        for path in [*folder.glob("part-*.parquet"), *folder.glob(".*.partial*"), clusters_file(folder)]:
+        for path in [
+            *folder.glob("part-*.parquet"),
+            *folder.glob(".*.partial*"),
+            clusters_file(folder),
+            partial_file(folder),
+        ]:
             path.unlink(missing_ok=True)
     elif manifest.is_file():
         before = read_json(manifest).get("parameters", {})

@@ -66,9 +66,11 @@ def _limit_silence() -> None:
     """
     import aiohttp
 
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
     for protocol in ("http", "https"):
-        conf.setdefault(protocol, {}).setdefault("client_kwargs", {}).setdefault("timeout", limits)
+        settings = conf.setdefault(protocol, {}).setdefault("client_kwargs", {})
+        seconds = settings.get("timeout", _SILENCE)
+        if isinstance(seconds, int | float):  # a file of settings can have no more, aiohttp wants more
+            settings["timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 
 
 def path_at(root: str, name: str) -> tuple[Any, str]:

@@ -233,7 +233,7 @@ class QueryDetector(nn.Module):
         return self.resize_in_training or not self.training
 
     def _square_side(self, side: int) -> int:
-        """Rounds to a multiple of the coarsest stride; refuses one with fewer places than queries."""
+        """A multiple of the coarsest stride, with as many places as there are queries at least."""
         coarsest = self.family.strides[-1]
         queries = self.network.config.num_queries if self.family.from_encoder else 0
         multiple = max(1, round(side / coarsest))

@@ -69,7 +69,12 @@ class FeatureClusters:
 
         Returns:
             (M,) from 0 on.
+
+        Raises:
+            ValueError: If features are not finite.
         """
+        if not np.isfinite(features).all():
+            raise ValueError("the trunk's features are not finite: other weights, or another --device")
         reduced = (features - self.mean) @ self.components.T
         distances = (self.centres**2).sum(1) - 2 * reduced @ self.centres.T  # but for what all centres share
         return distances.argmin(1).astype(np.int32)
@@ -82,7 +87,7 @@ class PartialClusters:
     group: FeatureClusters
     found: npt.NDArray[np.int32]  # (all boxes,)
     done: int  # images, in the order of the work
-    broken: list[str]
+    broken: dict[int, str]  # why, by their positions
 
     def write(self, path: Path, decides: dict[str, Any]) -> None:
         """Writes it, whole or not at all.
@@ -111,10 +116,11 @@ class PartialClusters:
                 print(f"{path}: is of other settings, proposals or weights; begins anew")
                 return None
             found = tensors.pop("found")
-            return cls(FeatureClusters(**tensors), found, int(noted["done"]), json.loads(noted["broken"]))
+            broken = {int(position): why for position, why in json.loads(noted["broken"]).items()}
+            return cls(FeatureClusters(**tensors), found, int(noted["done"]), broken)
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             print(f"{path}: is broken ({error}); begins anew")
             return None
 
@@ -128,6 +134,15 @@ def clusters_file(proposals: Path) -> Path:
     if proposals.is_dir():
         return proposals / "clusters.parquet"
     return proposals.with_name(f"{proposals.stem}.clusters.parquet")
+
+
+def partial_file(proposals: Path) -> Path:
+    """Where an unfinished clustering is: beside them, too.
+
+    Args:
+        proposals: Folder or file.
+    """
+    return clusters_file(proposals).with_suffix(".partial")
 
 
 def write_clusters(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -168,16 +168,11 @@ class _Piece:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         items = pickle.loads(row["item"])
-        for _ in range(
-            2
-        ):  # a process that is killed, most likely for lack of memory: once more, in a new one
+        # a process that is killed, most likely for lack of memory: once more, in a new one
+        for _ in range(2):
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # a worker's next task can have another one
             try:
-                # a worker of Ray's can be given another GPU for its next task
-                found = (
-                    _beside(self.work, os.environ.get("CUDA_VISIBLE_DEVICES"))
-                    .submit(_results, items)
-                    .result()
-                )
+                found = _beside(self.work, gpus).submit(_results, items).result()
                 break
             except BrokenProcessPool:
                 _beside.cache_clear()
@@ -200,7 +195,14 @@ def _start_beside(work: bytes, gpus: str | None) -> None:
     _start()
     if gpus is not None:  # the server that this process is a copy of has those of the first task
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    _work = pickle.loads(work)
+    try:
+        _work = pickle.loads(work)
+    except Exception as error:  # a package may be missing on this machine
+        _work = partial(_fail, error)
+
+
+def _fail(error: Exception, item: Any) -> Any:
+    raise error
 
 
 def _results(items: list[Any]) -> list[tuple[Any, Exception | None]]:

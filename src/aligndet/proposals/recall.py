@@ -22,7 +22,9 @@ class Recall:
             coco: Labels; masks are compared if they have some.
         """
         self._coco = coco
-        self._positions = {name: position for position, name in enumerate(coco.file_names)}
+        self._positions: dict[str, list[int]] = {}  # an image can be listed twice
+        for position, name in enumerate(coco.file_names):
+            self._positions.setdefault(name, []).append(position)
         self._box_ious: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)]
         self._mask_ious: list[npt.NDArray[np.float64]] = [np.zeros(0)]
 
@@ -32,9 +34,11 @@ class Recall:
         Args:
             proposals: Of an image, which may have no labels.
         """
-        coco, position = self._coco, self._positions.get(proposals.file_name)
-        if position is None:
-            return
+        for position in self._positions.get(proposals.file_name, ()):
+            self._add(proposals, position)
+
+    def _add(self, proposals: ImageProposals, position: int) -> None:
+        coco = self._coco
         objects = np.flatnonzero(~coco.iscrowd[position])
         ious, best = best_proposals(proposals.boxes, coco.boxes[position][objects])
         self._box_ious.append(ious)
