@@ -130,41 +130,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no checkpoint of a run, or damaged: {error}") from error
 
 
-def steps_done(checkpoint: Path | None) -> int:
-    """Optimizer steps that a checkpoint has behind it.
-
-    Args:
-        checkpoint: Of a run, or None.
-
-    Raises:
-        ValueError: As of `read_checkpoint`.
-    """
-    return 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
-
-
-def load_state(module: LightningModule, checkpoint: Path) -> None:
-    """Loads a checkpoint's weights into a module.
-
-    Args:
-        module: Of the run that wrote the checkpoint.
-        checkpoint: A file.
-    """
-    module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
-
-
-def best_validation(checkpoint: Path) -> dict[str, Any]:
+def best_validation(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What `BestCheckpoint` has kept, from its file alone: a run may be resumed when it is over.
 
     Args:
-        checkpoint: Of `BestCheckpoint`.
+        checkpoint: Of `BestCheckpoint`, as `read_checkpoint` gives it.
 
     Returns:
         Its step, and its AP in 0..1, or None if there was no object to measure by.
     """
-    kept = read_checkpoint(checkpoint)
-    (state,) = (s for name, s in kept["callbacks"].items() if name.startswith(BestCheckpoint.__name__))
+    (state,) = (s for name, s in checkpoint["callbacks"].items() if name.startswith(BestCheckpoint.__name__))
     score = float(state["best_model_score"])
-    return {"step": int(kept["global_step"]), "AP": score if math.isfinite(score) else None}
+    return {"step": int(checkpoint["global_step"]), "AP": score if math.isfinite(score) else None}
 
 
 class WeightAverage(WeightAveraging):

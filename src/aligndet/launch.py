@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -15,8 +16,6 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-
-from aligndet.checkpoints import read_checkpoint
 
 
 def environment() -> ClusterEnvironment | None:
@@ -112,16 +111,16 @@ class SameStart(Callback):
         """
         self.output, self.step, self.data = output, step, data
 
-    def check(self, checkpoint: Path) -> None:
+    def check(self, checkpoint: dict[str, Any]) -> None:
         """Compares with what the run began with, before weights of other classes are loaded.
 
         Args:
-            checkpoint: To go on from.
+            checkpoint: To go on from, of `read_checkpoint`; empty: none.
 
         Raises:
             ValueError: If the data has changed.
         """
-        before = read_checkpoint(checkpoint)["callbacks"].get(self.state_key, {}).get("data", self.data)
+        before = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("data", self.data)
         if before != self.data:
             raise ValueError(
                 f"{self.output}: began with {before}; there are {self.data} now; resume with the former data"

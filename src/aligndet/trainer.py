@@ -31,7 +31,7 @@ from aligndet.callbacks import (
     ValidateLast,
     forget_processes,
 )
-from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, steps_done
+from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, read_checkpoint
 from aligndet.data.labelled import HostBatch, ValidationDataset
 from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
 from aligndet.training import StepSampler, compile_networks
@@ -119,10 +119,11 @@ def fit(
     checkpoint_every = min(steps, checkpoint_every or min(500, max(1, steps // 10)))
     last = LastCheckpoint(output / "checkpoints", checkpoint_every)
     ending = Termination(last)
-    first = steps_done(checkpoint)
+    begun = {} if checkpoint is None else read_checkpoint(checkpoint)
+    first = int(begun.get("global_step", 0))
     start = SameStart(output, first, data)
-    if checkpoint is not None:
-        start.check(checkpoint)
+    start.check(begun)
+    del begun
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
     table = f"csv_from_{first}" if first else "csv"
     logs: list[Logger] = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,11 @@ def test_masks_of_objects_that_are_found_are_compared(coco: CocoDataset) -> None
     boxes = np.array([[0, 0, 80, 100], [0, 0, 50, 100]], np.float32)
     recall.add(ImageProposals("1.png", 400, 100, boxes, None, masks))
     assert recall.mask_iou() == pytest.approx(0.4)
+
+
+def test_an_image_that_is_listed_twice_counts_with_all_its_objects(coco: CocoDataset) -> None:
+    twice = replace(coco, file_names=["1.png", "1.png"], boxes=[coco.boxes[0], coco.boxes[0]])
+    twice = replace(twice, iscrowd=[coco.iscrowd[0], ~coco.iscrowd[0]])  # the other object of the two
+    recall = Recall(twice)
+    recall.add(ImageProposals("1.png", 400, 100, np.array([[0, 0, 100, 100]], np.float32)))
+    assert recall.figures()["recall50"] == 0.5

@@ -124,24 +124,10 @@ def cluster(
     if state is not None:
         again = list(state.broken)  # they may be readable by now
     else:
-        done, count, drawn, broken = 0, 0, list[Described](), dict[int, str]()
-        bar = tqdm(total=min(sample, len(table.boxes)), desc="sample", unit="box")
-        while count < sample and done < len(order):
-            lacking = np.searchsorted(np.diff(table.offsets)[order[done:]].cumsum(), sample - count)
-            more = order[done : done + 1 + int(lacking)]
-            for position, item in zip(more, stream(describe, more), strict=True):
-                if isinstance(item, str):
-                    broken[position] = item
-                    continue
-                drawn.append(item)
-                count += len(item[1])
-                bar.update(len(item[1]))
-            done += len(more)
-        bar.close()
-        if not count:
-            raise ImageError(
-                f"{images}: none of {done} images can be read; the first: {next(iter(broken.values()))}"
-            )
+        drawn, done, broken = _sample(partial(stream, describe), order, np.diff(table.offsets), sample)
+        if not any(len(rows) for _, rows in drawn):
+            first = next(iter(broken.values()))
+            raise ImageError(f"{images}: none of {done} images can be read; the first: {first}")
         features = np.concatenate([rows for _, rows in drawn])
         group = FeatureClusters.fit(features, clusters=clusters, components=components, seed=seed)
         state = PartialClusters(group, np.zeros(len(table.boxes), np.int32), done, broken)
@@ -186,6 +172,31 @@ Loaded = tuple[int, Tensor, Tensor]
 """Position of an image, the image (3, H, W) uint8 and its boxes (N, 4), resized."""
 Described = tuple[int, npt.NDArray[np.float32]]
 """Position of an image, and the features (N, C) of its boxes."""
+
+
+def _sample(
+    stream: Callable[[list[int]], Iterator[Described | str]],
+    order: list[int],
+    counts: npt.NDArray[np.int64],
+    sample: int,
+) -> tuple[list[Described], int, dict[int, str]]:
+    """Features of the first images that have so many boxes, how many images that took, and broken ones."""
+    done, left = 0, sample
+    drawn: list[Described] = []
+    broken: dict[int, str] = {}
+    with tqdm(total=min(sample, int(counts.sum())), desc="sample", unit="box") as bar:
+        while left > 0 and done < len(order):
+            enough = 1 + int(np.searchsorted(counts[order[done:]].cumsum(), left))
+            images = order[done : done + enough]
+            for position, item in zip(images, stream(images), strict=True):
+                if isinstance(item, str):
+                    broken[position] = item
+                    continue
+                drawn.append(item)
+                left -= len(item[1])
+                bar.update(len(item[1]))
+            done += len(images)
+    return drawn, done, broken
 
 
 class _Request(NamedTuple):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
-from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, load_state, steps_done
+from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, read_checkpoint
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance, with_recipe
 from aligndet.data.coco import CocoDataset, CocoDetection, check_objects
@@ -326,10 +326,11 @@ def _load_result(
     """Loads the weights to save into the module; returns step and AP if they are the best of a validation."""
     best = output / "checkpoints" / "best.ckpt"
     if best.is_file():
-        load_state(module, best)
-        return best_validation(best)
-    if checkpoint is not None and steps_done(checkpoint) >= total:  # it holds the average of the weights
-        load_state(module, checkpoint)
+        content = read_checkpoint(best)
+        module.load_state_dict(content["state_dict"])
+        return best_validation(content)
+    if checkpoint is not None and (content := read_checkpoint(checkpoint))["global_step"] >= total:
+        module.load_state_dict(content["state_dict"])  # it holds the average of the weights
     return None
 
 

@@ -197,7 +197,7 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
             raise ValueError(f"not all are from 0 to {count - 1}")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: broken clusters ({error}); run `aligndet cluster` again") from error
-    if made_of != digest(table) or lists.value_lengths().to_pylist() != np.diff(table.offsets).tolist():
+    if made_of != digest(table) or not np.array_equal(lists.value_lengths(), np.diff(table.offsets)):
         raise ValueError(f"{path}: these clusters are of other proposals; run `aligndet cluster` again")
     if most is not None and count > most:
         raise ValueError(

@@ -172,7 +172,7 @@ class _Piece:
         for _ in range(2):
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # a worker's next task can have another one
             try:
-                found = _beside(self.work, gpus).submit(_results, items).result()
+                found = _beside(self.work, gpus).submit(_each, _result, items).result()
                 break
             except BrokenProcessPool:
                 _beside.cache_clear()
@@ -203,10 +203,6 @@ def _start_beside(work: bytes, gpus: str | None) -> None:
 
 def _fail(error: Exception, item: Any) -> Any:
     raise error
-
-
-def _results(items: list[Any]) -> list[tuple[Any, Exception | None]]:
-    return [_result(item) for item in items]
 
 
 def _result(item: Any) -> tuple[Any, Exception | None]:
