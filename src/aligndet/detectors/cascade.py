@@ -173,7 +173,9 @@ class CascadeRCNN(FasterRCNN):
         single: Any = self.roi_heads  # type: ignore[has-type]
         width = backbone.out_channels
         stages = []
-        for index, (predictor, threshold) in enumerate(zip(box_predictors, THRESHOLDS, strict=False)):
+        for index, (predictor, threshold) in enumerate(
+            zip(box_predictors, THRESHOLDS[: len(box_predictors)], strict=True)
+        ):
             precision = (10.0 * (index + 1), 10.0 * (index + 1), 5.0 * (index + 1), 5.0 * (index + 1))
             parts: dict[str, Any] = {}
             if mask_predictors:
