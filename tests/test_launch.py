@@ -70,7 +70,8 @@ def test_lightning_takes_the_environment(started_by: str, tmp_path: Path) -> Non
             ["--strategy=ddp_spawn"],
             "--strategy ddp_spawn: copies of this process would all see the same images",
         ),
-        (["--strategy=fsdp"], "--strategy fsdp: every device has the whole detector.*use --strategy ddp"),
+        (["--strategy=deepspeed"], "--strategy deepspeed: there are auto, ddp and fsdp"),
+        (["--strategy=fsdp", "--channels-last"], "fsdp splits parameters, which --channels-last needs whole"),
     ],
 )
 def test_what_cannot_run(

@@ -16,16 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from aligndet.boxes import BACKGROUND, BoxPredictions
 from aligndet.data.coco import Category
 from aligndet.data.images import read_image_size
+from aligndet.data.splits import with_images
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.losses import box_contrastive_loss
 from aligndet.processes import all_gather_items, all_reduce_mean, gather_other_boxes
 from aligndet.reporting.runs import read_curves
+from aligndet.sharding import shard
 from tests.commands.test_kill import (
     FEW_QUERIES,
     assert_same_weights,
@@ -53,20 +56,31 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
+def kill_after_checkpoint(process: subprocess.Popen[bytes], output: Path) -> None:
+    kept = output / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not kept.is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert kept.is_file()
+
+
 def finish(*arguments: str) -> None:
     process = start(*arguments)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
 
 
-def two_forks(command: list[str], output: Path) -> None:
+def two_forks(command: list[str], output: Path, strategy: str = "ddp") -> None:
     """As torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     both |= {"TORCHELASTIC_RUN_ID": "two", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    command = [*command, "--devices=2", "--strategy=ddp"]
+    command = [*command, "--devices=2", f"--strategy={strategy}"]
     processes = {rank: fork(command, output, **both, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")}
     try:
         for rank, process in processes.items():
@@ -141,6 +155,12 @@ def evaluated(images: range) -> CocoResult:
     return evaluator.compute()
 
 
+def part_of(layer: nn.Linear) -> torch.Size:
+    shard(layer, init_device_mesh("cpu", (2,)))
+    weight: Any = layer.weight
+    return torch.Size(weight.to_local().shape)
+
+
 def in_a_process(rank: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -159,6 +179,7 @@ def in_a_process(rank: int, folder: Path) -> None:
         "mean": all_reduce_mean(torch.tensor(1.0 + 2 * rank)),
         "items": all_gather_items([[0, 2, 4], [1]][rank]),
         "figures": evaluated(range(rank, 5, 2)).to_dict(),
+        "part": part_of(nn.Linear(10, 3)),
     }
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -195,6 +216,7 @@ def test_gathered_keys_and_images_are_those_of_one_process(tmp_path: Path) -> No
     for found in (first, second):
         assert found["items"] == [0, 1, 2, 4]
         assert found["figures"] == evaluated(range(5)).to_dict()
+    assert (first["part"], second["part"]) == ((2, 10), (1, 10))
     assert found["figures"]["images"] == 5
     assert 0.1 < found["figures"]["AP"] < 0.9
 
@@ -225,14 +247,7 @@ def test_two_processes_gather_keys(sample: Path, two_boxes: Path, tmp_path: Path
     gathering = [*several, "--gather-keys", "--steps=9", "--checkpoint-every=2"]
     killed = tmp_path / "killed"
     finish(*gathering, f"--output={tmp_path / 'whole'}")
-    process = start(*gathering, f"--output={killed}")
-    deadline = time.monotonic() + 240
-    while not (killed / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (killed / "checkpoints" / "last.ckpt").is_file()
+    kill_after_checkpoint(start(*gathering, f"--output={killed}"), killed)
     assert not (killed / "pretrained").exists()
     finish(*gathering, f"--output={killed}", "--resume")
     assert_same_weights(tmp_path / "whole" / "pretrained", killed / "pretrained")
@@ -299,6 +314,38 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     assert len(curve(tmp_path / "two")) == 4
+
+
+@pytest.mark.usefixtures("imports")
+def test_two_processes_that_split_the_detector(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    command = ["pretrain", str(sample / "train"), f"--proposals={proposals}", *SMALL]
+    command += ["--detector=fcos", "--trunk=convnext_atto", "--steps=2"]  # has no norms that are folded
+    for strategy in ("ddp", "fsdp"):
+        two_forks(command, tmp_path / strategy, strategy)
+    assert_same_weights(tmp_path / "ddp" / "pretrained", tmp_path / "fsdp" / "pretrained")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["fsdp", "ddp"])
+def test_a_split_detector_goes_on(second: str, sample: Path, tmp_path: Path) -> None:
+    """Also with different numbers of batches to validate on."""
+    document, three = json.loads((sample / "val.json").read_text()), tmp_path / "three.json"
+    three.write_text(json.dumps(with_images(document, document["images"][:3])))
+    command = ["finetune", str(sample / "train.json"), *SMALL, "--batch-size=1", f"--val-annotations={three}"]
+    command += [f"--val-images={sample / 'val'}"]
+    command += ["--detector=faster_rcnn", "--validate-every=4", "--steps=8", "--checkpoint-every=2"]
+    several = [*command, "--devices=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(*several, f"--output={whole}", "--strategy=fsdp")
+    process = start(*several, f"--output={killed}", "--strategy=fsdp")
+    kill_after_checkpoint(process, killed)
+    finish(*several, f"--output={killed}", f"--strategy={second}", "--resume")
+    if second == "fsdp":
+        assert_same_weights(whole / "model", killed / "model")
+    else:  # gradients are clipped by their norm, which is added up in another order
+        ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (whole, killed))
+        for name, value in ours.items():
+            assert (theirs[name] - value).float().norm() <= 1e-2 * value.float().norm(), name
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -31,23 +31,25 @@ def environment() -> ClusterEnvironment | None:
     return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
 
 
-def check_launch(devices: int, nodes: int, strategy: str) -> None:
+def check_launch(devices: int, nodes: int, strategy: str, whole: Sequence[str] = ()) -> None:
     """Refuses a run whose processes would wait for each other forever, or compute something else.
 
     Args:
         devices: Of a machine.
         nodes: Machines.
-        strategy: Of Lightning.
+        strategy: Of Lightning, or "fsdp".
+        whole: Options asked for that need whole parameters on every device.
 
     Raises:
-        ValueError: If the strategy splits the parameters or copies this process, if an interactive session
-            asks for several devices, if machines were asked for and nobody has started processes on them, or
-            if there are more or fewer processes than devices.
+        ValueError: If the strategy is unknown, splits parameters that are needed whole or copies this
+            process, if an interactive session asks for several devices, if machines were asked for and nobody
+            has started processes on them, or if there are more or fewer processes than devices.
     """
-    if not strategy.startswith(("auto", "ddp")):
+    if strategy != "fsdp" and not strategy.startswith(("auto", "ddp")):
+        raise ValueError(f"--strategy {strategy}: there are auto, ddp and fsdp")
+    if strategy == "fsdp" and whole:
         raise ValueError(
-            f"--strategy {strategy}: every device has the whole detector (the momentum detector follows the"
-            " online one parameter by parameter), and detectors fit one; use --strategy ddp"
+            f"--strategy fsdp splits parameters, which {whole[0]} needs whole; leave it out, or take ddp"
         )
     if any(start in strategy for start in ("spawn", "fork", "notebook")):
         raise ValueError(

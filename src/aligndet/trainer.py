@@ -34,6 +34,7 @@ from aligndet.callbacks import (
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, read_checkpoint
 from aligndet.data.labelled import HostBatch, ValidationDataset
 from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
+from aligndet.sharding import FullyShardedStrategy
 from aligndet.training import StepSampler, compile_networks
 from aligndet.workers import cores, worker_settings
 
@@ -82,7 +83,7 @@ def fit(
         accumulate: Batches a step.
         devices: Number of devices a machine.
         nodes: Number of machines.
-        strategy: Of Lightning ("auto", "ddp").
+        strategy: Of Lightning ("auto", "ddp"), or "fsdp".
         accelerator: Of Lightning ("auto", "cpu", "gpu").
         precision: Of Lightning.
         channels_last: Convolutions work on maps whose channels are neighbours in memory.
@@ -144,7 +145,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy,
+        strategy=FullyShardedStrategy() if strategy == "fsdp" else strategy,
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,

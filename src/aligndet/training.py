@@ -179,10 +179,21 @@ def compile_networks(module: nn.Module) -> None:
     Args:
         module: With one or more detectors in it.
     """
-    for name, part in module.named_modules():
-        if f".{name}".endswith(_NETWORKS):
-            for network in _called(part):
-                network.compile()
+    for network in networks(module):
+        network.compile()
+
+
+def networks(module: nn.Module) -> list[nn.Module]:
+    """Finds trunks (CBNet's by stages), pyramids, heads, encoders and decoders.
+
+    Args:
+        module: With one or more detectors in it.
+
+    Returns:
+        Modules that are called as they stand.
+    """
+    parts = (part for name, part in module.named_modules() if f".{name}".endswith(_NETWORKS))
+    return [network for part in parts for network in _called(part)]
 
 
 def _called(part: nn.Module) -> Iterator[nn.Module]:

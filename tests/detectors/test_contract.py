@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.boxes import BACKGROUND, BoxPredictions, PretrainOutput
@@ -24,8 +28,9 @@ from aligndet.detectors.weights import (
     save_detector,
 )
 from aligndet.losses import box_contrastive_loss
-from aligndet.momentum import momentum_copy
-from aligndet.training import compile_networks
+from aligndet.momentum import momentum_copy, update_momentum
+from aligndet.sharding import _layers, shard
+from aligndet.training import compile_networks, networks
 
 ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
 QUERY_OPTIONS: dict[str, Any] = {
@@ -264,6 +269,48 @@ def test_compile_takes_the_networks(name: str, monkeypatch: pytest.MonkeyPatch) 
         part.register_forward_hook(lambda part, *_: called.add(part))
     losses_of(adapter)
     assert called == set(taken)  # what is not called would not be compiled either
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_layers_are_called_alike_whatever_there_is_to_find(name: str) -> None:
+    """Or processes that gather them would wait for each other."""
+    adapter = build(name)
+    called: list[nn.Module] = []
+    for layer in (layer for network in networks(adapter) for layer in _layers(network)):
+        layer.register_forward_hook(lambda layer, *_: called.append(layer))
+    orders = []
+    for boxes in ([OBJECTS, OBJECTS[:2]], [OBJECTS[:0], OBJECTS[:0]]):
+        call(adapter, images((128, 160), (128, 160)), boxes)
+        orders.append(called[:])
+        called.clear()
+    assert orders[0]
+    assert orders[0] == orders[1]
+
+
+def test_a_detector_that_is_split_over_devices_learns_alike(name: str, mesh: DeviceMesh) -> None:
+    whole = BoxPretraining(build(name), steps=10)
+    split: Any = copy.deepcopy(whole)
+    split.forward = lambda: losses_of(split.online).sum() + 0 * losses_of(split.momentum).sum()
+    losses_of(whole.online).sum().backward()
+    shard(split, mesh)
+    layers = [part for part in split.modules() if isinstance(part, FSDPModule) and part is not split]
+    assert layers
+    assert set(layers) & set(split.trunk.modules())
+    split().backward()
+    optimizer = torch.optim.SGD([p for p in split.online.parameters() if p.requires_grad], 0.1)
+    torch.optim.SGD([p for p in whole.online.parameters() if p.requires_grad], 0.1).step()
+    optimizer.step()
+    for module in (whole, split):
+        update_momentum(module.online, module.momentum, 0.5)
+    for ours, theirs in zip(split.parameters(), whole.parameters(), strict=True):
+        assert isinstance(ours, DTensor)
+        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

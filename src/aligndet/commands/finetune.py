@@ -172,7 +172,8 @@ def finetune(
         devices: Devices per machine.
         nodes: Number of machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: "auto" or "ddp": every device has the whole detector.
+        strategy: "auto" or "ddp": every device has the whole detector; "fsdp": a part of every parameter, for
+            detectors too large for one (FSDP2; it exchanges more).
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Keep the channels of a pixel together in memory; results are the same up to rounding.
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.

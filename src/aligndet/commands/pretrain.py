@@ -137,7 +137,8 @@ def pretrain(
         devices: Devices a machine; 2 on a machine without GPU means two processes.
         nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: "auto" or "ddp": every device has the whole detector.
+        strategy: "auto" or "ddp": every device has the whole detector; "fsdp": a part of every parameter, for
+            detectors too large for one (FSDP2; it exchanges more).
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Hold channels as neighbours in memory; the same up to rounding.
         compile: Let torch.compile take trunk, pyramid and heads; the first steps take minutes.

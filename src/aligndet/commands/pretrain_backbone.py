@@ -114,7 +114,8 @@ def pretrain_backbone(
         devices: Devices a machine; 2 on a machine without GPU means two processes.
         nodes: Machines; torchrun or Slurm starts the command on each.
         accelerator: "auto", "cpu" or "gpu".
-        strategy: "auto" or "ddp": every device has the whole trunk.
+        strategy: "auto" or "ddp": every device has the whole trunk; "fsdp": a part of every parameter, for
+            trunks too large for one (FSDP2; it exchanges more).
         precision: "32", "bf16-mixed" or "16-mixed".
         channels_last: Hold channels as neighbours in memory; the same up to rounding.
         compile: Let torch.compile take the trunk; the first steps take minutes.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -26,9 +27,10 @@ def folded(trunk: nn.Module) -> nn.Module:
 
     Returns:
         A network with the same maps, up to rounding; the trunk itself if nothing can be folded, or if it is
-        called part by part (CBNet's).
+        called part by part (CBNet's) or split over several devices.
     """
-    if type(trunk) is nn.ModuleDict or not any(isinstance(module, _NORMS) for module in trunk.modules()):
+    in_parts = type(trunk) is nn.ModuleDict or any(isinstance(p, DTensor) for p in trunk.parameters())
+    if in_parts or not any(isinstance(module, _NORMS) for module in trunk.modules()):
         return trunk
     try:
         return _folded(copy.deepcopy(trunk)) or trunk
