@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from aligndet.callbacks import Termination, Throughput
+from aligndet.callbacks import Progress, Termination, Throughput
 from aligndet.checkpoints import LastCheckpoint
 
 
@@ -52,3 +53,12 @@ def test_all_processes_end_where_one_was_told_to(
     with pytest.raises(SIGTERMException) if ends else nullcontext():
         Termination(last).on_validation_end(trainer, module)
     assert last.keep.called == ends
+
+
+@pytest.mark.parametrize(("watched", "drawn"), [(True, 2000), (False, 100)])
+def test_a_log_file_gets_few_bars(watched: bool, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = io.StringIO()
+    stream.isatty = lambda: watched
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = Progress(2000)
+    assert sum(progress._should_update(step, 2000) for step in range(1, 2001)) == drawn

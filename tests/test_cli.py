@@ -43,6 +43,13 @@ def test_help_does_not_wait_for_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_log_file_gets_few_bars(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aligndet", "sample-data", str(tmp_path / "data"), "--size=64"]
+    command += ["--train-images=100", "--val-images=1"]
+    errors = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert errors.count("train:") <= 3  # at the beginning, the end, and every ten seconds
+
+
 def test_options_as_people_write_them(tmp_path: Path) -> None:
     assert cli.run("sample-data", [str(tmp_path / "a"), "--train-images", "1", "--val_images=1", "--size=64"])
     with pytest.raises(ValueError, match="not empty"):

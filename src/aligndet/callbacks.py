@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -152,6 +153,14 @@ class Termination(Checkpoint):
 
 class Progress(TQDMProgressBar):
     """A bar over the steps of the run, with the time that is left."""
+
+    def __init__(self, batches: int) -> None:
+        """Of a run.
+
+        Args:
+            batches: Of all of it. Where nobody watches, as in a log file, the bar is drawn a hundred times.
+        """
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else max(1, batches // 100))
 
     def on_train_start(self, *call: Any) -> None:
         """Begins where a resumed run does, whose epoch has started already."""

@@ -79,6 +79,8 @@ def main(args: Sequence[str] | None = None) -> int:
             f"aligndet: unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr
         )
         return 2
+    if not sys.stderr.isatty():  # a log file: read when tqdm is imported
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     try:
         result = run(arguments[0], arguments[1:])
         if arguments[0] == "check-data" and result["problems"]:

@@ -155,7 +155,7 @@ def fit(
             start,
             Throughput(),
             SkippedImages(),
-            Progress(),
+            Progress(steps * accumulate),
             ValidateLast(),
             *callbacks,
             last,  # has the state of all others in it
