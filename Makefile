@@ -27,7 +27,7 @@ test: lint types ## lint, types and the fast tests
 	$(RUN)pytest --numprocesses auto --dist worksteal --durations=8
 
 test-slow: install ## the tests that take minutes
-	$(INSTALL) --editable '.[dev,ray]'
+	$(INSTALL) --editable '.[dev,ray]' s3fs 'moto[s3]' flask flask-cors
 	$(RUN)pytest -m slow --durations=8
 	$(RUN)pytest tests/test_fuzz.py --hypothesis-profile thorough
 

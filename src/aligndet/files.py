@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Lets a function that wants a Path be called with a string as well.
+    """Lets a function that wants a Path be called with a string as well, and refuses addresses.
 
     Args:
         function: Parameters annotated ``Path`` or ``Path | None`` are converted.
@@ -35,6 +36,12 @@ def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments
         bound = parameters.bind(*args, **kwargs)
         given = {k: Path(v) if k in paths and isinstance(v, str) else v for k, v in bound.arguments.items()}
         bound.arguments.update(given)
+        for name in paths & given.keys():
+            if re.match("[a-z][a-z0-9+]+:/", str(given[name])):  # "s3:/bucket": a Path has lost a slash
+                raise ValueError(
+                    f"{name} {given[name]}: is an address, where a local file or folder is wanted; images at"
+                    " addresses are for propose, cluster, pretrain and pretrain-backbone"
+                )
         return function(*bound.args, **bound.kwargs)
 
     return call

@@ -25,6 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from torch.utils.data import DataLoader
 
+from aligndet.commands.propose import propose
 from aligndet.data import addresses, tars
 from aligndet.data.images import ImageError, StoredImage, list_images, read_image, read_image_size
 from aligndet.data.sources import ImageSource
@@ -231,6 +232,36 @@ def test_an_address(shards: Path, pictures: dict[str, bytes], memory: MemoryFile
     check_same(ImageSource(shards.as_uri()), pictures)
     with pytest.raises(ValueError, match="memory://nothing: holds no image"):
         ImageSource("memory://nothing").names()
+
+
+@pytest.mark.slow
+def test_an_object_store(
+    shards: Path, pictures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3's protocol, spoken with a server of its own."""
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "us-east-1")
+    store = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    store.start()
+    try:
+        host, port = store.get_host_and_port()
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        files.pipe({f"bucket/plain/{name}": data for name, data in pictures.items()})
+        files.put(str(shards), "bucket/tars", recursive=True)
+        check_same(ImageSource("s3://bucket/plain"), pictures)
+        check_same(ImageSource("s3://bucket/tars"), pictures)
+        for place in ("plain", "tars/a.tar"):
+            with pytest.raises(ImageError, match=r"none\.jpg: no such (file|image)"):
+                content(ImageSource(f"s3://bucket/{place}"), "none.jpg")
+        with pytest.raises(ValueError, match="s3://bucket/nothing: holds no image"):
+            ImageSource("s3://bucket/nothing").names()
+        output = tmp_path / "proposals"
+        assert propose("s3://bucket/tars", output=output, workers=2).images == len(pictures)
+    finally:
+        store.stop()
 
 
 def test_a_web_server_wants_a_list(
