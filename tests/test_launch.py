@@ -72,6 +72,7 @@ def test_lightning_takes_the_environment(started_by: str, tmp_path: Path) -> Non
         ),
         (["--strategy=deepspeed"], "--strategy deepspeed: there are auto, ddp and fsdp"),
         (["--strategy=fsdp", "--channels-last"], "fsdp splits parameters, which --channels-last needs whole"),
+        (["--strategy=fsdp", "--compile"], "fsdp splits parameters, which --compile needs whole"),
     ],
 )
 def test_what_cannot_run(

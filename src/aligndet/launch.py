@@ -42,15 +42,23 @@ def check_launch(devices: int, nodes: int, strategy: str, whole: Sequence[str] =
 
     Raises:
         ValueError: If the strategy is unknown, splits parameters that are needed whole or copies this
-            process, if an interactive session asks for several devices, if machines were asked for and nobody
-            has started processes on them, or if there are more or fewer processes than devices.
+            process, if torch is too old for it, if an interactive session asks for several devices, if
+            machines were asked for and nobody has started processes on them, or if there are more or fewer
+            processes than devices.
     """
     if strategy != "fsdp" and not strategy.startswith(("auto", "ddp")):
         raise ValueError(f"--strategy {strategy}: there are auto, ddp and fsdp")
-    if strategy == "fsdp" and whole:
-        raise ValueError(
-            f"--strategy fsdp splits parameters, which {whole[0]} needs whole; leave it out, or take ddp"
-        )
+    if strategy == "fsdp":
+        from torch.distributed.fsdp import FSDPModule  # takes a while
+
+        if whole:
+            raise ValueError(
+                f"--strategy fsdp splits parameters, which {whole[0]} needs whole; leave it out, or take ddp"
+            )
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise ValueError(
+                f"--strategy fsdp: torch {torch.__version__} is too old; take 2.8 or newer, or ddp"
+            )
     if any(start in strategy for start in ("spawn", "fork", "notebook")):
         raise ValueError(
             f"--strategy {strategy}: copies of this process would all see the same images; use --strategy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import Any
 
@@ -23,26 +24,34 @@ _LARGE = 500_000
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Splits all parameters along their first dimension over the devices, in place.
 
-    Large layers of the networks are gathered when they are called and given back after it, everything else is
-    gathered for the length of a step. Both detectors of pre-training are split alike, so that the momentum
-    detector follows the online one part by part.
+    Large layers that stand in a row are gathered when they are called and given back after it, everything
+    else is gathered for the length of a step. Both detectors of pre-training are split alike, so that the
+    momentum detector follows the online one part by part.
 
     Args:
         module: Whose step is its `forward`.
         mesh: Of the devices, in one dimension.
+
+    Raises:
+        ValueError: Naming a parameter that is a single number.
     """
+    for name, parameter in module.named_parameters():
+        if not parameter.ndim:
+            raise ValueError(f"--strategy fsdp: {name} is a single number and cannot be split; take ddp")
+    owners = Counter(id(p) for part in module.modules() for p in part._parameters.values())
     layers = (layer for network in networks(module) for layer in _layers(network))
     for layer in dict.fromkeys(layers):  # the trunk is in both detectors
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        if all(owners[id(p)] == 1 for p in layer.parameters()):  # or it is needed outside, too
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh)
 
 
-def _layers(network: nn.Module, called: bool = True) -> list[nn.Module]:
-    """The innermost large modules that are called for certain: elements of rows, or the network itself."""
-    in_a_row = isinstance(network, nn.Sequential | nn.ModuleList)
-    inner = [layer for part in network.children() for layer in _layers(part, in_a_row)]
+def _layers(network: nn.Module, in_a_row: bool = False) -> list[nn.Module]:
+    """The innermost large layers of rows, which are called as they stand; what is around them may not be."""
+    row = isinstance(network, nn.Sequential | nn.ModuleList)
+    inner = [layer for part in network.children() for layer in _layers(part, row)]
     large = sum(p.numel() for p in network.parameters()) >= _LARGE
-    return inner or [network] * (called and large and not isinstance(network, nn.ModuleList))
+    return inner or [network] * (in_a_row and large and not isinstance(network, nn.ModuleList))
 
 
 class FullyShardedStrategy(DDPStrategy):
@@ -66,7 +75,13 @@ class FullyShardedStrategy(DDPStrategy):
             return self._as_forward("training_step", *args, **kwargs)
 
     def on_validation_start(self) -> None:
-        """Gathers everything: processes may have different numbers of images, and none waits for another."""
+        """Gathers everything: processes may have different numbers of images, and none waits for another.
+
+        Statistics of batch norms are the first process's, which are saved.
+        """
+        assert self.lightning_module is not None
+        for statistics in self.lightning_module.buffers():
+            distributed.broadcast(statistics, 0)
         for part in self._split():
             part.unshard()
             part.set_reshard_after_forward(False, recurse=False)
@@ -78,12 +93,11 @@ class FullyShardedStrategy(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Gives everything back."""
-        root: Any = self.lightning_module
         for part in self._split():
             part.reshard()
-            part.set_reshard_after_forward(part is not root, recurse=False)
+            part.set_reshard_after_forward(part is not self.lightning_module, recurse=False)
 
-    def _split(self) -> list[FSDPModule]:
+    def _split(self) -> list[Any]:
         assert self.lightning_module is not None
         return [part for part in self.lightning_module.modules() if isinstance(part, FSDPModule)]
 
@@ -113,15 +127,15 @@ class FullyShardedStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Puts the module together again, if the run has come to its end: alone, a process would wait."""
-        if self.lightning_module is not None:
+        if (module := self.lightning_module) is not None:
             # what `fully_shard` has added looks for parts where weights are moved or loaded
             for part in self._split():
                 part.reshard()
                 part.__class__ = type(part).__bases__[1]
-            for module in self.lightning_module.modules():
-                module._load_state_dict_post_hooks.clear()
-            if self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED:
-                _unshard(self.lightning_module)
+            for part in module.modules():
+                part._load_state_dict_post_hooks.clear()
+            if module._trainer is not None and module.trainer.state.status != TrainerStatus.INTERRUPTED:
+                _unshard(module)
         super().teardown()
 
 

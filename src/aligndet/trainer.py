@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
@@ -34,7 +35,6 @@ from aligndet.callbacks import (
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, read_checkpoint
 from aligndet.data.labelled import HostBatch, ValidationDataset
 from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
-from aligndet.sharding import FullyShardedStrategy
 from aligndet.training import StepSampler, compile_networks
 from aligndet.workers import cores, worker_settings
 
@@ -145,7 +145,8 @@ def fit(
         accumulate_grad_batches=accumulate,
         devices=devices,
         num_nodes=nodes,
-        strategy=FullyShardedStrategy() if strategy == "fsdp" else strategy,
+        strategy=_fully_sharded() if strategy == "fsdp" else strategy,
+        inference_mode=strategy != "fsdp",  # its tensors could not be gathered to be saved
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=clip,
@@ -259,6 +260,12 @@ def _logger(name: LoggerName, output: Path) -> Logger:
         return MLFlowLogger("aligndet", output.name, place)
     except ModuleNotFoundError as error:
         raise ImportError(f'--loggers {name}: pip install "aligndet[{name}]" ({error})') from error
+
+
+def _fully_sharded() -> Strategy:
+    from aligndet.sharding import FullyShardedStrategy  # takes a while to import
+
+    return FullyShardedStrategy()
 
 
 def _trainer(**settings: Any) -> Trainer:

@@ -247,6 +247,7 @@ def test_an_object_store(
     try:
         host, port = store.get_host_and_port()
         monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
+        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://{host}:{port}")  # for other processes
         files = s3fs.S3FileSystem()
         files.mkdir("bucket")
         files.pipe({f"bucket/plain/{name}": data for name, data in pictures.items()})

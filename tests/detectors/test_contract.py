@@ -278,8 +278,11 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def test_layers_are_called_alike_whatever_there_is_to_find(name: str) -> None:
+def test_layers_are_called_alike_whatever_there_is_to_find(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or processes that gather them would wait for each other."""
+    monkeypatch.setattr("aligndet.sharding._LARGE", 20_000)
     adapter = build(name)
     called: list[nn.Module] = []
     for layer in (layer for network in networks(adapter) for layer in _layers(network)):
@@ -293,15 +296,17 @@ def test_layers_are_called_alike_whatever_there_is_to_find(name: str) -> None:
     assert orders[0] == orders[1]
 
 
-def test_a_detector_that_is_split_over_devices_learns_alike(name: str, mesh: DeviceMesh) -> None:
+def test_a_detector_that_is_split_over_devices_learns_alike(
+    name: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligndet.sharding._LARGE", 20_000)  # of one this small
     whole = BoxPretraining(build(name), steps=10)
     split: Any = copy.deepcopy(whole)
     split.forward = lambda: losses_of(split.online).sum() + 0 * losses_of(split.momentum).sum()
     losses_of(whole.online).sum().backward()
     shard(split, mesh)
-    layers = [part for part in split.modules() if isinstance(part, FSDPModule) and part is not split]
-    assert layers
-    assert set(layers) & set(split.trunk.modules())
+    layers = {part for part in split.modules() if isinstance(part, FSDPModule) and part is not split}
+    assert layers & set(split.trunk.modules())
     split().backward()
     optimizer = torch.optim.SGD([p for p in split.online.parameters() if p.requires_grad], 0.1)
     torch.optim.SGD([p for p in whole.online.parameters() if p.requires_grad], 0.1).step()
@@ -311,6 +316,20 @@ def test_a_detector_that_is_split_over_devices_learns_alike(name: str, mesh: Dev
     for ours, theirs in zip(split.parameters(), whole.parameters(), strict=True):
         assert isinstance(ours, DTensor)
         torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_used_twice_is_gathered_for_the_whole_step(mesh: DeviceMesh) -> None:
+    module: Any = nn.Module()
+    module.decoder = nn.Sequential(nn.Linear(800, 800), nn.Linear(800, 800))
+    detector: Any = nn.Module()
+    detector.model, detector.classes = module, nn.Linear(800, 800)
+    detector.classes.weight = module.decoder[1].weight
+    shard(detector, mesh)
+    split = [part for part in detector.modules() if isinstance(part, FSDPModule)]
+    assert split == [detector, module.decoder[0]]
+    module.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"model\.scale is a single number"):
+        shard(detector, mesh)
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
     """
     check_bounds(settings)
     if "strategy" in settings:
-        whole = [f"--{name.replace('_', '-')}" for name in ("channels_last", "ema") if settings.get(name)]
+        unsplit = ("channels_last", "compile", "ema")
+        whole = [f"--{name.replace('_', '-')}" for name in unsplit if settings.get(name)]
         check_launch(settings["devices"], settings["nodes"], settings["strategy"], whole)
     output = Path(settings["output"])
     # the other processes of a distributed run join the first one's folder

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -29,7 +28,7 @@ def folded(trunk: nn.Module) -> nn.Module:
         A network with the same maps, up to rounding; the trunk itself if nothing can be folded, or if it is
         called part by part (CBNet's) or split over several devices.
     """
-    in_parts = type(trunk) is nn.ModuleDict or any(isinstance(p, DTensor) for p in trunk.parameters())
+    in_parts = type(trunk) is nn.ModuleDict or any(hasattr(p, "full_tensor") for p in trunk.parameters())
     if in_parts or not any(isinstance(module, _NORMS) for module in trunk.modules()):
         return trunk
     try:

@@ -142,6 +142,8 @@ class QueryDetector(nn.Module):
             with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
                 return self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         except ValueError as error:  # transformers matches before it returns, and does not say what is wrong
+            if hasattr(next(self.parameters()), "full_tensor"):  # split: others would have to take part
+                raise FloatingPointError(f"the predicted boxes cannot be matched ({error})") from error
             self.network.eval()  # batch norms would wait for the other processes
             with torch.no_grad():
                 boxes = self.network(pixel_values=pixels, pixel_mask=mask).pred_boxes
