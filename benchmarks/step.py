@@ -42,7 +42,7 @@ from aligndet.detectors.query_detector import relative_targets
 from aligndet.detectors.roi_parts import mask_features
 from aligndet.detectors.weights import MODULES, network_of
 from aligndet.momentum import update_momentum
-from aligndet.training import compile_networks
+from aligndet.training import clip_gradients, compile_networks
 
 Step = Callable[[], None]
 Module = TypeVar("Module", bound=nn.Module)
@@ -222,7 +222,7 @@ def ours(detector: str, args: argparse.Namespace) -> Step:
             loss = module.training_step(items, 0)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        clip_gradients(trained, 10.0)
         optimizer.step()
         update_momentum(module.online, module.momentum, 0.996)
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from aligndet.training import ScheduleName, StepSampler, build_optimizer, build_schedule
+from aligndet.training import (
+    ScheduleName,
+    StepSampler,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+)
 
 
 def drawn(
@@ -133,3 +141,21 @@ def test_a_gpu_has_torchs_default_of_adamw() -> None:
     for device, fused in (("cpu", True), ("meta", None)):
         weight = nn.Parameter(torch.zeros(2, 2, device=device))
         assert build_optimizer([([("weight", weight)], 1.0)], "adamw", 1e-3, 0.05).defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("bound", [1.0, 100.0])
+def test_gradients_are_clipped_where_they_are_too_long(bound: float) -> None:
+    parameters = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(5))]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn_like(parameter)
+    others = copy.deepcopy(parameters)
+    for other, parameter in zip(others, parameters, strict=True):
+        other.grad = None if parameter.grad is None else parameter.grad.clone()
+    torch.nn.utils.clip_grad_norm_(others, bound)
+    grad = parameters[0].grad
+    assert grad is not None
+    version = grad._version
+    clip_gradients(iter(parameters), bound)
+    assert (grad._version == version) == (bound == 100.0)
+    for other, parameter in zip(others, parameters, strict=True):
+        assert str(parameter.grad) == str(other.grad)  # also of none

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -164,6 +165,23 @@ def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_
     return LambdaLR(optimizer, factor)
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> None:
+    """Scales gradients down to a norm.
+
+    Gradients within it stay as they are: torch would multiply them by 1, which takes longer than the norm.
+
+    Args:
+        parameters: With their gradients, some perhaps without.
+        bound: Of the norm of all gradients together.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm: Any = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of parameters that are split over devices
+        norm = norm.full_tensor()
+    if norm > bound:
+        clip_grads_with_norm_(parameters, bound, norm)
+
+
 _NETWORKS = (
     *(".backbone.body", ".backbone.fpn", ".head", ".box_head", ".mask_head"),
     *(".model.backbone", ".model.encoder", ".model.decoder"),
@@ -235,6 +253,18 @@ class TrainingModule(LightningModule):
         optimizer = build_optimizer(self.parameter_groups(), *self.optimizer_settings)
         scheduler = build_schedule(optimizer, *self.schedule_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm, see `clip_gradients`."""
+        if gradient_clip_val:
+            clip_gradients(
+                [p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a resumed step draw what the unbroken run would have drawn."""
