@@ -35,21 +35,26 @@ from aligndet.training import compile_networks, networks
 ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}
 QUERY_OPTIONS: dict[str, Any] = {
     **{"num_queries": 20, "encoder_layers": 1, "decoder_layers": 2},
-    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "group_detr": 2},
 }
 OBJECTS = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 120.0, 90.0], [5.0, 60.0, 40.0, 110.0]])
 
 
+def architecture_of(name: str) -> dict[str, Any]:
+    return ARCHITECTURE | ({"trunk": "test_vit"} if name == "rf_detr" else {})
+
+
 def options_of(name: str, **more: Any) -> dict[str, Any]:
     """Small, where there is a choice."""
-    return {**(QUERY_OPTIONS if family_of(name).weights_format == "transformers" else {}), **more}
+    few = QUERY_OPTIONS if family_of(name).weights_format == "transformers" else {}
+    return {key: value for key, value in few.items() if key in family_of(name).shared_options()} | more
 
 
 @cache
 def _built(name: str, **options: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        adapter: Any = build_pretrainable(name, **ARCHITECTURE, options=options_of(name, **options))
+        adapter: Any = build_pretrainable(name, **architecture_of(name), options=options_of(name, **options))
     adapter.detector.backbone.body.requires_grad_(False).eval()
     return adapter
 
@@ -58,7 +63,7 @@ def _built(name: str, **options: Any) -> Any:
 def _built_plain(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(5)  # no number is the adapter's
-        return build_detector(name, num_classes=4, **ARCHITECTURE, options=options_of(name))
+        return build_detector(name, num_classes=4, **architecture_of(name), options=options_of(name))
 
 
 def build(name: str, **options: Any) -> Any:
@@ -198,7 +203,7 @@ def few_boxes(name: str) -> dict[str, Any]:
 def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
     architecture = {
         "detector": name,
-        **ARCHITECTURE,
+        **architecture_of(name),
         **{"num_classes": 4, "min_size": 128, "max_size": 160, "options": few_boxes(name)},
     }
     plain = build_detector(**architecture).eval()
@@ -211,7 +216,9 @@ def test_a_saved_detector_predicts_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_boxes_are_exact_in_half_precision(name: str) -> None:
-    plain = build_detector(name, num_classes=4, **ARCHITECTURE, min_size=128, options=few_boxes(name)).eval()
+    plain = build_detector(
+        name, num_classes=4, **architecture_of(name), min_size=128, options=few_boxes(name)
+    ).eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         (prediction,) = plain(images((128, 160)))
     boxes = prediction["boxes"]
@@ -393,5 +400,5 @@ def test_a_detector_of_ones_own() -> None:
 
 def test_an_unknown_option_is_answered_with_the_list(name: str) -> None:
     with pytest.raises(ValueError, match=r"no option 'colour'; there are: .*embedding_dim"):
-        build_pretrainable(name, **ARCHITECTURE, options={"colour": 1})
-    assert build_pretrainable(name, **ARCHITECTURE, options={"embedding_dim": 32})
+        build_pretrainable(name, **architecture_of(name), options={"colour": 1})
+    assert build_pretrainable(name, **architecture_of(name), options={"embedding_dim": 32})

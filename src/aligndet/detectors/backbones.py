@@ -146,7 +146,7 @@ def build_trunk(
     """
     build = _torchvision_trunk if trunk in _TORCHVISION_TRUNKS else _timm_trunk
     body, channels = build(trunk, strides)
-    _load_weights(body, trunk, weights)
+    load_weights(body, trunk, weights)
     return body, channels
 
 
@@ -173,15 +173,26 @@ def build_timm_trunk(
     body, channels = _timm_trunk(name, strides)
     if len(channels) < len(strides) or getattr(body, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(f"trunk {trunk!r} has no feature maps (channels first) at strides {strides}")
-    _load_weights(body, trunk, weights)
+    load_weights(body, trunk, weights)
     return name, body, channels
 
 
-def _load_weights(body: nn.Module, trunk: str, weights: str) -> None:
+def load_weights(body: nn.Module, trunk: str, weights: str, **of_timm: Any) -> None:
+    """Loads weights into a trunk.
+
+    Args:
+        body: The trunk.
+        trunk: Its name, as for `build_trunk`.
+        weights: As for `build_trunk`.
+        of_timm: What timm is asked for where ``weights`` are "default"; maps by default.
+
+    Raises:
+        ValueError: If they do not fit, or cannot be had.
+    """
     if weights == "bundled":
         load_trunk(body, read_tensors(bundled_file(trunk)), f"bundled weights of {trunk!r}")
     elif weights == "default":
-        load_trunk(body, _downloaded(trunk), f"ImageNet weights of {trunk!r}")
+        load_trunk(body, _downloaded(trunk, **of_timm), f"ImageNet weights of {trunk!r}")
     elif weights != "none":
         match = load_trunk(
             body, read_tensors(weights_file(weights)), f"trunk weights {weights!r} do not fit trunk {trunk!r}"
@@ -316,11 +327,12 @@ def _timm_name(trunk: str) -> str:
     return _TIMM_NAMES.get(name, name)
 
 
-def _downloaded(trunk: str) -> dict[str, Tensor]:
+def _downloaded(trunk: str, **of_timm: Any) -> dict[str, Tensor]:
     try:
         if trunk in _TORCHVISION_TRUNKS:  # the paper's ResNet-50 is the first version of the weights
             return dict(torchvision.models.get_model_weights(trunk)["IMAGENET1K_V1"].get_state_dict())
-        return dict(timm.create_model(_timm_name(trunk), pretrained=True, features_only=True).state_dict())
+        asked = of_timm or {"features_only": True}
+        return dict(timm.create_model(_timm_name(trunk), pretrained=True, **asked).state_dict())
     except Exception as error:  # urllib, huggingface_hub and requests raise kinds of their own
         raise ValueError(
             f"could not get ImageNet weights for trunk {trunk!r} ({type(error).__name__}: {error});"

@@ -41,6 +41,7 @@ DETECTORS: dict[str, Any] = {
     "rt_detr": query_pretraining(families.RT_DETR),
     "rt_detr_v2": query_pretraining(families.RT_DETR_V2),
     "d_fine": query_pretraining(families.D_FINE),
+    "rf_detr": query_pretraining(families.RF_DETR),
 }
 
 

@@ -21,6 +21,7 @@ from aligndet.detectors.backbones import PyramidNorm, build_timm_trunk
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import QueryDetector, QueryTrunk, relative_targets
 from aligndet.detectors.query_families import Family, from_transformers, settings_of
+from aligndet.detectors.windowed import build_windowed_vit
 
 Matches: TypeAlias = list[tuple[Tensor, Tensor]]
 """Of each image: which queries stand for which of its proposals, on the CPU."""
@@ -91,6 +92,8 @@ class QueryPretraining(Adapter):
         """Builds the trunk of this family; fpn_channels is the width of encoder and decoder."""
         if fpn_norm != "none":
             raise ValueError(f"query-based detectors have no feature pyramid: no fpn_norm={fpn_norm!r}")
+        if cls.family.windowed:
+            return QueryTrunk(*build_windowed_vit(trunk, trunk_weights), fpn_channels)
         built = build_timm_trunk(trunk, strides=cls.family.strides, weights=trunk_weights)
         return QueryTrunk(*built, fpn_channels)
 
@@ -172,7 +175,8 @@ class QueryPretraining(Adapter):
         boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
         if not torch.isfinite(boxes).all():  # the matcher does not say what is wrong
             raise FloatingPointError("the predicted boxes are not finite")
-        found: Matches = self.matcher({"logits": logits, "pred_boxes": boxes}, labels)
+        groups = () if not self.family.windowed else (self.detector.network.config.group_detr,)
+        found: Matches = self.matcher({"logits": logits, "pred_boxes": boxes}, labels, *groups)
         return found
 
 

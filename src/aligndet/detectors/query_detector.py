@@ -35,7 +35,7 @@ from aligndet.processes import all_reduce_mean
 class QueryTrunk(NamedTuple):
     """A trunk that transformers can build again by itself, and the width of what comes above it."""
 
-    name: str  # timm's
+    name: str  # timm's, whose network or weights it is
     body: nn.Module
     channels: list[int]
     width: int
@@ -90,7 +90,10 @@ class QueryDetector(nn.Module):
     @property
     def backbone(self) -> Any:
         """The trunk as ``backbone.body``, where torchvision's detectors have theirs."""
-        modules: Iterator[nn.Module] = self.network.model.backbone.modules()
+        backbone = self.network.model.backbone
+        if self.family.windowed:
+            return SimpleNamespace(body=backbone.backbone)
+        modules: Iterator[nn.Module] = backbone.modules()
         return SimpleNamespace(body=next(m for m in modules if hasattr(m, "feature_info")))
 
     @property
@@ -235,11 +238,17 @@ class QueryDetector(nn.Module):
         return self.resize_in_training or not self.training
 
     def _square_side(self, side: int) -> int:
-        """A multiple of the coarsest stride, with as many places as there are queries at least."""
-        coarsest = self.family.strides[-1]
-        queries = self.network.config.num_queries if self.family.from_encoder else 0
+        """A multiple of the coarsest stride, or of a patch in each window, with as many places as there are
+        queries at least.
+        """
+        strides, coarsest = self.family.strides, self.family.strides[-1]
+        config = self.network.config
+        if self.family.windowed:
+            strides = (config.backbone_config.patch_size,)
+            coarsest = strides[0] * config.backbone_config.num_windows
+        selects = self.family.from_encoder or self.family.windowed
         multiple = max(1, round(side / coarsest))
-        while sum((multiple * coarsest // stride) ** 2 for stride in self.family.strides) < queries:
+        while selects and sum((multiple * coarsest // s) ** 2 for s in strides) < config.num_queries:
             multiple += 1
         return multiple * coarsest
 
@@ -296,15 +305,19 @@ def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, 
 
 
 def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> Any:
-    """transformers' model on a trunk of timm's."""
+    """transformers' model on a trunk of timm's, or of its own."""
     settings = dict(settings)
     dilated = settings.pop("dilation", False)  # which transformers has only for trunks that it chooses itself
-    backbone = from_transformers("TimmBackboneConfig")(
-        backbone=trunk.name,
-        out_indices=list(range(-len(family.strides), 0)),
-        # frozen by timm: transformers would take the activations within timm's norms away
-        freeze_batch_norm_2d=True,
-        output_stride=16 if dilated else None,
+    backbone: Any = (
+        trunk.body.config
+        if family.windowed
+        else from_transformers("TimmBackboneConfig")(
+            backbone=trunk.name,
+            out_indices=list(range(-len(family.strides), 0)),
+            # frozen by timm: transformers would take the activations within timm's norms away
+            freeze_batch_norm_2d=True,
+            output_stride=16 if dilated else None,
+        )
     )
     own: dict[str, Any] = dict.fromkeys(family.width, trunk.width)
     if family.from_encoder:

@@ -30,6 +30,7 @@ class Family(NamedTuple):
     moves: bool = True  # boxes are predicted as offsets to reference points or boxes
     sides: float = 0.0  # initial logit of the sides of boxes that are offsets to points
     predicts_first: bool = False  # once before its first refinement, see `with_first_prediction`
+    windowed: bool = False  # has a trunk of transformers' own, of `aligndet.detectors.windowed`
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -94,6 +95,22 @@ RT_DETR_V2 = Family(model="RTDetrV2", **_RT_DETR)
 # Edges as distributions, refined from layer to layer.
 D_FINE = RT_DETR._replace(model="DFine", layer_dim=0, predicts_first=True)
 
+# Deformable DETR without an encoder on a ViT, whose best locations move the queries; groups of queries.
+RF_DETR = DEFORMABLE_DETR._replace(
+    model="RfDetr",
+    processor="RfDetr",
+    matcher="loss.loss_lw_detr.LwDetrHungarianMatcher",
+    losses={**_DETR_LOSSES, "loss_ce": "class_loss_coefficient"},
+    class_layers=("class_embed", "model.enc_out_class_embed"),
+    encoder_score="model.enc_out_class_embed",
+    queries=("model.query_feat.weight", "model.reference_point_embed.weight"),
+    own_norm=tuple(_DETR_LOSSES),  # is the mean over all processes already
+    layer_dim=0,
+    square=True,
+    sides=0.0,
+    windowed=True,
+)
+
 _OURS = {
     *("backbone_config", "num_channels", "freeze_backbone_batch_norms", "feat_strides"),
     *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
@@ -147,14 +164,17 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         network: transformers' model of it.
     """
     refines = getattr(network.config, "with_box_refine", False)
-    trunk = set(network.model.backbone.modules())  # type: ignore[union-attr]
+    backbone: Any = network.model.backbone  # type: ignore[union-attr]
+    trunk = set((backbone.backbone if family.windowed else backbone).modules())
     modules = [(name, module) for name, module in network.named_modules() if module not in trunk]
     kinds = ("q_proj", "k_proj", "v_proj")
     fused = {  # the authors have one matrix of three times the height, whose Xavier weights are smaller
         getattr(module, kind) for _, module in modules if hasattr(module, "q_proj") for kind in kinds
     }
     for name, module in modules:
-        if isinstance(module, nn.Embedding):
+        if name.endswith("reference_point_embed"):  # how far queries are from where they are selected
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
@@ -178,7 +198,7 @@ def is_head(name: str) -> bool:
     Args:
         name: Of the module in transformers' model.
     """
-    begins = ("bbox_", "class_", "enc_score_head", "enc_bbox_head", "pre_bbox_head")
+    begins = ("bbox_", "class_", "enc_score_head", "enc_bbox_head", "enc_out_", "pre_bbox_head")
     return any(part.startswith(begins) for part in name.split("."))
 
 

@@ -21,15 +21,18 @@ from aligndet.detectors.query_detector import QueryDetector
 from aligndet.files import accepts_strings, atomic_write, read_json
 
 MODULES = {
-    "trunk": ("backbone.body.", "model.backbone."),
+    "trunk": (
+        *("backbone.body.", "model.backbone.model."),
+        *("model.backbone.conv_encoder.", "model.backbone.backbone."),
+    ),
     "neck": (
         *("backbone.fpn.", "backbone.connections."),
-        *("model.input_proj", "model.encoder", "model.level_embed"),
+        *("model.input_proj", "model.encoder", "model.level_embed", "model.backbone.projector."),
     ),
     "rpn": ("rpn.",),
     "head": (
         *("head.", "roi_heads.", "bbox_", "class_", "model.decoder", "model.query_"),
-        *("model.reference_points", "model.enc_", "model.weight_embedding", "model.denoising_"),
+        *("model.reference_point", "model.enc_", "model.weight_embedding", "model.denoising_"),
         "model.pos_trans",
     ),
 }
@@ -38,6 +41,7 @@ transformers', where the encoder with what leads to it is the neck and the decod
 """
 # rows that serve all classes in pre-training
 _CLASS_AGNOSTIC = {".bbox_pred.": 4, ".mask_fcn_logits.": 1, ".enc_score_head.": 1}
+_CLASS_AGNOSTIC |= {".enc_out_class_embed.": 1}
 
 
 def network_of(detector: nn.Module) -> nn.Module:

@@ -1,0 +1,81 @@
+"""RF-DETR's trunk: transformers' DINOv2 in windows, with the weights of a ViT of timm's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from aligndet.detectors.backbones import load_weights
+from aligndet.detectors.query_families import from_transformers
+
+_NAMES = (  # timm's, and transformers'
+    (r"^cls_token$", "embeddings.cls_token"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+)
+
+
+def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[int]]:
+    """Builds the trunk that transformers has for RF-DETR.
+
+    Attention is within 4 x 4 windows of the image, but for four layers, whose inputs are the trunk's maps.
+
+    Args:
+        trunk: A ViT of timm's with one class token: "vit_small_patch14_dinov2", which RF-DETR's authors take.
+        weights: As for `aligndet.detectors.backbones.build_trunk`.
+
+    Returns:
+        timm's name, the trunk, and the channels of its maps.
+
+    Raises:
+        ValueError: If timm has no such ViT, or the weights do not fit.
+    """
+    name = trunk.removeprefix("timm/")
+    if not timm.is_model(name) or not name.partition(".")[0].startswith(("vit_", "test_vit")):
+        raise ValueError(f"trunk {trunk!r}: RF-DETR has a ViT, such as vit_small_patch14_dinov2")
+    vit: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    load_weights(vit, trunk, weights, num_classes=0)
+    patch, (side, other) = vit.patch_embed.patch_size[0], vit.patch_embed.img_size
+    config = from_transformers("RfDetrDinov2Config")(
+        hidden_size=vit.embed_dim,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=vit.blocks[0].attn.num_heads,
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features // vit.embed_dim,
+        image_size=side,
+        patch_size=patch,
+        out_indices=sorted({max(0, len(vit.blocks) * part // 4 - 1) for part in (1, 2, 3, 4)}),
+    )
+    body: nn.Module = from_transformers("models.rf_detr.modeling_rf_detr.RfDetrDinov2Backbone")(config)
+    state = _translated(vit.state_dict())
+    wanted = body.state_dict()
+    alien = [key for key, value in state.items() if key not in wanted or wanted[key].shape != value.shape]
+    if alien or side != other:
+        raise ValueError(f"trunk {trunk!r}: RF-DETR's ViT has no {alien[0] if alien else 'oblong images'}")
+    for key in wanted.keys() - state.keys():  # no token for what is masked, no scales of layers
+        nn.init.constant_(wanted[key], 1.0 if "lambda" in key else 0.0)
+    body.load_state_dict(state, strict=False)
+    return name, body, [vit.embed_dim] * len(config.out_indices)
+
+
+@torch.no_grad()
+def _translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's tensors under transformers' names."""
+    found = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        if ".attn.qkv." in name:
+            for kind, part in zip("qkv", tensor.chunk(3), strict=True):
+                found[name.replace(".attn.qkv.", f".attention.{kind}_proj.")] = part
+        else:
+            found[name] = tensor
+    return found
