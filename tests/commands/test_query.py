@@ -137,6 +137,13 @@ def test_an_export_says_what_is_new(run: Path, tmp_path: Path) -> None:
     assert len(detector([torch.rand(3, 64, 64)])) == 1
 
 
+def small_of(name: str) -> dict[str, Any]:
+    """A trunk without weights, and few of all that there is a choice of."""
+    few = {**OPTIONS, "group_detr": 2}
+    options = {key: value for key, value in few.items() if key in family_of(name).shared_options()}
+    return {"trunk": "test_vit" if name == "rf_detr" else "resnet18", "options": options}
+
+
 def slow_but(*names: str) -> list[Any]:
     """All query-based detectors, a few of them in the fast tests."""
     return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in QUERY]
@@ -144,18 +151,22 @@ def slow_but(*names: str) -> list[Any]:
 
 @pytest.mark.parametrize("name", slow_but("detr", "deformable_detr", "rt_detr_v2"))
 def test_transformers_alone_predicts_the_same(name: str, sample: Path, tmp_path: Path) -> None:
+    side = 128 if name == "rf_detr" else 96  # a multiple of what the detector needs
     architecture: dict[str, Any] = {
-        **{"detector": name, "trunk": "tf_efficientnet_lite0", "fpn_channels": 64, "options": OPTIONS},
-        **{"num_classes": 3, "min_size": 96, "max_size": 96},
+        **{"detector": name, **small_of(name), "fpn_channels": 64},
+        **{"num_classes": 3, "min_size": side, "max_size": side},
     }
-    detector: Any = build_detector(**architecture, trunk_weights="bundled").eval()
+    weights = "none"
+    if name != "rf_detr":
+        architecture["trunk"], weights = "tf_efficientnet_lite0", "bundled"
+    detector: Any = build_detector(**architecture, trunk_weights=weights).eval()
     names = ["apple", "pear", "plum"]
     save_detector(tmp_path, detector, {"architecture": architecture, "class_names": names})
     picture = read_image(next((sample / "val").glob("*.jpg")))[:, :112]  # not square
     pixels, _ = detector._batch([picture.float() / 255])
     prepared = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(prepared, pixels, rtol=0.0, atol=0.01)  # theirs are whole numbers in between
-    picture = picture[:, :96, :96]  # resized by neither: nothing is rounded
+    picture = picture[:, :side, :side]  # resized by neither: nothing is rounded
     model = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     with torch.inference_mode():
@@ -171,7 +182,7 @@ def test_transformers_alone_predicts_the_same(name: str, sample: Path, tmp_path:
     assert nearest.max() < 0.01
 
 
-@pytest.mark.parametrize("name", slow_but("detr", "rt_detr"))
+@pytest.mark.parametrize("name", [p for p in slow_but("detr", "rt_detr") if p.values[0] != "rf_detr"])
 def test_the_trunk_is_the_one_that_was_asked_for(name: str) -> None:
     """Batch norms are frozen, and the activations that timm has in them are still there."""
     trunk: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_weights": "bundled"}
@@ -201,9 +212,11 @@ def test_what_query_based_detectors_cannot_be_built_of() -> None:
     for settings, message in (
         ({"trunk": "vit_small_patch16_224"}, "images of one size"),
         ({"trunk": "resnet18", "fpn_norm": "batch"}, "no feature pyramid"),
+        ({"detector": "rf_detr", "trunk": "resnet18"}, "RF-DETR has a ViT, such as vit_small_patch14_dinov2"),
+        ({"detector": "rf_detr", "trunk": "vit_small_patch14_reg4_dinov2"}, "RF-DETR's ViT has no reg_token"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_detector("deformable_detr", num_classes=2, **settings)  # type: ignore[arg-type]
+            build_detector(**{"detector": "deformable_detr", "num_classes": 2, **settings})  # type: ignore[arg-type]
 
 
 def test_small_images_are_enlarged_until_there_are_places_for_all_queries() -> None:
@@ -215,8 +228,8 @@ def test_small_images_are_enlarged_until_there_are_places_for_all_queries() -> N
 
 @pytest.mark.parametrize("name", slow_but("detr", "d_fine"))
 def test_losses_by_kind_are_transformers_loss(name: str) -> None:
-    small: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64, "resize_in_training": False}
-    detector: Any = build_detector(name, num_classes=3, options=OPTIONS, **small)
+    small: dict[str, Any] = {**small_of(name), "fpn_channels": 64, "resize_in_training": False}
+    detector: Any = build_detector(name, num_classes=3, **small)
     labels = [{"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.3]]), "class_labels": torch.tensor([2])}]
     outputs = detector.train().run([torch.rand(3, 96, 128)], labels)
     losses = detector.losses(outputs, labels)
@@ -227,7 +240,7 @@ def test_losses_by_kind_are_transformers_loss(name: str) -> None:
 @pytest.mark.parametrize("name", slow_but("detr", "rt_detr_v2"))
 def test_padding_changes_nothing(name: str) -> None:
     detector: Any = build_detector(
-        name, num_classes=3, trunk="resnet18", fpn_channels=64, min_size=96, max_size=160, options=OPTIONS
+        name, num_classes=3, fpn_channels=64, min_size=96, max_size=160, **small_of(name)
     )
     wide, high = torch.rand(3, 96, 160), torch.rand(3, 128, 96)
     with torch.inference_mode():  # query by query: untrained scores are all alike, and no order
@@ -238,9 +251,10 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detr", "rt_detr_v2"])
+@pytest.mark.parametrize("name", ["detr", "rt_detr_v2", "rf_detr"])
 def test_transformers_own_trainer_goes_on(name: str, sample: Path, clustered: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "detector": name, "options": {**OPTIONS, "num_clusters": 8}}
+    settings = {**SMALL, "detector": name, **small_of(name)}
+    settings["options"]["num_clusters"] = 8
     run = aligndet.pretrain(sample / "train", proposals=clustered, output=tmp_path / "run", **settings)
     folder = aligndet.export(run, output=tmp_path / "exported", num_classes=8, min_size=96, max_size=128)
     script = Path(__file__).with_name("finetune_with_transformers.py")

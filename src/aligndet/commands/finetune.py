@@ -134,7 +134,7 @@ def finetune(
         init: Parts to take from init_from, out of "trunk", "neck", "rpn", "head" (the paper's table 9).
         detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
             CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
-            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
+            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine" or "rf_detr".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50" (the default),
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224", ...
         trunk_weights: "default" (ImageNet, downloaded), "bundled", "none", a run of

@@ -97,7 +97,7 @@ def pretrain(
             file_name; a tar stands for its images.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc"; CBNet v2:
             "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
-            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2" or "d_fine".
+            "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine" or "rf_detr".
         trunk: A torchvision ResNet or any timm model with feature maps, by name: "resnet50",
             "mobilenetv2_100", "swin_small_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224.dino",
             ... Images are normalised as for timm's weights of that name (the part behind the dot).

@@ -172,7 +172,9 @@ class QueryPretraining(Adapter):
     def _match(self, layer: Any, labels: list[dict[str, Tensor]]) -> Matches:
         """Matches the queries of each image to its proposals, with the family's own matcher."""
         logits = layer["logits"].float()
-        boxes = layer["pred_boxes"].float().clamp(0.0, 1.0)  # D-FINE's may reach beyond the image
+        boxes = layer["pred_boxes"].float()
+        if self.family.predicts_first:  # D-FINE's boxes may reach beyond the image, not in its losses
+            boxes = boxes.clamp(0.0, 1.0)
         if not torch.isfinite(boxes).all():  # the matcher does not say what is wrong
             raise FloatingPointError("the predicted boxes are not finite")
         groups = () if not self.family.windowed else (self.detector.network.config.group_detr,)
