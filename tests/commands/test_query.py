@@ -208,6 +208,12 @@ def test_options_are_checked(name: str, options: dict[str, Any], message: str) -
             build(name, trunk="resnet18", fpn_channels=64, options=options)
 
 
+def test_a_whole_number_is_a_number() -> None:
+    settings = {**small_of("rf_detr")["options"], "dropout": 0}
+    detector: Any = build_detector("rf_detr", num_classes=2, trunk="test_vit", options=settings)
+    assert detector.network.config.dropout == 0.0
+
+
 def test_what_query_based_detectors_cannot_be_built_of() -> None:
     for settings, message in (
         ({"trunk": "vit_small_patch16_224"}, "images of one size"),

@@ -324,8 +324,12 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
         own |= {"encoder_in_channels": trunk.channels, "decoder_in_channels": [trunk.width] * 3}
     from huggingface_hub.errors import StrictDataclassError
 
+    configuration = from_transformers(f"{family.model}Config")
+    for name, kind in configuration.__annotations__.items():
+        if kind in (float, "float") and type(settings.get(name)) is int:  # transformers takes no 0 for 0.0
+            settings[name] = float(settings[name])
     try:
-        config = from_transformers(f"{family.model}Config")(
+        config = configuration(
             backbone_config=backbone, num_labels=num_labels, auxiliary_loss=True, **own, **settings
         )
         network: Any = from_transformers(f"{family.model}ForObjectDetection")(config)
