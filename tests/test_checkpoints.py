@@ -24,6 +24,7 @@ from aligndet.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
     WeightAverage,
+    WholeCheckpointIO,
     best_validation,
     read_checkpoint,
 )
@@ -431,3 +432,21 @@ def test_the_newest_is_the_best_until_something_is_found(
     checkpoint.best_model_score = torch.tensor(best)
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda found: found))
     assert bool(checkpoint.check_monitor_top_k(trainer, torch.tensor(now))) == taken
+
+
+def test_an_interrupt_waits_until_the_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer ends with an error of its own, or with the process."""
+    save = torch.save
+
+    def interrupted(content: Any, file: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpointIO().save_checkpoint({"global_step": 3}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"global_step": 3}
+    with pytest.raises(KeyboardInterrupt):  # as it was before
+        os.kill(os.getpid(), signal.SIGINT)

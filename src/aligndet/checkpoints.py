@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,5 +178,21 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Saves whole or not at all."""
-        with whole_file(Path(path)) as file:
+        with _without_interrupt(), whole_file(Path(path)) as file:
             torch.save(checkpoint, file)
+
+
+@contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Lets an interrupt wait: amid a file, torch's writer fails of it or aborts the process."""
+    if threading.current_thread() is not threading.main_thread():  # which signals go to
+        yield
+        return
+    waiting: list[Any] = []
+    usual = signal.signal(signal.SIGINT, lambda *call: waiting.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if waiting and callable(usual):
+            usual(*waiting[0])
