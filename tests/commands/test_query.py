@@ -219,7 +219,8 @@ def test_what_query_based_detectors_cannot_be_built_of() -> None:
         ({"trunk": "vit_small_patch16_224"}, "images of one size"),
         ({"trunk": "resnet18", "fpn_norm": "batch"}, "no feature pyramid"),
         ({"detector": "rf_detr", "trunk": "resnet18"}, "RF-DETR has a ViT, such as vit_small_patch14_dinov2"),
-        ({"detector": "rf_detr", "trunk": "vit_small_patch14_reg4_dinov2"}, "RF-DETR's ViT has no reg_token"),
+        ({"detector": "rf_detr", "trunk": "vit_small_patch14_reg4_dinov2"}, "is no plain ViT .*reg_token"),
+        ({"detector": "rf_detr", "trunk": "vit_base_patch16_gap_224"}, "is no plain ViT .*position_embeddings"),
     ):
         with pytest.raises(ValueError, match=message):
             build_detector(**{"detector": "deformable_detr", "num_classes": 2, **settings})  # type: ignore[arg-type]

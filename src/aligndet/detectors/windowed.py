@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from aligndet.detectors.backbones import load_weights
@@ -39,9 +40,9 @@ def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[i
         ValueError: If timm has no such ViT, or the weights do not fit.
     """
     name = trunk.removeprefix("timm/")
-    if not timm.is_model(name) or not name.partition(".")[0].startswith(("vit_", "test_vit")):
+    vit: Any = timm.create_model(name, pretrained=False, num_classes=0) if timm.is_model(name) else None
+    if not isinstance(vit, VisionTransformer):
         raise ValueError(f"trunk {trunk!r}: RF-DETR has a ViT, such as vit_small_patch14_dinov2")
-    vit: Any = timm.create_model(name, pretrained=False, num_classes=0)
     load_weights(vit, trunk, weights, num_classes=0)
     patch, (side, other) = vit.patch_embed.patch_size[0], vit.patch_embed.img_size
     config = from_transformers("RfDetrDinov2Config")(
@@ -54,13 +55,18 @@ def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[i
         out_indices=sorted({max(0, len(vit.blocks) * part // 4 - 1) for part in (1, 2, 3, 4)}),
     )
     body: nn.Module = from_transformers("models.rf_detr.modeling_rf_detr.RfDetrDinov2Backbone")(config)
-    state = _translated(vit.state_dict())
-    wanted = body.state_dict()
+    wanted, state = body.state_dict(), _translated(vit.state_dict())
+    # no token for what is masked; scales of layers, which not all ViTs have
+    spare = {key for key in wanted.keys() - state.keys() if re.search(r"mask_token|layer_scale", key)}
+    for key in spare:
+        nn.init.constant_(wanted[key], 0.0 if "mask_token" in key else 1.0)
     alien = [key for key, value in state.items() if key not in wanted or wanted[key].shape != value.shape]
+    alien += wanted.keys() - state.keys() - spare
     if alien or side != other:
-        raise ValueError(f"trunk {trunk!r}: RF-DETR's ViT has no {alien[0] if alien else 'oblong images'}")
-    for key in wanted.keys() - state.keys():  # no token for what is masked, no scales of layers
-        nn.init.constant_(wanted[key], 1.0 if "lambda" in key else 0.0)
+        raise ValueError(
+            f"trunk {trunk!r}: is no plain ViT with one class token, on squares, as RF-DETR has it"
+            f" ({', '.join(alien[:1]) or 'oblong'}); take vit_small_patch14_dinov2, for example"
+        )
     body.load_state_dict(state, strict=False)
     return name, body, [vit.embed_dim] * len(config.out_indices)
 
