@@ -108,7 +108,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 _POSITIONS = {"pos_embed", "absolute_pos_embed", "relative_position_bias_table", "cls_token", "reg_token"}
-_POSITIONS |= {"pos_embed_abs", "pos_embed_win", "rel_pos_h", "rel_pos_w", "logit_scale"}  # timm's names
+_POSITIONS |= {
+    "position_embeddings",
+    "pos_embed_abs",
+    "pos_embed_win",
+    "rel_pos_h",
+    "rel_pos_w",
+    "logit_scale",
+}  # timm's names
 
 
 def build_optimizer(

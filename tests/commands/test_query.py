@@ -162,11 +162,12 @@ def test_transformers_alone_predicts_the_same(name: str, sample: Path, tmp_path:
     detector: Any = build_detector(**architecture, trunk_weights=weights).eval()
     names = ["apple", "pear", "plum"]
     save_detector(tmp_path, detector, {"architecture": architecture, "class_names": names})
-    picture = read_image(next((sample / "val").glob("*.jpg")))[:, :112]  # not square
+    whole = read_image(next((sample / "val").glob("*.jpg")))
+    picture = torch.cat([whole, whole], 2)[:, :112]  # not square, and larger
     pixels, _ = detector._batch([picture.float() / 255])
     prepared = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(prepared, pixels, rtol=0.0, atol=0.01)  # theirs are whole numbers in between
-    picture = picture[:, :side, :side]  # resized by neither: nothing is rounded
+    picture = torch.cat([whole, whole], 1)[:, :side, :side]  # resized by neither: nothing is rounded
     model = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     with torch.inference_mode():
@@ -218,9 +219,12 @@ def test_what_query_based_detectors_cannot_be_built_of() -> None:
     for settings, message in (
         ({"trunk": "vit_small_patch16_224"}, "images of one size"),
         ({"trunk": "resnet18", "fpn_norm": "batch"}, "no feature pyramid"),
-        ({"detector": "rf_detr", "trunk": "resnet18"}, "RF-DETR has a ViT, such as vit_small_patch14_dinov2"),
+        ({"detector": "rf_detr", "trunk": "resnet18"}, "RF-DETR has a plain ViT, such as vit_small_patch14"),
         ({"detector": "rf_detr", "trunk": "vit_small_patch14_reg4_dinov2"}, "is no plain ViT .*reg_token"),
-        ({"detector": "rf_detr", "trunk": "vit_base_patch16_gap_224"}, "is no plain ViT .*position_embeddings"),
+        (
+            {"detector": "rf_detr", "trunk": "vit_base_patch16_gap_224"},
+            "is no plain ViT .*position_embeddings",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             build_detector(**{"detector": "deformable_detr", "num_classes": 2, **settings})  # type: ignore[arg-type]

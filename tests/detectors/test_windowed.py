@@ -47,6 +47,26 @@ def test_maps_are_those_of_timms_vit(
             torch.testing.assert_close(level.flatten(2).mT, tokens, rtol=1e-3, atol=1e-3)
 
 
+def test_the_last_norm_may_be_missing(tmp_path: Path) -> None:
+    """As in what `aligndet pretrain-backbone` writes."""
+    state = {f"model.{name}": value for name, value in vit("test_vit").state_dict().items()}
+    for name in ("model.norm.weight", "model.norm.bias"):
+        del state[name]
+    save_file(state, tmp_path / "vit.safetensors")
+    _, trunk, _ = build_windowed_vit("test_vit", str(tmp_path / "vit.safetensors"))
+    found: Any = trunk
+    assert torch.equal(found.embeddings.cls_token, state["model.cls_token"])
+    assert (found.layernorm.weight == 1).all()
+
+
+def test_nothing_is_computed_in_vain() -> None:
+    """Several processes wait for a gradient of every weight."""
+    _, body, _ = build_windowed_vit("test_vit", "none")
+    trunk: Any = body.train()
+    sum(level.square().sum() for level in trunk(torch.rand(1, 3, 128, 128)).feature_maps).backward()
+    assert [name for name, p in trunk.named_parameters() if p.grad is None] == []
+
+
 def states_of(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
     """The input of each block."""
     states: list[torch.Tensor] = []

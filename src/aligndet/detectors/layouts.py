@@ -90,13 +90,19 @@ LAYOUTS: dict[str, tuple[Rule, ...]] = {
         (r"\bblock\.5\.", "mlp.fc2."),
         (r"\blayer_scale\b", "gamma"),
     ),
-    "OpenMMLab's ViT": (*_MLP, (r"\blayers\.(\d+)\.", r"blocks.\1."), (r"\bln([12])\.", r"norm\1.")),
+    "OpenMMLab's ViT": (
+        *_MLP,
+        (r"(?<!\d\.)\bln1\.", "norm."),
+        (r"\blayers\.(\d+)\.", r"blocks.\1."),
+        (r"\bln([12])\.", r"norm\1."),
+    ),
     "torchvision's ViT": (
         (r"\bclass_token\b", "cls_token"),
         (r"\bencoder\.pos_embedding\b", "pos_embed"),
         (r"\bconv_proj\.", "patch_embed.proj."),
         (r"\bencoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
         (r"\bln_([12])\.", r"norm\1."),
+        (r"\bencoder\.ln\.", "norm."),
         (r"\bself_attention\.in_proj_", "attn.qkv."),
         (r"\bself_attention\.out_proj\.", "attn.proj."),
         *_TORCHVISION_MLP,
@@ -117,8 +123,12 @@ class Match(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether nearly all numbers of the trunk are there, and nearly all tensors (norms are small)."""
-        tensors = len(self.state) / max(1, len(self.state) + len(self.missing))
+        """Whether nearly all numbers of the trunk are there, and nearly all tensors (norms are small).
+
+        The norm after the last block may be missing: networks that give maps have none.
+        """
+        missing = len(set(self.missing) - {"norm.weight", "norm.bias"})
+        tensors = len(self.state) / max(1, len(self.state) + missing)
         return min(self.share, tensors) >= NEARLY_ALL
 
     def __str__(self) -> str:

@@ -98,9 +98,11 @@ class QueryDetector(nn.Module):
 
     @property
     def prediction_heads(self) -> list[nn.Module]:
-        """Modules that give class scores or boxes, or the maps whose type RT-DETR's anchors take."""
+        """Modules that give class scores or boxes, or the maps whose type the first boxes take."""
         found = [m for name, m in self.network.named_modules() if is_head(name.rpartition(".")[2])]
         found.append(getattr(self.network.model, "decoder_input_proj", nn.ModuleList()))
+        if self.family.windowed:
+            found.append(self.network.model.backbone.projector.layer_norm)
         return [head for entry in found for head in (entry if isinstance(entry, nn.ModuleList) else [entry])]
 
     def forward(
@@ -306,7 +308,7 @@ def relative_targets(image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, 
 
 def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[str, Any]) -> Any:
     """transformers' model on a trunk of timm's, or of its own."""
-    settings = dict(settings)
+    settings = family.defaults | settings
     dilated = settings.pop("dilation", False)  # which transformers has only for trunks that it chooses itself
     backbone: Any = (
         trunk.body.config

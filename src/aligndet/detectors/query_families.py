@@ -31,6 +31,7 @@ class Family(NamedTuple):
     sides: float = 0.0  # initial logit of the sides of boxes that are offsets to points
     predicts_first: bool = False  # once before its first refinement, see `with_first_prediction`
     windowed: bool = False  # has a trunk of transformers' own, of `aligndet.detectors.windowed`
+    defaults: dict[str, Any] = {}  # settings, where the authors have others than transformers
 
 
 _DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -98,7 +99,7 @@ D_FINE = RT_DETR._replace(model="DFine", layer_dim=0, predicts_first=True)
 # Deformable DETR without an encoder on a ViT, whose best locations move the queries; groups of queries.
 RF_DETR = DEFORMABLE_DETR._replace(
     model="RfDetr",
-    processor="RfDetr",
+    processor="RTDetr",  # its own makes images smaller without smoothing
     matcher="loss.loss_lw_detr.LwDetrHungarianMatcher",
     losses={**_DETR_LOSSES, "loss_ce": "class_loss_coefficient"},
     class_layers=("class_embed", "model.enc_out_class_embed"),
@@ -109,6 +110,7 @@ RF_DETR = DEFORMABLE_DETR._replace(
     square=True,
     sides=0.0,
     windowed=True,
+    defaults={"dropout": 0.0},
 )
 
 _OURS = {
@@ -133,7 +135,7 @@ def from_transformers(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(f"transformers.{module}" if module else "transformers"), attribute)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # an older version has fewer of them
         raise ValueError(
             f'query-based detectors need transformers: pip install "aligndet[detr]" ({error})'
         ) from error
@@ -149,6 +151,8 @@ def settings_of(family: Family) -> frozenset[str]:
     chosen = {name for name in config.__annotations__ if not name.startswith("_")}
     if len(family.strides) > 1:
         chosen -= {"dilation"}  # is for detectors with one map
+    if family.windowed:
+        chosen -= {"num_feature_levels"}  # there is one
     return frozenset(chosen - _OURS - set(family.width) - set(config.attribute_map))
 
 
@@ -179,7 +183,7 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are intended
-            if is_head(name) or name == "model.input_projection":
+            if is_head(name) or name == "model.input_projection" or ".projector." in name:
                 module.reset_parameters()
             else:
                 nn.init.xavier_uniform_(module.weight, 0.5**0.5 if module in fused else 1.0)

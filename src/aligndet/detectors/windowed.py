@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aligndet.detectors.backbones import load_weights
 from aligndet.detectors.query_families import from_transformers
 
+_USUAL = "vit_small_patch14_dinov2"
 _NAMES = (  # timm's, and transformers'
     (r"^cls_token$", "embeddings.cls_token"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -27,7 +28,8 @@ _NAMES = (  # timm's, and transformers'
 def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[int]]:
     """Builds the trunk that transformers has for RF-DETR.
 
-    Attention is within 4 x 4 windows of the image, but for four layers, whose inputs are the trunk's maps.
+    Attention is within 4 x 4 windows of the image, but for the layers whose inputs are maps of the trunk. The
+    input of the last one is the last map, so that this layer is left out.
 
     Args:
         trunk: A ViT of timm's with one class token: "vit_small_patch14_dinov2", which RF-DETR's authors take.
@@ -40,35 +42,42 @@ def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[i
         ValueError: If timm has no such ViT, or the weights do not fit.
     """
     name = trunk.removeprefix("timm/")
-    vit: Any = timm.create_model(name, pretrained=False, num_classes=0) if timm.is_model(name) else None
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"trunk {trunk!r}: RF-DETR has a ViT, such as vit_small_patch14_dinov2")
+    try:
+        vit: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        first, (side, other) = vit.blocks[0], vit.patch_embed.img_size
+        heads, hidden, patch = first.attn.num_heads, first.mlp.fc1.out_features, vit.patch_embed.patch_size[0]
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"trunk {trunk!r}: RF-DETR has a plain ViT, such as {_USUAL} ({error})") from error
     load_weights(vit, trunk, weights, num_classes=0)
-    patch, (side, other) = vit.patch_embed.patch_size[0], vit.patch_embed.img_size
+    depth = len(vit.blocks)
+    places = sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)})
     config = from_transformers("RfDetrDinov2Config")(
         hidden_size=vit.embed_dim,
-        num_hidden_layers=len(vit.blocks),
-        num_attention_heads=vit.blocks[0].attn.num_heads,
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features // vit.embed_dim,
+        num_hidden_layers=places[-1],  # what comes after the last map would be computed in vain
+        num_attention_heads=heads,
+        mlp_ratio=hidden // vit.embed_dim,
         image_size=side,
         patch_size=patch,
-        out_indices=sorted({max(0, len(vit.blocks) * part // 4 - 1) for part in (1, 2, 3, 4)}),
+        out_indices=places,
+        use_mask_token=False,
     )
     body: nn.Module = from_transformers("models.rf_detr.modeling_rf_detr.RfDetrDinov2Backbone")(config)
-    wanted, state = body.state_dict(), _translated(vit.state_dict())
-    # no token for what is masked; scales of layers, which not all ViTs have
-    spare = {key for key in wanted.keys() - state.keys() if re.search(r"mask_token|layer_scale", key)}
-    for key in spare:
-        nn.init.constant_(wanted[key], 0.0 if "mask_token" in key else 1.0)
+    state = _translated(vit.state_dict())
+    after = tuple(f"encoder.layer.{layer}." for layer in range(places[-1], depth))
+    state = {key: value for key, value in state.items() if not key.startswith(after)}
+    wanted = body.state_dict()
+    spare = [key for key in wanted.keys() - state.keys() if re.search(r"layer_scale|[qkv]_proj\.bias", key)]
+    for key in spare:  # which not all ViTs have
+        state[key] = torch.full_like(wanted[key], 1.0 if "layer_scale" in key else 0.0)
     alien = [key for key, value in state.items() if key not in wanted or wanted[key].shape != value.shape]
-    alien += wanted.keys() - state.keys() - spare
-    if alien or side != other:
+    alien += wanted.keys() - state.keys()
+    if alien or side != other or not isinstance(vit, VisionTransformer):
         raise ValueError(
             f"trunk {trunk!r}: is no plain ViT with one class token, on squares, as RF-DETR has it"
-            f" ({', '.join(alien[:1]) or 'oblong'}); take vit_small_patch14_dinov2, for example"
+            f" ({', '.join(alien[:1]) or type(vit).__name__}); take {_USUAL}, for example"
         )
-    body.load_state_dict(state, strict=False)
-    return name, body, [vit.embed_dim] * len(config.out_indices)
+    body.load_state_dict(state)
+    return name, body, [vit.embed_dim] * len(places)
 
 
 @torch.no_grad()
