@@ -127,16 +127,17 @@ def worker_of(process: subprocess.Popen[bytes]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
-@pytest.fixture(scope="module")
-def command(sample: Path, proposals: Path) -> list[str]:
-    return ["pretrain", str(sample / "train"), f"--proposals={proposals}", *SMALL, "--workers=0"]
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def command(request: pytest.FixtureRequest, sample: Path, proposals: Path) -> list[str]:
+    own = ["--workers=0", f"--strategy={request.param}"]
+    return ["pretrain", str(sample / "train"), f"--proposals={proposals}", *SMALL, *own]
 
 
 @pytest.fixture(scope="module")
 def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes on one host."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    finish(*command, f"--output={output}", "--devices=2", "--strategy=ddp")
+    finish(*command, f"--output={output}", "--devices=2")
     return output
 
 
