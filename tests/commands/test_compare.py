@@ -59,7 +59,7 @@ def _compare(sample: Path, proposals: Path | None, output: Path, **changes: Any)
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),
         ({"unlabelled": Path("nowhere")}, "nowhere: no such folder of images"),
-        ({"unlabelled": Path("s3://bucket/images")}, "only a local folder is taken here"),
+        ({"unlabelled": Path("s3://bucket/images")}, "is an address, where a local file or folder is wanted"),
         ({"detectors": ("fcos", "fcos")}, "detectors must be different names"),
         ({"detectors": ("fcos", "retinanet"), "finetuning": {"fcos": {"stepz": 3}}}, "'stepz' cannot be set"),
     ],
