@@ -37,14 +37,23 @@ def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments
         given = {k: Path(v) if k in paths and isinstance(v, str) else v for k, v in bound.arguments.items()}
         bound.arguments.update(given)
         for name in paths & given.keys():
-            if re.match("[a-z][a-z0-9+]+:/", str(given[name])):  # "s3:/bucket": a Path has lost a slash
+            if isinstance(path := given[name], Path) and was_address(path):
                 raise ValueError(
-                    f"{name} {given[name]}: is an address, where a local file or folder is wanted; images at"
+                    f"{name} {path}: is an address, where a local file or folder is wanted; images at"
                     " addresses are for propose, cluster, pretrain and pretrain-backbone"
                 )
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def was_address(path: Path) -> bool:
+    """Whether a path was made of an address, which costs it a slash (s3:/bucket).
+
+    Args:
+        path: One that exists is what it is.
+    """
+    return re.match("[a-z0-9+]{2,}:/", str(path)) is not None and not path.exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -107,15 +107,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return torch.cat([begun, steps.flatten(), last])
 
 
-_POSITIONS = {"pos_embed", "absolute_pos_embed", "relative_position_bias_table", "cls_token", "reg_token"}
-_POSITIONS |= {
-    "position_embeddings",
-    "pos_embed_abs",
-    "pos_embed_win",
-    "rel_pos_h",
-    "rel_pos_w",
-    "logit_scale",
-}  # timm's names
+_POSITIONS = {  # timm's names, and transformers' for RF-DETR's trunk
+    *("pos_embed", "absolute_pos_embed", "relative_position_bias_table", "cls_token", "reg_token"),
+    *("pos_embed_abs", "pos_embed_win", "rel_pos_h", "rel_pos_w", "logit_scale", "position_embeddings"),
+}
 
 
 def build_optimizer(

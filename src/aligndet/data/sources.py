@@ -16,7 +16,7 @@ from tqdm import tqdm
 from aligndet.data.addresses import file_system, is_web, path_at, patiently, read_range
 from aligndet.data.images import READ, SUFFIXES, ImageError, StoredImage, find_files, is_listed
 from aligndet.data.tars import tar_index, update_index
-from aligndet.files import read_lines, safe_name
+from aligndet.files import read_lines, safe_name, was_address
 
 _AT_ONCE = 16  # tars
 _ASKED = 20  # images asked for before an address is taken for a wrong one
@@ -43,7 +43,7 @@ class ImageSource:
             ValueError: If fsspec knows no such addresses.
         """
         self.place, self.is_local = str(place), "://" not in str(place)
-        if isinstance(place, Path) and re.match(r"[a-z0-9+]{2,}:/", self.place) and not place.exists():
+        if isinstance(place, Path) and was_address(place):
             raise ValueError(
                 f"{place}: only a local folder is taken here (from Python, give an address as a string: Paths"
                 " keep one slash only)"

@@ -146,7 +146,7 @@ def build_trunk(
     """
     build = _torchvision_trunk if trunk in _TORCHVISION_TRUNKS else _timm_trunk
     body, channels = build(trunk, strides)
-    load_weights(body, trunk, weights)
+    load_trunk_weights(body, trunk, weights)
     return body, channels
 
 
@@ -173,11 +173,11 @@ def build_timm_trunk(
     body, channels = _timm_trunk(name, strides)
     if len(channels) < len(strides) or getattr(body, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(f"trunk {trunk!r} has no feature maps (channels first) at strides {strides}")
-    load_weights(body, trunk, weights)
+    load_trunk_weights(body, trunk, weights)
     return name, body, channels
 
 
-def load_weights(body: nn.Module, trunk: str, weights: str, **of_timm: Any) -> None:
+def load_trunk_weights(body: nn.Module, trunk: str, weights: str, **of_timm: Any) -> None:
     """Loads weights into a trunk.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from aligndet.detectors.backbones import load_weights
+from aligndet.detectors.backbones import load_trunk_weights
 from aligndet.detectors.query_families import from_transformers
 
 _USUAL = "vit_small_patch14_dinov2"
@@ -48,7 +48,7 @@ def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[i
         heads, hidden, patch = first.attn.num_heads, first.mlp.fc1.out_features, vit.patch_embed.patch_size[0]
     except (AttributeError, RuntimeError) as error:
         raise ValueError(f"trunk {trunk!r}: RF-DETR has a plain ViT, such as {_USUAL} ({error})") from error
-    load_weights(vit, trunk, weights, num_classes=0)
+    load_trunk_weights(vit, trunk, weights, num_classes=0)
     depth = len(vit.blocks)
     places = sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)})
     config = from_transformers("RfDetrDinov2Config")(
