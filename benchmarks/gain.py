@@ -25,6 +25,7 @@ from aligndet.commands.evaluate import evaluate
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
+from aligndet.data.augmentations import AUGMENTATIONS
 from aligndet.data.splits import with_images
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
@@ -149,7 +150,8 @@ def cell(
                 steps=args.steps,
                 optimizer=args.optimizer,
                 learning_rate=rate,
-                min_size=(args.size * 3 // 4, args.size),
+                min_size=args.short_sides or (args.size * 3 // 4, args.size),
+                augmentation=args.augmentation,
                 batch_norm=args.batch_norm,
                 precision=args.precision,
                 trunk_factor=args.trunk_factor,
@@ -213,6 +215,14 @@ def main() -> None:
         "--proposal-choice", default="default", choices=["default", "top", "random"], help="of these"
     )
     parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
+    parser.add_argument(
+        "--short-sides",
+        nargs=2,
+        type=int,
+        metavar="PIXELS",
+        help="range in fine-tuning; by default 3/4 of the long side to all of it, so that one size is left",
+    )
+    parser.add_argument("--augmentation", default="multiscale", choices=list(AUGMENTATIONS))
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument(
         "--trunk-factor", type=float, default=0.1, help="of the trunk's learning rate; 0 freezes it"

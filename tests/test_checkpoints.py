@@ -363,7 +363,7 @@ class Scheduled(Counting):
 
 def scheduled(**killed: int) -> Scheduled:
     module = Scheduled(**killed)
-    module.optimizer_settings, module.schedule_settings = ("sgd", 1.0, 0.0), ("cosine", 8, 2)
+    module.optimizer_settings, module.schedule_settings = ("sgd", 1.0, 0.0), ("cosine", 8, 2, ())
     return module
 
 

@@ -88,7 +88,7 @@ def test_images_of_one_shape_come_as_they_were_drawn() -> None:
     [
         ("constant", {2: 1.0, 3: 1.0, 17: 1.0}),
         ("cosine", {2: 1.0, 11: 0.5, 20: 0.0}),
-        ("step", {2: 1.0, 13: 1.0, 14: 0.1, 17: 0.1, 18: 0.01}),
+        ("step", {2: 1.0, 13: 1.0, 14: 0.1, 18: 0.1, 19: 0.01}),
     ],
 )
 def test_schedules_after_a_linear_warm_up(name: ScheduleName, expected: dict[int, float]) -> None:
@@ -101,6 +101,14 @@ def test_schedules_after_a_linear_warm_up(name: ScheduleName, expected: dict[int
         schedule.step()
     assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
     assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
+def test_a_rate_falls_where_it_is_told_to() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    [factor] = build_schedule(optimizer, "step", 20, 2, (0.8,)).lr_lambdas
+    assert [factor(step) for step in (2, 15, 16, 19)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+    with pytest.raises(ValueError, match="lr_drops"):
+        build_schedule(optimizer, "step", 20, 2, (8.0,))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

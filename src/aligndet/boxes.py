@@ -100,6 +100,7 @@ class Adapter(nn.Module):
     top_proposals = False  # takes the first proposals in rank order by default, not a random subset
     num_clusters: int | None = None  # how many pseudo-classes it tells apart, if any
     masks = False  # whether it finds masks as well as boxes
+    square = False  # whether it sees images stretched to squares of their short side, however long they are
     weights_format = "torchvision"  # of saved weights; or "transformers"
     training_defaults: ClassVar[dict[str, float]] = {}  # for AdamW: learning_rate, weight_decay, clip
     fixed_options: frozenset[str] = frozenset()  # options of torchvision's detector that users cannot set

@@ -21,6 +21,8 @@ from aligndet.processes import all_gather_items, all_reduce_mean
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "step", "constant"]
+DROPS = (0.6667, 0.9167)
+"""Shares of a run: after 8 and 11 of 12 epochs, as is the custom."""
 
 
 def seed_of(seed: int, position: int) -> int:
@@ -147,22 +149,27 @@ def build_optimizer(
     return optimizer
 
 
-def build_schedule(optimizer: Optimizer, name: ScheduleName, steps: int, warmup_steps: int) -> LambdaLR:
-    """Linear warm-up, then a cosine to zero, two drops to a tenth (at 2/3 and 8/9 of the run), or nothing.
+def build_schedule(
+    optimizer: Optimizer, name: ScheduleName, steps: int, warmup_steps: int, drops: Sequence[float] = DROPS
+) -> LambdaLR:
+    """Linear warm-up, then a cosine to zero, drops to a tenth, or nothing.
 
     Args:
         optimizer: Whose learning rates are scaled.
         name: Of the schedule.
         steps: Of the run.
         warmup_steps: Of them for the warm-up.
+        drops: Of "step": after which shares of the run.
     """
+    if not all(0 < share < 1 for share in drops):
+        raise ValueError(f"lr_drops must be shares of the run, between 0 and 1, not {tuple(drops)}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if name == "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-        return 0.1 ** sum(step >= steps * part for part in (2 / 3, 8 / 9)) if name == "step" else 1.0
+        return 0.1 ** sum(step >= steps * part for part in drops) if name == "step" else 1.0
 
     return LambdaLR(optimizer, factor)
 
@@ -238,13 +245,14 @@ class TrainingModule(LightningModule):
         learning_rate: float = 5e-4,
         weight_decay: float = 0.05,
         schedule: ScheduleName = "cosine",
+        lr_drops: Sequence[float] = DROPS,
         warmup_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.steps, self.seed = steps, seed
         self.optimizer_settings = optimizer, learning_rate, weight_decay
-        self.schedule_settings = schedule, steps, min(warmup_steps, steps // 4)
+        self.schedule_settings = schedule, steps, min(warmup_steps, steps // 4), lr_drops
 
     def parameter_groups(self) -> list[tuple[Iterable[tuple[str, nn.Parameter]], float]]:
         """What is trained, each group with the factor of its learning rate."""

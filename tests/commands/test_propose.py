@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 
 from aligndet.commands.cluster import _load, _Request
 from aligndet.commands.propose import propose
+from aligndet.data.augmentations import multiscale
 from aligndet.data.images import read_image
-from aligndet.data.labelled import geometric
 from aligndet.files import locked
 from aligndet.proposals.filters import filter_boxes
 from aligndet.proposals.pipeline import Rank
@@ -173,7 +173,7 @@ def test_clusters_see_boxes_where_they_are(tmp_path: Path) -> None:
     Image.new("RGB", (600, 400)).save(tmp_path / "a.png")
     boxes = np.array([[60, 40, 300, 200]], np.float32)
     request = _Request(3, tmp_path / "a.png", np.array([1200, 800], np.int32), boxes * 2)
-    loaded = _load(request, geometric((100, 100), 200, flip=0.0))
+    loaded = _load(request, multiscale((100, 100), 200, flip=0.0))
     assert not isinstance(loaded, str)
     position, image, resized = loaded
     assert position == 3

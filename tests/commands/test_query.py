@@ -274,3 +274,33 @@ def test_transformers_own_trainer_goes_on(name: str, sample: Path, clustered: Pa
     assert done.returncode == 0, done.stderr
     first, last = (float(loss) for loss in done.stdout.splitlines()[-1].split())
     assert last < first
+
+
+@pytest.mark.parametrize(("name", "square"), [("rt_detr_v2", True), ("conditional_detr", False)])
+def test_no_bound_of_the_long_side_shrinks_squares(
+    name: str,
+    square: bool,
+    sample: Path,
+    proposals: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trained on smaller squares than it predicts on, a detector would see all objects larger there."""
+    seen: list[Any] = []
+    for command in ("pretrain", "finetune"):
+        module = sys.modules[f"aligndet.commands.{command}"]
+        monkeypatch.setattr(module, "fit", lambda module, dataset, **_: seen.append(dataset))
+    settings = {**SMALL, "detector": name, "min_size": (96, 96), "max_size": 96}
+    objectness = {"options": {"objectness": True}}
+    aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "a", **settings, **objectness)
+    aligndet.finetune(sample / "train.json", output=tmp_path / "b", **settings)
+    first, second = (dataset[0, 0] for dataset in seen)
+    for image in (first.online.image, first.momentum.image, second.image):
+        assert (min(image.shape[1:]) == 96) == square
+        assert (max(image.shape[1:]) == 96) != square
+
+
+def test_large_scale_jitter_is_for_images_that_keep_their_size(sample: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "detector": "rt_detr", "augmentation": "lsj"}
+    with pytest.raises(ValueError, match="rt_detr stretches images to one size"):
+        aligndet.finetune(sample / "train.json", output=tmp_path / "a", **settings)

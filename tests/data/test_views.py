@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as transforms
 
+from aligndet.data.augmentations import multiscale
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import ImageError, read_image
-from aligndet.data.labelled import LabelledDataset, geometric
+from aligndet.data.labelled import LabelledDataset
 from aligndet.data.rle import encode
 from aligndet.data.views import TwoViewDataset, short_sides
 from aligndet.detectors.build import build_detector
@@ -329,7 +330,7 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="min_size"):
         short_sides((800, 640), 1333)
     with pytest.raises(ValueError, match="max_size"):
-        geometric((640, 800), 700)
+        multiscale((640, 800), 700)
 
 
 @pytest.mark.parametrize("top", [True, False])

@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds, provenance
+from aligndet.data.augmentations import multiscale
 from aligndet.data.images import ImageError, StoredImage, check_shape, read_image
-from aligndet.data.labelled import geometric
 from aligndet.data.sources import ImageSource
 from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import allow_tf32, resolve_device
@@ -213,7 +213,7 @@ class _Boxes(Dataset[Any]):
 
     def __init__(self, images: ImageSource, table: ProposalTable, min_size: int, max_size: int) -> None:
         self.images, self.table = images, table
-        self.resize = geometric((min_size, min_size), max_size, flip=0.0)
+        self.resize = multiscale((min_size, min_size), max_size, flip=0.0)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, read_checkpoint
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance, with_recipe
+from aligndet.data.augmentations import AugmentationName
 from aligndet.data.coco import CocoDataset, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, remark_on_shared_images
+from aligndet.data.views import UNBOUNDED
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
@@ -25,7 +27,7 @@ from aligndet.files import accepts_strings
 from aligndet.finetuning import Finetuning
 from aligndet.launch import data_summary
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
-from aligndet.training import OptimizerName, ScheduleName
+from aligndet.training import DROPS, OptimizerName, ScheduleName
 
 SCHEDULES = {"12k": 12_000, "1x": 90_000, "90k": 90_000, "2x": 180_000, "3x": 270_000, "4x": 360_000}
 """Steps of 16 images each (paper section 4.2 and table 7)."""
@@ -88,6 +90,7 @@ def finetune(
     options: dict[str, Any] | None = None,
     min_size: tuple[int, int] = (800, 800),
     max_size: int = 1333,
+    augmentation: AugmentationName = "multiscale",
     schedule: Literal["12k", "90k", "1x", "2x", "3x", "4x", "50e", "100e", "150e"] = "12k",
     steps: int | None = None,
     batch_size: int = 16,
@@ -96,6 +99,7 @@ def finetune(
     learning_rate: float | None = None,
     weight_decay: float | None = None,
     lr_schedule: ScheduleName = "cosine",
+    lr_drops: tuple[float, ...] = DROPS,
     trunk_factor: float = 0.1,
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
@@ -147,7 +151,10 @@ def finetune(
             or of transformers' configuration, such as --options.num_queries 100.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
-        max_size: Bound of the long side.
+        max_size: Bound of the long side; RT-DETR, D-FINE and RF-DETR, which see squares, have none.
+        augmentation: How training images change each time: "multiscale": size and flip; "detr": every second
+            is cropped, as DETR and Swin are trained; "lsj": large-scale jitter, 0.1 to 2 times the size;
+            "ssd": colours, zooming out and crops around objects, as RT-DETR and D-FINE are trained.
         schedule: Length of the run, named as in the field: "12k", "1x" (90k), "2x", "3x", "4x" steps of 16
             images, scaled with the batch size; "50e", "100e", "150e" epochs.
         steps: Length of the run in steps; takes the place of schedule.
@@ -158,8 +165,9 @@ def finetune(
             1.5 from pre-trained heads.
         weight_decay: By default 0.05 (AdamW; query-based detectors: 1e-4) or 1e-4 (SGD), times 0.5 from
             pre-trained heads.
-        lr_schedule: How the learning rate falls: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+        lr_schedule: How the learning rate falls: "cosine", "step" (to a tenth at each of lr_drops),
             "constant".
+        lr_drops: Of the step schedule: after which shares of the run the rate falls, such as 0.8.
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
@@ -204,6 +212,8 @@ def finetune(
             raise ValueError(
                 "--patience needs --val-annotations: without them, nothing is measured on the way"
             )
+        if augmentation == "lsj" and family.square:
+            raise ValueError(f"--augmentation lsj: {kind} stretches images to one size; take ssd")
         if batch_norm != "frozen" and is_query_based:
             raise ValueError(f"--batch-norm {batch_norm}: the trunk's batch norms are frozen in {kind}")
         data = _read_data(annotations, images, val_annotations, val_images, masks=family.masks, strict=strict)
@@ -233,13 +243,19 @@ def finetune(
             learning_rate=training["learning_rate"],
             weight_decay=training["weight_decay"],
             schedule=lr_schedule,
+            lr_drops=lr_drops,
             warmup_steps=warmup_steps,
             seed=seed,
         )
         written = fit(
             module,
             LabelledDataset(
-                data.training, min_size=min_size, max_size=max_size, antialias=is_query_based, strict=strict
+                data.training,
+                min_size=min_size,
+                max_size=UNBOUNDED if family.square else max_size,
+                augmentation=augmentation,
+                antialias=is_query_based,
+                strict=strict,
             ),
             data=data.summary(),
             steps=total,

@@ -11,7 +11,7 @@ from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance, with_recipe
 from aligndet.data.sources import ImageSource
-from aligndet.data.views import TwoViewDataset
+from aligndet.data.views import UNBOUNDED, TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable, training_defaults
 from aligndet.detectors.weights import pretrained_state, save_weights
@@ -20,7 +20,7 @@ from aligndet.launch import data_summary
 from aligndet.proposals.clusters import with_clusters
 from aligndet.proposals.storage import read_proposals
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
-from aligndet.training import OptimizerName, ScheduleName
+from aligndet.training import DROPS, OptimizerName, ScheduleName
 
 _EXPLANATION = """A run of `aligndet pretrain`.
 
@@ -57,6 +57,7 @@ def pretrain(
     learning_rate: float | None = None,
     weight_decay: float | None = None,
     lr_schedule: ScheduleName = "cosine",
+    lr_drops: tuple[float, ...] = DROPS,
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
     temperature: float = 0.5,
@@ -112,7 +113,8 @@ def pretrain(
             --options.num_queries 100, and --options.objectness true to do without clusters.
         min_size: Smallest and largest short side of a view, as in 640,800; each view draws its own in steps
             of 32.
-        max_size: Bound of a view's long side; if it always binds, views no longer differ in scale.
+        max_size: Bound of a view's long side; if it always binds, views no longer differ in scale. RT-DETR,
+            D-FINE and RF-DETR have none: they see squares of the short side.
         max_proposals: Most proposals of an image in a step.
         proposal_choice: Where an image has more: "random" draws anew in each step (the default), "top" takes
             the first in rank order (the default of query-based detectors; better for few epochs).
@@ -123,8 +125,9 @@ def pretrain(
         optimizer: "adamw" or "sgd".
         learning_rate: After the warm-up; by default 5e-4, of query-based detectors 1e-4, with SGD 1e-2.
         weight_decay: Of matrices and kernels; by default 0.05, of query-based detectors and with SGD 1e-4.
-        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at each of lr_drops),
             "constant".
+        lr_drops: Of the step schedule: after which shares of the run the rate falls, such as 0.8.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
         temperature: Of the contrastive loss (equation 4); at least 0.025; in short runs 0.1 did better.
@@ -180,7 +183,7 @@ def pretrain(
             source,
             table,
             min_size=min_size,
-            max_size=max_size,
+            max_size=UNBOUNDED if adapter.square else max_size,
             max_proposals=max_proposals,
             top_proposals=adapter.top_proposals if proposal_choice == "default" else proposal_choice == "top",
             strict=strict,
@@ -206,6 +209,7 @@ def pretrain(
             learning_rate=training["learning_rate"],
             weight_decay=training["weight_decay"],
             schedule=lr_schedule,
+            lr_drops=lr_drops,
             warmup_steps=warmup_steps,
             seed=seed,
         )

@@ -17,7 +17,7 @@ from aligndet.detectors.weights import save_weights
 from aligndet.files import accepts_strings
 from aligndet.launch import data_summary
 from aligndet.trainer import RUN_SETTINGS, LoggerName, fit
-from aligndet.training import OptimizerName, ScheduleName
+from aligndet.training import DROPS, OptimizerName, ScheduleName
 
 _EXPLANATION = """A run of `aligndet pretrain-backbone`.
 
@@ -50,6 +50,7 @@ def pretrain_backbone(
     learning_rate: float | None = None,
     weight_decay: float = 1e-4,
     lr_schedule: ScheduleName = "cosine",
+    lr_drops: tuple[float, ...] = DROPS,
     warmup_steps: int = 50,
     clip: float | None = None,
     temperature: float = 0.2,
@@ -101,8 +102,9 @@ def pretrain_backbone(
         learning_rate: After the warm-up; by default, for 256 images a step and in proportion for others, 0.05
             (SimSiam) or 0.03 (MoCo), with AdamW 5e-4.
         weight_decay: Of matrices and kernels.
-        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at 2/3 and 8/9 of the run),
+        lr_schedule: Of the learning rate: "cosine", "step" (to a tenth at each of lr_drops),
             "constant".
+        lr_drops: Of the step schedule: after which shares of the run the rate falls, such as 0.8.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Bound of the gradient norm; null for none.
         temperature: Of MoCo's loss.
@@ -168,6 +170,7 @@ def pretrain_backbone(
             learning_rate=learning_rate or rate * images_a_step / 256,
             weight_decay=weight_decay,
             schedule=lr_schedule,
+            lr_drops=lr_drops,
             warmup_steps=warmup_steps,
             seed=seed,
             **(own | {"processes": processes} if method == "moco" else {}),

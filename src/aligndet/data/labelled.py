@@ -1,4 +1,4 @@
-"""Labelled images for fine-tuning, resized and flipped."""
+"""Labelled images for fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from aligndet.data.augmentations import AUGMENTATIONS, AugmentationName
 from aligndet.data.coco import CocoDataset, CocoDetection, image_files
 from aligndet.data.images import ImageError, first_readable
-from aligndet.data.views import short_sides
 
 
 class Labelled(NamedTuple):
@@ -27,24 +27,8 @@ class Labelled(NamedTuple):
     masks: Tensor | None = None  # (N, H, W) uint8, 0 or 1, if the data set has them
 
 
-def geometric(
-    min_size: tuple[int, int], max_size: int, flip: float = 0.5, *, antialias: bool = True
-) -> v2.Transform:
-    """Resizes to a random short side (long side bounded) and flips.
-
-    Args:
-        min_size: Smallest and largest short side.
-        max_size: Bound of the long side.
-        flip: Probability of the horizontal flip.
-        antialias: Smooth images that are made smaller.
-    """
-    sizes = short_sides(min_size, max_size)
-    resize = v2.RandomShortestSize(sizes, max_size, antialias=antialias)
-    return v2.Compose([resize, v2.RandomHorizontalFlip(flip)])
-
-
 class LabelledDataset(Dataset[Labelled]):
-    """Training images with random sizes and flips; the index is (position, seed) of `StepSampler`."""
+    """Training images, other ones every time; the index is (position, seed) of `StepSampler`."""
 
     def __init__(
         self,
@@ -52,6 +36,7 @@ class LabelledDataset(Dataset[Labelled]):
         *,
         min_size: tuple[int, int],
         max_size: int,
+        augmentation: AugmentationName = "multiscale",
         antialias: bool = True,
         strict: bool = False,
     ) -> None:
@@ -61,17 +46,13 @@ class LabelledDataset(Dataset[Labelled]):
             coco: Images and boxes.
             min_size: Range of the short side.
             max_size: Bound of the long side.
+            augmentation: A key of `AUGMENTATIONS`.
             antialias: Smooth images that are made smaller; should be as the detector does it in prediction.
             strict: A broken image is an error, not a warning.
         """
         self.images, self.file_names, self.strict = CocoDetection(coco), coco.file_names, strict
-        self.augment = v2.Compose(
-            [
-                geometric(min_size, max_size, antialias=antialias),
-                v2.ClampBoundingBoxes(),
-                v2.SanitizeBoundingBoxes(min_size=1.0),
-            ]
-        )
+        changes = AUGMENTATIONS[augmentation](min_size, max_size, antialias=antialias)
+        self.augment = v2.Compose([changes, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)])
 
     @property
     def tall(self) -> Tensor:

@@ -30,7 +30,8 @@ Matches: TypeAlias = list[tuple[Tensor, Tensor]]
 class QueryPretraining(Adapter):
     """A query-based detector in the protocol of `PretrainableDetector`; see `query_pretraining`.
 
-    Every decoder layer is a stage of the contrast, as every layer has losses of its own in these detectors.
+    Every decoder layer is a stage of the contrast, as every layer has losses of its own in these detectors;
+    the contrast is their mean, as in the official code.
     """
 
     family: ClassVar[Family]
@@ -145,7 +146,10 @@ class QueryPretraining(Adapter):
         else:
             found = [self._match(layer, labels) for layer in self._layers(outputs, len(states))]
         ids = proposal_ids(found, labels, states.shape[1])  # (L, B * Q)
-        stages = map(BoxPredictions, self._embeddings(states, ids), ids.to(states.device))
+        embeddings, weight = self._embeddings(states, ids), 1.0 / len(states)
+        stages = (
+            BoxPredictions(*layer, weight) for layer in zip(embeddings, ids.to(states.device), strict=True)
+        )
         return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels) if learns else {})
 
     def _embeddings(self, states: Tensor, ids: Tensor) -> Tensor:
@@ -188,7 +192,8 @@ def query_pretraining(family: Family) -> Any:
     Args:
         family: One of `aligndet.detectors.query_families`.
     """
-    return type(f"{family.model}Pretraining", (QueryPretraining,), {"family": family})
+    members = {"family": family, "square": family.square}
+    return type(f"{family.model}Pretraining", (QueryPretraining,), members)
 
 
 def _matcher(family: Family, config: Any) -> nn.Module:

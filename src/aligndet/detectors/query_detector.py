@@ -157,7 +157,7 @@ class QueryDetector(nn.Module):
             raise FloatingPointError("the predicted boxes are not finite") from error
 
     def losses(self, outputs: Any, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """transformers' losses, summed by kind: what it returns as their sum is the sum of these.
+        """transformers' losses, summed by kind, with the weights of the detectors' authors.
 
         transformers divides by the number of boxes of this process; here it is the mean over all processes,
         as with the detectors' authors, so that every box weighs the same.
@@ -171,7 +171,7 @@ class QueryDetector(nn.Module):
         to_mean = boxes.clamp(min=1) / all_reduce_mean(boxes).clamp(min=1)
         sums = {}
         for kind, setting in self.family.losses.items():
-            weight = 1.0 if setting is None else float(getattr(config, setting))
+            weight = float(getattr(config, setting)) if isinstance(setting, str) else setting
             parts = [loss for name, loss in found.items() if name.startswith(kind)]
             if parts:
                 norm = 1.0 if kind in self.family.own_norm else to_mean

@@ -17,7 +17,7 @@ class Family(NamedTuple):
     model: str  # transformers' classes begin with it: DetrConfig, DetrForObjectDetection
     processor: str  # likewise its image processor, which may be another family's
     matcher: str  # class below transformers
-    losses: dict[str, str | None]  # prefix of a loss's name: the setting with its weight; None: weighted
+    losses: dict[str, str | float]  # prefix of a loss's name: its weight, or the setting with it
     strides: tuple[int, ...]  # of the trunk's maps
     width: tuple[str, ...]  # settings that hold the width of everything above the trunk
     class_layers: tuple[str, ...]  # what depends on the number of classes
@@ -34,12 +34,16 @@ class Family(NamedTuple):
     defaults: dict[str, Any] = {}  # settings, where the authors have others than transformers
 
 
-_DETR_LOSSES = {"loss_ce": None, "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
+_DETR_LOSSES: dict[str, str | float] = {
+    "loss_ce": 1.0,
+    "loss_bbox": "bbox_loss_coefficient",
+    "loss_giou": "giou_loss_coefficient",
+}
 _DEFORMABLE_MATCHER = "loss.loss_deformable_detr.DeformableDetrHungarianMatcher"
 _RT_DETR: dict[str, Any] = {
     "processor": "RTDetr",
     "matcher": "loss.loss_rt_detr.RTDetrHungarianMatcher",
-    "losses": dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")),
+    "losses": dict.fromkeys(("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"), 1.0),
     "strides": (8, 16, 32),
     "width": ("d_model", "encoder_hidden_dim"),
     "class_layers": (
@@ -71,12 +75,14 @@ CONDITIONAL_DETR = DETR._replace(
     model="ConditionalDetr",
     processor="ConditionalDetr",
     matcher=_DEFORMABLE_MATCHER,
+    losses={**_DETR_LOSSES, "loss_ce": 2.0},  # as its authors weigh it, transformers with 1
     own_norm=(),
     moves=True,
 )
 # Queries are boxes, moved from layer to layer.
 DAB_DETR = CONDITIONAL_DETR._replace(
     model="DabDetr",
+    losses=_DETR_LOSSES,
     width=("hidden_size",),
     class_layers=("class_embed",),
     queries=("model.query_refpoint_embeddings.weight",),
@@ -89,6 +95,7 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     class_layers=("class_embed", "model.decoder.class_embed"),
     layer_dim=1,
     sides=-2.0,
+    defaults={"class_cost": 2},
 )
 # A hybrid encoder, whose best locations become queries; v2 has sampling points of its own for each map.
 RT_DETR = Family(model="RTDetr", **_RT_DETR)
