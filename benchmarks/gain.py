@@ -254,7 +254,11 @@ def main() -> None:
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
-    if any(family_of(d).weights_format == "transformers" for d in args.detectors):
+    settings = [
+        setting.get("options", {}) for setting, _ in (ARMS[arm] for arm in args.arms) if setting is not None
+    ]
+    with_clusters = not all("objectness" in options for options in settings)
+    if with_clusters and any(family_of(d).weights_format == "transformers" for d in args.detectors):
         trunk = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
         if not clusters_file(args.output / "proposals").exists():
             sizes: dict[str, Any] = {"min_size": args.size * 3 // 4, "max_size": args.size}

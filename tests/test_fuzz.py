@@ -33,6 +33,7 @@ from aligndet.data.voc import load_voc
 from aligndet.data.yolo import load_yolo
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.reading import read_tensors
+from aligndet.detectors.weights import load_weights, save_weights
 from aligndet.files import read_json
 from aligndet.losses import box_contrastive_loss
 from aligndet.proposals.clusters import with_clusters, write_clusters
@@ -277,6 +278,32 @@ def swapped(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
     with suppress(LookupError, TypeError):
         value[place[0]] = swapped(value[place[0]], place[1:], odd)
     return value
+
+
+MANIFEST: dict[str, Any] = {
+    "architecture": {
+        **{"detector": "fcos", "trunk": "resnet18", "fpn_channels": 256, "fpn_norm": "none"},
+        **{"num_classes": 2, "min_size": 64, "max_size": 96, "options": {}},
+    },
+    "class_names": ["a", "b"],
+    "category_ids": [1, 2],
+}
+
+
+@given(place=st.sampled_from(places(MANIFEST)), odd=st.sampled_from(ODD))
+def test_odd_values_in_a_manifest_are_refused(folder: Path, place: tuple[Any, ...], odd: Any) -> None:
+    path = folder / "odd" / "manifest.json"
+    save_weights(path.parent, {"a": torch.zeros(1)}, MANIFEST)
+    load_weights(path.parent)
+    path.write_text(json.dumps(swapped(deepcopy(MANIFEST), place, odd)))
+
+    def read(path: Path) -> None:
+        _, manifest = load_weights(path.parent)  # a wrong name or number is the builder's to refuse
+        for name, value in manifest["architecture"].items():
+            assert type(value) is type(MANIFEST["architecture"][name])
+        assert [type(name) for name in manifest["class_names"] or []] in ([], [str], [str, str])
+
+    read_or_name(read, path)
 
 
 @pytest.mark.parametrize(

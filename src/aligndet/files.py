@@ -75,6 +75,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def read_part(path: Path, name: str) -> dict[str, Any]:
+    """Reads one part of a JSON object, such as the settings in ``run.json``.
+
+    Args:
+        path: Of the file.
+        name: Of the part; empty if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: Naming the file, if the part is no object.
+    """
+    part = read_json(path).get(name, {})
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {name!r} is no JSON object")
+    return part
+
+
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
     """Lets a library write a file under another name, flushes it to disk, and only then renames it.

@@ -584,6 +584,7 @@ def test_what_is_asked_for_reaches_the_data_of_pretraining(
         "output": tmp_path / "run",
         "strict": True,
         "lr_schedule": "step",
+        "lr_drops": (0.5, 0.8),
         "warmup_steps": 7,
         "steps": 40,
     }
@@ -591,20 +592,22 @@ def test_what_is_asked_for_reaches_the_data_of_pretraining(
     assert dataset.table.file_names == ["00002.jpg", "00007.jpg"]
     assert asked["data"].startswith("2 images with ")
     assert (dataset.max_proposals, dataset.strict) == (3, True)
-    assert module.schedule_settings == ("step", 40, 7)
+    assert module.schedule_settings == ("step", 40, 7, (0.5, 0.8))
 
 
 def test_what_is_asked_for_reaches_fine_tuning(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {"learning_rate": 0.3, "weight_decay": 0.2, "lr_schedule": "step", "steps": 40}
+    given |= {"lr_drops": (0.5, 0.8), "augmentation": "ssd"}
     given |= {"warmup_steps": 7, "trunk_factor": 0.5, "seed": 7, "patience": 3, "strict": True}
     given |= {"val_annotations": sample / "val.json", "output": tmp_path / "tuned"}
     module, dataset, asked = asked_of(aligndet.finetune, monkeypatch, sample / "train.json", **given)
     assert module.optimizer_settings == ("adamw", 0.3, 0.2)
-    assert module.schedule_settings == ("step", 40, 7)
+    assert module.schedule_settings == ("step", 40, 7, (0.5, 0.8))
     assert (module.trunk_factor, module.seed) == (0.5, 7)
     assert dataset.strict
+    assert any("ZoomOut" in str(part) for part in dataset.augment.modules())
     assert asked["validation"].strict
     (stopping,) = (callback for callback in asked["callbacks"] if isinstance(callback, EarlyStopping))
     assert (stopping.patience, stopping.mode, stopping.monitor) == (3, "max", "val/AP")

@@ -290,9 +290,9 @@ def test_no_bound_of_the_long_side_shrinks_squares(
     for command in ("pretrain", "finetune"):
         module = sys.modules[f"aligndet.commands.{command}"]
         monkeypatch.setattr(module, "fit", lambda module, dataset, **_: seen.append(dataset))
-    settings = {**SMALL, "detector": name, "min_size": (96, 96), "max_size": 96}
-    objectness = {"options": {"objectness": True}}
-    aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "a", **settings, **objectness)
+    settings: dict[str, Any] = {**SMALL, "detector": name, "min_size": (96, 96), "max_size": 96}
+    own: dict[str, Any] = {**settings, "options": {"objectness": True}}
+    aligndet.pretrain(sample / "train", proposals=proposals, output=tmp_path / "a", **own)
     aligndet.finetune(sample / "train.json", output=tmp_path / "b", **settings)
     first, second = (dataset[0, 0] for dataset in seen)
     for image in (first.online.image, first.momentum.image, second.image):
@@ -301,6 +301,6 @@ def test_no_bound_of_the_long_side_shrinks_squares(
 
 
 def test_large_scale_jitter_is_for_images_that_keep_their_size(sample: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "detector": "rt_detr", "augmentation": "lsj"}
+    settings: dict[str, Any] = {**SMALL, "detector": "rt_detr", "augmentation": "lsj"}
     with pytest.raises(ValueError, match="rt_detr stretches images to one size"):
         aligndet.finetune(sample / "train.json", output=tmp_path / "a", **settings)

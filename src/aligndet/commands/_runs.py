@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from aligndet.commands._settings import check_bounds, provenance
-from aligndet.files import atomic_write, contents, locked, read_json
+from aligndet.files import atomic_write, contents, locked, read_part
 from aligndet.launch import check_launch
 
 MAY_CHANGE = {
@@ -66,7 +66,7 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
             for path in (*(output / name for name in used if name != record.name), record):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif used and settings["resume"] and record.is_file():
-            before = read_json(record).get("settings", {})
+            before = read_part(record, "settings")
             gone = [k for k in before if k not in plain and k not in MAY_CHANGE and before[k] is not None]
             if gone:
                 raise ValueError(f"{output}: was started with {gone[0]}, which this version does not have")

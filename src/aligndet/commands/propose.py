@@ -18,7 +18,7 @@ from tqdm import tqdm
 from aligndet.commands._settings import check_bounds
 from aligndet.data.formats import read_labelled
 from aligndet.data.sources import ImageSource
-from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_json
+from aligndet.files import accepts_strings, atomic_write, contents, locked, print_skipped, read_part
 from aligndet.proposals.clusters import clusters_file, partial_file
 from aligndet.proposals.engines import Engine, check_engine, run
 from aligndet.proposals.masks import MASK_SIDE
@@ -222,7 +222,7 @@ def _check_folder(folder: Path, parameters: dict[str, Any], overwrite: bool) -> 
         ]:
             path.unlink(missing_ok=True)
     elif manifest.is_file():
-        before = read_json(manifest).get("parameters", {})
+        before = read_part(manifest, "parameters")
         changed = next((key for key in before | parameters if before.get(key) != parameters.get(key)), None)
         if changed == "image_list" or changed == "images":
             raise ValueError(f"{folder}: was made of other images; give --overwrite or another output")

@@ -184,10 +184,28 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except SafetensorError as error:
         raise ValueError(f"{folder / 'model.safetensors'}: broken weights: {error}") from error
+    _check(manifest, folder / "manifest.json")
+    return state, manifest
+
+
+_ARCHITECTURE = {"detector": str, "trunk": str, "fpn_channels": int, "fpn_norm": str}
+_SIZES = {"num_classes": int, "min_size": int, "max_size": int, "options": dict}
+
+
+def _check(manifest: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where what all manifests of detectors have is missing or of another kind."""
     architecture = manifest.get("architecture")
     if not isinstance(architecture, dict) or "detector" not in architecture:
-        raise ValueError(f"{folder / 'manifest.json'}: is of no detector (a trunk goes to --trunk-weights)")
-    return state, manifest
+        raise ValueError(f"{path}: is of no detector (a trunk goes to --trunk-weights)")
+    for name, kind in (_ARCHITECTURE | _SIZES).items():
+        needed = name in _ARCHITECTURE or name in architecture
+        if needed and type(architecture.get(name)) is not kind:
+            raise ValueError(f"{path}: {name} {architecture.get(name)!r} of its architecture is damaged")
+    names, ids = manifest.get("class_names") or [], manifest.get("category_ids") or []
+    lists = isinstance(names, list) and isinstance(ids, list)
+    kinds = lists and {*map(type, names)} <= {str} and {*map(type, ids)} <= {int}
+    if not kinds or len(ids) not in (0, len(names)):
+        raise ValueError(f"{path}: its class_names and category_ids do not fit together")
 
 
 def weights_folder(folder: Path) -> Path:
@@ -239,6 +257,6 @@ def load_tuned(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: If the folder holds no whole detector, or one that is not fine-tuned.
     """
     detector, manifest = load_detector(folder)
-    if not manifest.get("class_names"):
+    if not (manifest.get("class_names") and manifest.get("category_ids")):
         raise ValueError(f"{folder}: knows no classes yet; fine-tune it first")
     return detector, manifest

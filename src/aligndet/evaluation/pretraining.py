@@ -10,7 +10,7 @@ import torch
 from aligndet.checkpoints import read_checkpoint
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.weights import MODULES, initialise, load_weights
-from aligndet.files import read_json
+from aligndet.files import read_part
 
 Pair: TypeAlias = tuple[Any, Any]
 """A detector before pre-training, with random neck and heads, and after it."""
@@ -74,7 +74,7 @@ def read_settings(run: Path) -> dict[str, Any]:
         ValueError: If the folder is of no such run.
     """
     path = run / "run.json"
-    settings = read_json(path).get("settings", {}) if path.is_file() else {}
+    settings = read_part(path, "settings") if path.is_file() else {}
     if "proposals" not in settings:
         raise ValueError(f"{run}: is no run of aligndet pretrain")
     return settings
