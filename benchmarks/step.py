@@ -8,20 +8,22 @@
     forward and backward; nothing else. Two-stage heads run on the regions that our step has run them on;
     query-based detectors predict classes and boxes from every layer
 (b) torchvision's or transformers' own fine-tuning step: its detector with 91 classes and three trainable
-    layers of the trunk, all losses, backward, AdamW, fused as ours is (cascades, which it lacks: ours, built
-    of its parts)
+    layers of the trunk (of a ViT: quarters), all losses, backward, AdamW, fused as ours is (cascades, which
+    it lacks: ours, built of its parts)
 (c) our step: assignment, selection, projection, all losses, statistics, backward, gradient clipping, AdamW,
     momentum; the frozen trunk has its batch norms folded, which (a) and (b) run
 
 Times alternate within one process, also between variants, and are medians; "c/plain" is (c) by the first
 variant's. On a machine with other work, --clock cpu counts the processor's time of all threads instead. Each
 peak of memory is one process's own. The last line of a detector counts the parameters of (c), in millions, by
-the modules that fine-tuning can start from.
+the modules that fine-tuning can start from; of query-based detectors it also has the share of (c) that their
+Hungarian matching takes, in the losses and for the momentum detector.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable
+from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
 from aligndet.detectors.query import QueryPretraining, decoder_states, without_losses
 from aligndet.detectors.query_detector import relative_targets
 from aligndet.detectors.roi_parts import mask_features
@@ -176,8 +178,10 @@ def bare(detector: str, args: argparse.Namespace) -> Step:
 def finetuning(detector: str, args: argparse.Namespace) -> Step:
     sizes = {"min_size": args.size, "max_size": args.size, "fpn_channels": args.fpn_channels}
     model: Any = build_detector(detector, num_classes=90, trunk=args.trunk, **sizes)
-    for name, parameter in model.backbone.body.named_parameters():
-        parameter.requires_grad_(any(f"layer{depth}." in name for depth in (2, 3, 4)))
+    depths = {name: re.search(r"layer\.?(\d+)\.", name) for name, _ in model.backbone.body.named_parameters()}
+    deepest = max(int(found[1]) for found in depths.values() if found)
+    for name, parameter in model.backbone.body.named_parameters():  # a ViT's: three quarters of its blocks
+        parameter.requires_grad_((found := depths[name]) is not None and int(found[1]) > deepest / 4)
     for layer in model.backbone.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
@@ -264,6 +268,28 @@ def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def matching_share(detector: str, args: argparse.Namespace) -> float:
+    """Of the time of our step, by the family's own matcher, which the losses build anew in each call."""
+    matcher: Any = type(pretraining(detector, args).online.matcher)
+    own, clock = matcher.forward, CLOCKS[args.clock]
+    step, inside = ours(detector, args), 0.0
+
+    def timed(*call: Any, **others: Any) -> Any:
+        nonlocal inside
+        start = clock()
+        found = own(*call, **others)  # ends on the CPU: has waited for the device
+        inside += clock() - start
+        return found
+
+    step()
+    matcher.forward = timed
+    start = clock()
+    for _ in range(args.repeats):
+        step()
+    matcher.forward = own
+    return inside / (clock() - start)
+
+
 def peak_memory(device: str) -> float:
     """In GiB, of a GPU's tensors or of this process alone; getrusage would count what the parent held."""
     if device != "cpu":
@@ -318,7 +344,11 @@ def main() -> None:
             cells += [f"{peak:.2f}" for peak in peaks]
             print(f"{detector:>20}{variant:>20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
         counts = parameters(detector, of_variant(args.variants[0], args))
-        print(" " * 22 + ", ".join(f"{n} {v:.2f} M" for n, v in counts.items()), flush=True)
+        figures = [f"{n} {v:.2f} M" for n, v in counts.items()]
+        if issubclass(family_of(detector), QueryPretraining):
+            share = matching_share(detector, of_variant(args.variants[0], args))
+            figures.append(f"matching {100 * share:.1f} % of c")
+        print(" " * 22 + ", ".join(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def clusters_of(images: Path) -> list[tuple[set[int], set[int]]]:
     return [(set(c[: len(c) // 2].tolist()), set(c[len(c) // 2 :].tolist())) for c in found]
 
 
-def test_a_cluster_is_of_what_lies_in_the_box(images: Path) -> None:
-    aligndet.cluster(images, proposals=images / "proposals", **SMALL, sample=20)
+@pytest.mark.parametrize("trunk", ["resnet18", "vit_small_patch14_dinov2"])
+def test_a_cluster_is_of_what_lies_in_the_box(images: Path, trunk: str) -> None:
+    aligndet.cluster(images, proposals=images / "proposals", **{**SMALL, "trunk": trunk}, sample=20)
     found = clusters_of(images)
     (bright,), (dark,) = found[0]
     assert bright != dark

@@ -51,7 +51,7 @@ def view(height: int, width: int) -> View:
 def train_export_reload(trunk: str, folder: Path, **settings: Any) -> BoxPretraining:
     """A step of the whole detector on views of two sizes, none of them a multiple of a window or patch."""
     module = BoxPretraining(build_pretrainable("fcos", trunk=trunk, **settings), steps=2, train_trunk=True)
-    batch = [TwoViews(view(70, 90), view(101, 67), "a.jpg", ())]
+    batch = [TwoViews(view(70, 90), view(101, 67), "a.jpg", ())] * 2
     optimizer = module.configure_optimizers()["optimizer"]
     loss = module.training_step(batch, 0)
     loss.backward()
@@ -115,7 +115,7 @@ def test_a_batch_norm_gives_the_pyramid_one_magnitude() -> None:
 def test_the_norm_of_the_pyramid_is_part_of_the_architecture(trunk: str, tmp_path: Path) -> None:
     module = train_export_reload(trunk, tmp_path, fpn_channels=64, fpn_norm="batch")
     norms = [m for m in module.online.detector.backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 6
+    assert len(norms) == 6 + 2  # three levels, and two more of dense detectors
     assert all(norm.training and norm.num_batches_tracked == 1 for norm in norms)
 
 

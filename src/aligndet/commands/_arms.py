@@ -109,9 +109,9 @@ def check_arms(
         architecture = manifest["architecture"]
         actual = dict.fromkeys(shared) | architecture | architecture.get("options", {})
         for name, value in expected.items():
-            if actual[name] != value:
+            if actual.get(name) != value:
                 raise ValueError(
-                    f"{path}: has {name} {actual[name]!r}, the other arms {value!r}: not comparable"
+                    f"{path}: has {name} {actual.get(name)!r}, the other arms {value!r}: not comparable"
                 )
 
 

@@ -291,7 +291,7 @@ def _architecture(
     if init_from is None:
         return {}, {k: _DEFAULTS[k] if v is None else v for k, v in asked.items()}, options or {}
     state, manifest = load_weights(init_from)
-    architecture = manifest["architecture"]
+    architecture = _DEFAULTS | manifest["architecture"]
     for name, value in asked.items():
         if value is not None and value != architecture[name]:
             option = "--" + name.replace("_", "-")

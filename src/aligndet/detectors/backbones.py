@@ -35,8 +35,9 @@ _TIMM_NAMES = {  # torchvision's names that timm spells otherwise
     "vit_b_16": "vit_base_patch16_224",
 }
 _ANY_SIZE: dict[str, dict[str, Any]] = {  # timm builds transformers for one image size unless told so
-    "swin": {"strict_img_size": False, "always_partition": True},
-    "vit": {"dynamic_img_size": True},
+    # stochastic depth as in detectors on Swin; timm's 0.1 is for classification
+    "swin": {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.2},
+    "vit": {"dynamic_img_size": True, "dynamic_img_pad": True},
     "deit": {"dynamic_img_size": True},
     "eva": {"dynamic_img_size": True},
 }
@@ -118,13 +119,15 @@ def build_pyramid(
     """
     extra: ExtraFPNBlock = LastLevelP6P7(width, width) if extra_levels else LastLevelMaxPool()
     layer = nn.BatchNorm2d if norm == "batch" else None
+    if layer and extra_levels:
+        extra.p6, extra.p7 = (nn.Sequential(level, layer(width)) for level in (extra.p6, extra.p7))
     if len(channels) == 1:
         return SimpleFeaturePyramid(channels[0], width, strides, extra, layer or LayerNorm2d)
     return FeaturePyramidNetwork(channels, width, extra_blocks=extra, norm_layer=layer)
 
 
 def build_trunk(
-    trunk: str, *, strides: tuple[int, ...] = _STRIDES, weights: str = "none"
+    trunk: str, *, strides: tuple[int, ...] = _STRIDES, weights: str = "none", any_patch: bool = False
 ) -> tuple[nn.Module, list[int]]:
     """Builds a network that gives feature maps; call it through `trunk_features`.
 
@@ -136,6 +139,7 @@ def build_trunk(
         weights: "default" (ImageNet weights, downloaded), "bundled" (carried by an installed package),
             "none" (random), or a file in one of the layouts of `aligndet.detectors.layouts`, or a run of
             `aligndet pretrain-backbone`.
+        any_patch: Take ViTs of any patch size; their one map cannot make a pyramid unless it has stride 16.
 
     Returns:
         The trunk, and the channels of its maps: one for each stride, or one alone where all maps are of
@@ -144,8 +148,10 @@ def build_trunk(
     Raises:
         ValueError: If the trunk is unknown, lacks one of the strides, or the weights do not fit.
     """
-    build = _torchvision_trunk if trunk in _TORCHVISION_TRUNKS else _timm_trunk
-    body, channels = build(trunk, strides)
+    if trunk in _TORCHVISION_TRUNKS:
+        body, channels = _torchvision_trunk(trunk, strides)
+    else:
+        body, channels = _timm_trunk(trunk, strides, any_patch)
     load_trunk_weights(body, trunk, weights)
     return body, channels
 
@@ -302,7 +308,7 @@ def _torchvision_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module,
     return IntermediateLayerGetter(model, return_layers=layers), widths
 
 
-def _timm_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
+def _timm_trunk(trunk: str, strides: tuple[int, ...], any_patch: bool = False) -> tuple[nn.Module, list[int]]:
     name = _timm_name(trunk)
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
@@ -317,7 +323,7 @@ def _timm_trunk(trunk: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[i
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
     if reductions == list(strides):
         return model, channels
-    if set(reductions) == {16}:
+    if set(reductions) == {16} or (any_patch and len(set(reductions)) == 1):
         return model, channels[-1:]
     raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides} but at {reductions}")
 

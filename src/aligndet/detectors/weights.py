@@ -188,8 +188,8 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, manifest
 
 
-_ARCHITECTURE = {"detector": str, "trunk": str, "fpn_channels": int, "fpn_norm": str}
-_SIZES = {"num_classes": int, "min_size": int, "max_size": int, "options": dict}
+_ARCHITECTURE = {"detector": str, "trunk": str, "fpn_channels": int, "fpn_norm": str, "num_classes": int}
+_ARCHITECTURE |= {"min_size": int, "max_size": int, "options": dict}
 
 
 def _check(manifest: dict[str, Any], path: Path) -> None:
@@ -197,8 +197,8 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     architecture = manifest.get("architecture")
     if not isinstance(architecture, dict) or "detector" not in architecture:
         raise ValueError(f"{path}: is of no detector (a trunk goes to --trunk-weights)")
-    for name, kind in (_ARCHITECTURE | _SIZES).items():
-        needed = name in _ARCHITECTURE or name in architecture
+    for name, kind in _ARCHITECTURE.items():
+        needed = name in ("detector", "trunk") or name in architecture
         if needed and type(architecture.get(name)) is not kind:
             raise ValueError(f"{path}: {name} {architecture.get(name)!r} of its architecture is damaged")
     names, ids = manifest.get("class_names") or [], manifest.get("category_ids") or []

@@ -25,8 +25,9 @@ def filter_boxes(
 ) -> npt.NDArray[np.float32]:
     """Keeps boxes of a sensible shape and size that do not repeat a better one.
 
-    Ratio, smallest area and overlap are the official code's. The upper bound of the area is ours: selective
-    search nearly always returns the whole image, which is no object.
+    Ratio and overlap are those of the official proposals, whose boxes have sides of 32 pixels at least and
+    cover 64 % of the image at most. The bounds of the area are ours: selective search nearly always returns
+    the whole image, which is no object.
 
     Args:
         boxes: (N, 4) xyxy pixels, best first unless there is a score.
