@@ -466,3 +466,28 @@ def test_the_embeddings_of_a_layer_go_with_what_it_predicts(name: str) -> None:
         torch.testing.assert_close(layer(state).unflatten(0, (2, 12)), logits)
         torch.testing.assert_close(stage.embeddings, adapter.projection_head(state))
     assert not torch.allclose(layers[0], layers[-1])
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional_detr"])
+def test_every_layer_predicts_as_a_decoder_of_so_many_layers(name: str) -> None:
+    """transformers without losses of all layers, as in its checkpoints, has no norm between layers."""
+    detector = build_plain(name, dropout=0.0)
+    for norm in detector.modules():
+        if isinstance(norm, nn.LayerNorm):  # the first weights of all norms are alike
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+    targets = [{"boxes": boxes(2), "labels": torch.tensor([1, 2])} for _ in IMAGES]
+    labels = [relative_targets(i, t["boxes"], t["labels"]) for i, t in zip(IMAGES, targets, strict=True)]
+    outputs = detector.run(IMAGES, labels)
+    layers = [*outputs.auxiliary_outputs, {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}]
+    assert len(layers) == 3
+    plain = type(detector.network)(detector.network.config)
+    plain.config.auxiliary_loss = False
+    plain.load_state_dict(detector.network.state_dict())
+    detector.network = plain.eval()
+    whole = plain.model.decoder.layers
+    for count, layer in enumerate(layers, 1):
+        plain.model.decoder.layers = whole[:count]
+        alone = detector.run(IMAGES)
+        torch.testing.assert_close(layer["logits"], alone.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer["pred_boxes"], alone.pred_boxes, atol=1e-5, rtol=1e-4)

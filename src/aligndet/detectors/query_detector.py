@@ -26,6 +26,7 @@ from aligndet.detectors.query_families import (
     Family,
     from_transformers,
     is_head,
+    norm_for_predictions_alone,
     start_as_authors,
     with_first_prediction,
 )
@@ -192,6 +193,8 @@ class QueryDetector(nn.Module):
         """
         config = copy.deepcopy(self.network.config)
         config.architectures = [type(self.network).__name__]
+        if self.family.feeds_norm_back:  # with it, transformers would compute another network
+            config.auxiliary_loss = False
         if class_names is not None:
             config.id2label = dict(enumerate(class_names))
             config.label2id = {name: label for label, name in enumerate(class_names)}
@@ -341,6 +344,8 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
     for module in network.modules():
         module.__class__ = _ONE_KERNEL.get(type(module), type(module))
     start_as_authors(family, network)
+    if family.feeds_norm_back:
+        norm_for_predictions_alone(network.model.decoder)
     if family.predicts_first:
         network.loss_function = partial(with_first_prediction, network.loss_function)
     return network

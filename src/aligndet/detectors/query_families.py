@@ -30,6 +30,7 @@ class Family(NamedTuple):
     moves: bool = True  # boxes are predicted as offsets to reference points or boxes
     sides: float = 0.0  # initial logit of the sides of boxes that are offsets to points
     predicts_first: bool = False  # once before its first refinement, see `with_first_prediction`
+    feeds_norm_back: bool = False  # into the next layer, in transformers; see `norm_for_predictions_alone`
     windowed: bool = False  # has a trunk of transformers' own, of `aligndet.detectors.windowed`
     defaults: dict[str, Any] = {}  # settings, where the authors have others than transformers
 
@@ -69,6 +70,7 @@ DETR = Family(
     queries=("model.query_position_embeddings.weight",),
     own_norm=("loss_ce",),
     moves=False,
+    feeds_norm_back=True,
 )
 # Queries attend to where they expect the edges of their object.
 CONDITIONAL_DETR = DETR._replace(
@@ -83,6 +85,7 @@ CONDITIONAL_DETR = DETR._replace(
 DAB_DETR = CONDITIONAL_DETR._replace(
     model="DabDetr",
     losses=_DETR_LOSSES,
+    feeds_norm_back=False,
     width=("hidden_size",),
     class_layers=("class_embed",),
     queries=("model.query_refpoint_embeddings.weight",),
@@ -95,6 +98,7 @@ DEFORMABLE_DETR = CONDITIONAL_DETR._replace(
     class_layers=("class_embed", "model.decoder.class_embed"),
     layer_dim=1,
     sides=-2.0,
+    feeds_norm_back=False,
     defaults={"class_cost": 2},
 )
 # A hybrid encoder, whose best locations become queries; v2 has sampling points of its own for each map.
@@ -201,6 +205,37 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
             nn.init.zeros_(module.layers[-1].bias)
             if not refines or name.endswith("bbox_embed.0"):  # later layers refine its boxes
                 nn.init.constant_(module.layers[-1].bias[2:], family.sides)
+
+
+class _LateNorm(nn.LayerNorm):
+    """Leaves the states of a decoder as they are where transformers calls it."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Returns its input; `normed` is the norm."""
+        return states
+
+    def normed(self, states: Tensor) -> Tensor:
+        """The norm before class and box layers."""
+        return super().forward(states)
+
+
+def norm_for_predictions_alone(decoder: Any) -> None:
+    """Lets the layers of a decoder go on from each other's states, as DETR's authors do.
+
+    With losses of all layers, transformers feeds the states that are normed for the predictions into the next
+    layer, and norms the last ones twice; without them, as in its own checkpoints, it does neither.
+
+    Args:
+        decoder: Of transformers' DETR or Conditional DETR.
+    """
+    decoder.layernorm.__class__ = _LateNorm
+    decoder.register_forward_hook(_norm_states)
+
+
+def _norm_states(decoder: Any, _: Any, output: Any) -> Any:
+    output.last_hidden_state = decoder.layernorm.normed(output.last_hidden_state)
+    output.intermediate_hidden_states = decoder.layernorm.normed(output.intermediate_hidden_states)
+    return output
 
 
 def is_head(name: str) -> bool:
