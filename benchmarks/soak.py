@@ -150,7 +150,10 @@ def main() -> None:
         if run.returncode:
             print((output / "run.log").read_text()[-2000:], file=sys.stderr)
             sys.exit(f"{output / 'run'}: the run ended with {run.returncode}")
-        sys.exit(int(table(found, args.steps, args.warmup) > args.most))
+        growth = table(found, args.steps, args.warmup)
+        if len({reading.process for reading in found}) <= args.workers:
+            sys.exit("not all workers were found")
+        sys.exit(int(growth > args.most))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ from safetensors.torch import save
 from aligndet.boxes import BACKGROUND
 from aligndet.checkpoints import read_checkpoint
 from aligndet.commands.check_data import check_data
+from aligndet.data.augmentations import AUGMENTATIONS, AugmentationName
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image, read_image_size
 from aligndet.data.labelled import LabelledDataset
 from aligndet.data.views import TwoViewDataset
 from aligndet.data.voc import load_voc
 from aligndet.data.yolo import load_yolo
-from aligndet.detectors.build import build_pretrainable
+from aligndet.detectors.build import build_pretrainable, family_of
 from aligndet.detectors.reading import read_tensors
 from aligndet.detectors.weights import load_weights, save_weights
 from aligndet.files import read_json
@@ -82,8 +83,10 @@ def test_views(folder: Path, row: ImageProposals, seed: int, most: int, longest:
         assert_inside(view.proposals, view.image)
 
 
-@given(row=rows(), seed=st.integers(0, 2**63))
-def test_labelled_images(folder: Path, row: ImageProposals, seed: int) -> None:
+@given(row=rows(), seed=st.integers(0, 2**63), augmentation=st.sampled_from(list(AUGMENTATIONS)))
+def test_labelled_images(
+    folder: Path, row: ImageProposals, seed: int, augmentation: AugmentationName
+) -> None:
     Image.new("RGB", (row.width, row.height)).save(folder / "image.png")
     boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in row.boxes.astype(float).tolist()]
     document = {
@@ -95,18 +98,27 @@ def test_labelled_images(folder: Path, row: ImageProposals, seed: int) -> None:
     }
     (folder / "labels.json").write_text(json.dumps(document))
     coco = read_labelled(folder / "labels.json", folder)
-    item = LabelledDataset(coco, min_size=(32, 64), max_size=300)[0, seed]
+    sizes: dict[str, Any] = {"min_size": (32, 64), "max_size": 300}
+    item = LabelledDataset(coco, augmentation=augmentation, **sizes)[0, seed]
     assert len(item.labels) == len(item.boxes)
     assert (item.labels == 1).all()
     assert_inside(item.boxes, item.image)
 
 
+FEW = {"num_queries": 30, "encoder_layers": 1, "decoder_layers": 2, "num_clusters": 4}
+SLOW = ("retinanet", "mask_rcnn", "cascade_rcnn", "htc", "rt_detr_v2", "d_fine")
+
+
 @pytest.fixture(
-    scope="module", params=["fcos", "faster_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)]
+    scope="module",
+    params=["fcos", "faster_rcnn", "detr", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def adapter(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    built: Any = build_pretrainable(request.param, trunk="resnet18", trunk_weights="none", fpn_channels=64)
+    sizes: dict[str, Any] = {"fpn_channels": 64}
+    if family_of(request.param).weights_format == "transformers":
+        sizes["options"] = FEW
+    built: Any = build_pretrainable(request.param, trunk="resnet18", trunk_weights="none", **sizes)
     built.train()
     built.detector.backbone.body.requires_grad_(False).eval()  # as in pre-training
     return built
@@ -119,9 +131,14 @@ def test_adapters_and_loss(adapter: Any, batch: list[ImageProposals], seed: int)
     images = [torch.rand(3, max(32, row.height), max(32, row.width)) for row in batch]
     proposals = [torch.from_numpy(row.boxes) for row in batch]
     total = sum(map(len, proposals))
-    output = adapter(images=images, proposals=proposals)
+    known = {
+        "masks": [torch.randint(0, 2, (len(boxes), 56, 56), dtype=torch.uint8) for boxes in proposals],
+        "clusters": [torch.randint(0, 4, (len(boxes),)) for boxes in proposals],
+    }
+    asked = {name: known[name] for name in adapter.needs}
+    output = adapter(images=images, proposals=proposals, **asked)
     with torch.no_grad():
-        keys = adapter(images=images, proposals=proposals)
+        keys = adapter(images=images, proposals=proposals, **asked)
     assert output.losses
     for name, loss in output.losses.items():
         assert loss.isfinite(), name

@@ -126,7 +126,7 @@ def assert_resumes(command: list[str], folder: Path, result: str) -> None:
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2")
+    for name in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "detr", "rt_detr_v2", "rf_detr")
 ]
 
 

@@ -234,12 +234,12 @@ def losses_of(adapter: Any) -> Tensor:
     return torch.stack([*contrasts, *output.losses.values()]).float()
 
 
+IN_HALF = ("fcos", "faster_rcnn", "detr")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        *("fcos", "faster_rcnn", "detr"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "mask_rcnn", "htc", "d_fine")),
-    ],
+    [pytest.param(name, marks=[] if name in IN_HALF else [pytest.mark.slow]) for name in DETECTORS],
 )
 def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
     # dropout draws in the order of memory
@@ -261,6 +261,7 @@ def test_losses_agree_in_channels_last_and_in_half_precision(name: str) -> None:
         half = losses_of(adapter)
     assert not torch.equal(half, plain)
     torch.testing.assert_close(half.sum(), plain.sum(), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(half, plain, rtol=0.2, atol=0.1)  # none is lost beneath others
 
 
 def test_compile_takes_the_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
