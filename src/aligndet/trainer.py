@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -35,6 +35,7 @@ from aligndet.callbacks import (
 from aligndet.checkpoints import LastCheckpoint, WholeCheckpointIO, read_checkpoint
 from aligndet.data.labelled import HostBatch, ValidationDataset
 from aligndet.launch import SameStart, environment, leave_as_usual, leave_at_once
+from aligndet.loggers import TableLogger
 from aligndet.training import StepSampler, compile_networks
 from aligndet.workers import cores, worker_settings
 
@@ -128,7 +129,7 @@ def fit(
     # the logger empties a folder that it finds: a resumed run writes beside what was logged before it
     table = f"csv_from_{first}" if first else "csv"
     logs: list[Logger] = [
-        CSVLogger(output, "logs", table, flush_logs_every_n_steps=1),
+        TableLogger(output, "logs", table, flush_logs_every_n_steps=1),
         TensorBoardLogger(output, "logs", "tensorboard"),
         *(_logger(name, output) for name in loggers),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -149,12 +150,13 @@ def _start(path: Path) -> int:
 def _read_table(path: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                step = int(row.pop("step"))
-                for name, text in row.items():
-                    if text and math.isfinite(value := float(text)):
-                        curves.setdefault(name, {})[step] = value
+        text = path.read_bytes().decode()
+        whole = text[: text.rfind("\n") + 1]  # a run may have been killed, or be about to write, in a line
+        for row in csv.DictReader(io.StringIO(whole, newline="")):
+            step = int(row.pop("step"))
+            for name, figure in row.items():
+                if figure and math.isfinite(value := float(figure)):
+                    curves.setdefault(name, {})[step] = value
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no table of metrics by step ({error})") from error
     return curves
