@@ -46,11 +46,15 @@ def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64])
     order = np.argsort(flat[start], kind="stable")  # the runs of a segment one after another
     start, length = start[order], length[order]
     y, left = np.divmod(start, width)
-    x0, y0, x1, y1 = boxes.T[:, :, None]  # (N, 1) each, against (runs,)
-    overlap = (np.minimum(left + length, x1) - np.maximum(left, x0)).clip(0) * ((y >= y0) & (y < y1))
+    small = np.int16 if max(segments.shape) < 2**15 else np.int32  # three times as fast as 64 bits
+    y, left, right = (values.astype(small) for values in (y, left, left + length))
+    x0, y0, x1, y1 = boxes.T.astype(small)[:, :, None]  # (N, 1) each, against (runs,)
+    overlap = np.minimum(right, x1) - np.maximum(left, x0)
+    np.maximum(overlap, 0, out=overlap)
+    overlap *= (y >= y0) & (y < y1)
     first = np.flatnonzero(np.diff(flat[start], prepend=-1))  # run of each segment
     assert len(first) == flat.max() + 1
-    return np.add.reduceat(overlap, first, axis=1) / np.add.reduceat(length, first)
+    return np.add.reduceat(overlap, first, axis=1, dtype=np.int32) / np.add.reduceat(length, first)
 
 
 OBJECTNESS_SIDE = 128
