@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aligndet.data.labelled import HostBatch, Labelled
+from aligndet.detectors.backbones import first_stages
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.training import TrainingModule
 
@@ -22,6 +23,7 @@ class Finetuning(TrainingModule):
         evaluator: CocoEvaluator | None = None,
         freeze_batch_norm: bool = True,
         trunk_factor: float = 0.1,
+        frozen_stages: int = 0,
         **training: Any,  # of TrainingModule
     ) -> None:
         super().__init__(**training)
@@ -29,22 +31,23 @@ class Finetuning(TrainingModule):
         if trunk_factor == 0:  # frozen as a whole: no gradient is made
             freeze_batch_norm = True
             self._trunk().requires_grad_(False)
-        self._frozen_norms = (
+        norms = (
             [m for m in self._trunk().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             if freeze_batch_norm
             else []
         )
-        for norm in self._frozen_norms:
-            norm.requires_grad_(False)
+        self._frozen = [*first_stages(self._trunk(), frozen_stages), *norms]
+        for part in self._frozen:
+            part.requires_grad_(False)
         self.train()  # Lightning leaves the modes as it finds them
 
     def train(self, mode: bool = True) -> Finetuning:
-        """Keeps a frozen trunk and frozen batch norms in eval mode."""
+        """Keeps a frozen trunk, frozen stages and frozen batch norms in eval mode."""
         super().train(mode)
         if self.trunk_factor == 0:
             self._trunk().eval()
-        for norm in self._frozen_norms:
-            norm.eval()
+        for part in self._frozen:
+            part.eval()
         return self
 
     def training_step(self, batch: list[Labelled], batch_idx: int) -> Tensor:

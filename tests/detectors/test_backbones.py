@@ -17,12 +17,14 @@ from torch.nn.functional import interpolate
 from torchvision.models._utils import IntermediateLayerGetter
 
 from aligndet.box_pretraining import BoxPretraining
+from aligndet.data.labelled import Labelled
 from aligndet.data.views import TwoViews, View
 from aligndet.detectors.backbones import (
     _TIMM_NAMES,
     IMAGENET_MEAN,
     build_backbone,
     build_trunk,
+    first_stages,
     normalisation,
     padded,
     trunk_features,
@@ -30,6 +32,7 @@ from aligndet.detectors.backbones import (
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.reading import read_tensors
 from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
+from aligndet.finetuning import Finetuning
 
 FAMILIES = (
     *("resnet18", "resnext50_32x4d", "timm/resnet18", "mobilenetv2_050", "tf_efficientnet_lite0"),
@@ -117,6 +120,49 @@ def test_the_norm_of_the_pyramid_is_part_of_the_architecture(trunk: str, tmp_pat
     norms = [m for m in module.online.detector.backbone.fpn.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 6 + 2  # three levels, and two more of dense detectors
     assert all(norm.training and norm.num_batches_tracked == 1 for norm in norms)
+
+
+@pytest.mark.parametrize("trunk", [name for name in FAMILIES if "vit" not in name])
+def test_the_first_stages_are_all_that_the_first_maps_are_made_of(trunk: str) -> None:
+    body, _ = build_trunk(trunk)
+    for count, level in enumerate(trunk_features(body, torch.rand(2, 3, 64, 64))[:2], 1):
+        body.zero_grad()
+        level.sum().backward(retain_graph=True)
+        made_of = {name for name, p in body.named_parameters() if p.grad is not None}
+        body.requires_grad_(True)
+        for part in first_stages(body, count):
+            part.requires_grad_(False)
+        assert made_of == {name for name, p in body.named_parameters() if not p.requires_grad}
+        body.requires_grad_(True)
+    assert first_stages(body, 0) == []
+    with pytest.raises(ValueError, match="has no 5 first stages"):
+        first_stages(body, 5)
+
+
+def test_frozen_stages_neither_learn_nor_change_their_statistics() -> None:
+    settings: dict[str, Any] = {"num_classes": 1, "trunk": "resnet18", "min_size": 64, "max_size": 64}
+    detector: Any = build_detector("fcos", **settings, resize_in_training=False)
+    module = Finetuning(detector, steps=2, frozen_stages=1, freeze_batch_norm=False).train()
+    body = detector.backbone.body
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    item = Labelled(
+        torch.zeros(3, 64, 64, dtype=torch.uint8),
+        torch.tensor([[8.0, 8, 40, 40]]),
+        torch.ones(1).long(),
+        "a",
+        (),
+    )
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.training_step([item, item], 0).backward()
+    optimizer.step()
+    changed = {
+        name.partition(".")[0] for name, value in body.state_dict().items() if (value != before[name]).any()
+    }
+    assert changed == {"layer2", "layer3", "layer4"}
+    with pytest.raises(ValueError, match="has no 1 first stages"):
+        Finetuning(
+            build_detector("fcos", **{**settings, "trunk": "vit_tiny_patch16_224"}), steps=2, frozen_stages=1
+        )
 
 
 def test_names_of_torchvision_that_timm_has_under_another() -> None:

@@ -17,6 +17,7 @@ _AT_LEAST = {
     **dict.fromkeys(("clusters", "components", "sample"), 1),
     **dict.fromkeys(("workers", "seed", "warmup_steps", "weight_decay", "contrast_weight", "box_weight"), 0),
     "trunk_factor": 0,
+    "frozen_stages": 0,
     "temperature": 0.025,  # below it, the contrastive loss would round what is least similar to nothing
     "max_aspect_ratio": 1,
 }

@@ -101,6 +101,7 @@ def finetune(
     lr_schedule: ScheduleName = "cosine",
     lr_drops: tuple[float, ...] = DROPS,
     trunk_factor: float = 0.1,
+    frozen_stages: int = 0,
     warmup_steps: int = 50,
     clip: float | Literal["default"] | None = "default",
     batch_norm: Literal["frozen", "trained", "sync"] = "frozen",
@@ -169,6 +170,8 @@ def finetune(
             "constant".
         lr_drops: Of the step schedule: after which shares of the run the rate falls, such as 0.8.
         trunk_factor: Factor of the trunk's learning rate; 0 freezes the trunk.
+        frozen_stages: First stages of the trunk that do not learn: 1 is all up to the map of stride 4, as
+            MMDetection and detectron2 do with ResNets; it saves time and memory. ViTs and CBNet have none.
         warmup_steps: Steps of linear warm-up, at most a quarter of the run.
         clip: Largest gradient norm, by default 10, of query-based detectors 0.1; null for none.
         batch_norm: Batch norms of the trunk: "frozen"; "trained", in each process by itself; "sync", trained
@@ -239,6 +242,7 @@ def finetune(
             evaluator=evaluator,
             freeze_batch_norm=batch_norm == "frozen",
             trunk_factor=trunk_factor,
+            frozen_stages=frozen_stages,
             optimizer=optimizer,
             learning_rate=training["learning_rate"],
             weight_decay=training["weight_decay"],

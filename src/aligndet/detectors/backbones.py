@@ -225,6 +225,36 @@ def trunk_features(body: nn.Module, images: Tensor) -> list[Tensor]:
     return list(features)
 
 
+def first_stages(body: nn.Module, count: int) -> list[nn.Module]:
+    """Finds what a trunk does first: everything up to its map of stride 4 is its first stage, 8 its second.
+
+    Args:
+        body: A convolutional trunk or a Swin, torchvision's or timm's.
+        count: How many stages.
+
+    Returns:
+        Modules that hold nothing else; none where count is 0.
+
+    Raises:
+        ValueError: If the trunk has no stages, or not so many.
+    """
+    info = getattr(body, "feature_info", None)
+    maps = [(f"layer{n}", 2 ** (n + 1)) for n in (1, 2, 3, 4)]  # torchvision's
+    if info is not None:
+        maps = [(entry["module"], entry["reduction"]) for entry in info.info]
+    stage = next((name for name, stride in maps if count and stride == 2 ** (count + 1)), None)
+    names = [name for name, _ in body.named_modules()]  # in the order in which they compute
+    inside = [n for n in names if stage and f"{n}.".startswith((f"{stage}.", f"{stage.replace('.', '_')}."))]
+    if not inside:
+        if count:
+            raise ValueError(f"this trunk ({type(body).__name__}) has no {count} first stages to be frozen")
+        return []
+    before = names[1 : names.index(inside[0])]
+    return [body.get_submodule(n) for n in before if not inside[0].startswith(f"{n}.")] + [
+        body.get_submodule(n) for n in inside
+    ]
+
+
 def normalised_places(features: Tensor) -> Tensor:
     """Normalises every location of a map (B, H, W, C) over its channels, as detectors on Swin do.
 
