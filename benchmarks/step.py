@@ -179,7 +179,7 @@ def finetuning(detector: str, args: argparse.Namespace) -> Step:
     sizes = {"min_size": args.size, "max_size": args.size, "fpn_channels": args.fpn_channels}
     model: Any = build_detector(detector, num_classes=90, trunk=args.trunk, **sizes)
     depths = {name: re.search(r"layer\.?(\d+)\.", name) for name, _ in model.backbone.body.named_parameters()}
-    deepest = max(int(found[1]) for found in depths.values() if found)
+    deepest = max((int(found[1]) for found in depths.values() if found), default=0)
     for name, parameter in model.backbone.body.named_parameters():  # a ViT's: three quarters of its blocks
         parameter.requires_grad_((found := depths[name]) is not None and int(found[1]) > deepest / 4)
     for layer in model.backbone.body.modules():
@@ -271,23 +271,29 @@ def parameters(detector: str, args: argparse.Namespace) -> dict[str, float]:
 def matching_share(detector: str, args: argparse.Namespace) -> float:
     """Of the time of our step, by the family's own matcher, which the losses build anew in each call."""
     matcher: Any = type(pretraining(detector, args).online.matcher)
-    own, clock = matcher.forward, CLOCKS[args.clock]
-    step, inside = ours(detector, args), 0.0
+    own, step, inside = matcher.forward, ours(detector, args), 0.0
+
+    def now() -> float:
+        if args.device != "cpu":
+            torch.cuda.synchronize(args.device)
+        return CLOCKS[args.clock]()
 
     def timed(*call: Any, **others: Any) -> Any:
         nonlocal inside
-        start = clock()
-        found = own(*call, **others)  # ends on the CPU: has waited for the device
-        inside += clock() - start
+        start = now()
+        found = own(*call, **others)
+        inside += now() - start
         return found
 
     step()
     matcher.forward = timed
-    start = clock()
-    for _ in range(args.repeats):
-        step()
-    matcher.forward = own
-    return inside / (clock() - start)
+    try:
+        start = now()
+        for _ in range(args.repeats):
+            step()
+        return inside / (now() - start)
+    finally:
+        matcher.forward = own
 
 
 def peak_memory(device: str) -> float:

@@ -30,11 +30,10 @@ class _WholeTable(ExperimentWriter):
     """Names the file in errors; a column that comes later makes a new file, which replaces the old one."""
 
     def save(self) -> None:
-        columns = self.metrics_keys.copy()
         try:
             super().save()
         except OSError as error:
-            self.metrics_keys = columns  # the file's: Lightning saves once more when a run has failed
+            self.metrics = []  # Lightning saves once more when a run has failed: behind a cut line
             raise OSError(error.errno, error.strerror, self.metrics_file_path) from error
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

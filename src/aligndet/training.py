@@ -161,8 +161,6 @@ def build_schedule(
         warmup_steps: Of them for the warm-up.
         drops: Of "step": after which shares of the run.
     """
-    if not all(0 < share < 1 for share in drops):
-        raise ValueError(f"lr_drops must be shares of the run, between 0 and 1, not {tuple(drops)}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

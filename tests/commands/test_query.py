@@ -245,7 +245,10 @@ def test_losses_by_kind_are_transformers_loss(name: str) -> None:
     outputs = detector.train().run([torch.rand(3, 96, 128)], labels)
     losses = detector.losses(outputs, labels)
     assert len(losses) >= 3
-    torch.testing.assert_close(torch.stack(list(losses.values())).sum(), outputs.loss)
+    if name in ("conditional_detr", "deformable_detr"):  # whose authors weigh classes by 2, transformers by 1
+        losses["ce"] = losses["ce"] / 2
+    as_theirs = torch.stack(list(losses.values())).sum()
+    torch.testing.assert_close(as_theirs, outputs.loss)
 
 
 @pytest.mark.parametrize("name", slow_but("detr", "rt_detr_v2"))

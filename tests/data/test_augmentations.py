@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
-from aligndet.data.augmentations import AUGMENTATIONS, AugmentationName
+from aligndet.data.augmentations import AUGMENTATIONS, AugmentationName, _RandomSizeCrop
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import MIN_SIDE
 from aligndet.data.labelled import Labelled, LabelledDataset
@@ -143,3 +143,16 @@ def test_a_panorama_keeps_a_row_of_pixels(tmp_path: Path, name: AugmentationName
     labels = read_labelled(tmp_path / "train.json")
     data = LabelledDataset(labels, min_size=(64, 64), max_size=120, augmentation=name)
     assert min(min(data[0, seed].image.shape) for seed in range(20)) >= 1
+
+
+def test_sides_of_a_crop_are_drawn_from_what_there_is_of_the_range() -> None:
+    crop = _RandomSizeCrop(384, 600)
+    torch.manual_seed(0)
+    parts = [crop.make_params([torch.zeros(3, 400, 533)]) for _ in range(300)]
+    heights, widths = ([part[side] for part in parts] for side in ("height", "width"))
+    assert (min(heights), max(heights)) == (384, 400)
+    assert 384 <= min(widths) < 390 < 528 < max(widths) <= 533
+    assert sum(height == 400 for height in heights) < 40
+    assert all(0 <= part["top"] <= 400 - part["height"] for part in parts)
+    assert all(0 <= part["left"] <= 533 - part["width"] for part in parts)
+    assert crop.make_params([torch.zeros(3, 20, 30)]) == {"top": 0, "left": 0, "height": 20, "width": 30}

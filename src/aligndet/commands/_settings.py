@@ -35,6 +35,8 @@ def check_bounds(settings: dict[str, Any]) -> None:
         ValueError: Naming the setting and the bound.
     """
     for name, value in settings.items():
+        if name == "lr_drops" and not all(0 < share < 1 for share in value):
+            raise ValueError(f"--lr-drops must be shares of the run, between 0 and 1, not {tuple(value)}")
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         option = "--" + name.replace("_", "-")

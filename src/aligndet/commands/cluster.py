@@ -279,8 +279,9 @@ class _BoxFeatures:
     """Features (N, C) of an image's boxes: the mean over each box on a trunk's last map."""
 
     def __init__(self, trunk: str, weights: str, device: torch.device) -> None:
-        body, _ = build_trunk(trunk, strides=(8, 16, 32), weights=weights, any_patch=True)
+        body: Any = build_trunk(trunk, strides=(8, 16, 32), weights=weights, any_patch=True)[0]
         self.body, self.device = body.eval(), device
+        self.stride = body.feature_info.reduction()[-1] if hasattr(body, "feature_info") else 32
         self.mean, self.std = normalisation(trunk)
 
     def fingerprint(self) -> str:
@@ -294,10 +295,8 @@ class _BoxFeatures:
         self.body.to(self.device)  # here, because a machine of a cluster has GPUs of its own
         pixels = transforms.normalize(image.to(self.device).float() / 255, list(self.mean), list(self.std))
         features = trunk_features(self.body, pixels[None])[-1]
-        # the trunk pads to whole multiples of 32, and to whole patches if these are not of 8, 16 or 32
-        stride = round(-(-image.shape[2] // 32) * 32 / features.shape[3])
         cells = roi_align(
-            features, [boxes.to(self.device)], _GRID, 1 / stride, sampling_ratio=2, aligned=True
+            features, [boxes.to(self.device)], _GRID, 1 / self.stride, sampling_ratio=2, aligned=True
         )
         return index, cells.mean((2, 3)).cpu().numpy()
 

@@ -18,7 +18,6 @@ from aligndet.data.augmentations import AugmentationName
 from aligndet.data.coco import CocoDataset, CocoDetection, check_objects
 from aligndet.data.formats import read_labelled
 from aligndet.data.labelled import LabelledDataset, ValidationDataset, remark_on_shared_images
-from aligndet.data.views import UNBOUNDED
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_detector, family_of, training_defaults
 from aligndet.detectors.weights import MODULES, initialise, load_weights, save_detector
@@ -152,7 +151,8 @@ def finetune(
             or of transformers' configuration, such as --options.num_queries 100.
         min_size: Smallest and largest short side of a training image (multi-scale in steps of 32);
             predictions are made at the largest.
-        max_size: Bound of the long side; RT-DETR, D-FINE and RF-DETR, which see squares, have none.
+        max_size: Bound of the long side; RT-DETR, D-FINE and RF-DETR see squares of the short side: theirs is
+            four times as long at least.
         augmentation: How training images change each time: "multiscale": size and flip; "detr": every second
             is cropped, as DETR and Swin are trained; "lsj": large-scale jitter, 0.1 to 2 times the size;
             "ssd": colours, zooming out and crops around objects, as RT-DETR and D-FINE are trained.
@@ -256,7 +256,7 @@ def finetune(
             LabelledDataset(
                 data.training,
                 min_size=min_size,
-                max_size=UNBOUNDED if family.square else max_size,
+                max_size=max(max_size, 4 * min_size[1]) if family.square else max_size,
                 augmentation=augmentation,
                 antialias=is_query_based,
                 strict=strict,

@@ -11,7 +11,7 @@ from aligndet.box_pretraining import BoxPretraining
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance, with_recipe
 from aligndet.data.sources import ImageSource
-from aligndet.data.views import UNBOUNDED, TwoViewDataset
+from aligndet.data.views import TwoViewDataset
 from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.build import build_pretrainable, training_defaults
 from aligndet.detectors.weights import pretrained_state, save_weights
@@ -114,7 +114,7 @@ def pretrain(
         min_size: Smallest and largest short side of a view, as in 640,800; each view draws its own in steps
             of 32.
         max_size: Bound of a view's long side; if it always binds, views no longer differ in scale. RT-DETR,
-            D-FINE and RF-DETR have none: they see squares of the short side.
+            D-FINE and RF-DETR see squares of the short side: theirs is four times as long at least.
         max_proposals: Most proposals of an image in a step.
         proposal_choice: Where an image has more: "random" draws anew in each step (the default), "top" takes
             the first in rank order (the default of query-based detectors; better for few epochs).
@@ -183,7 +183,7 @@ def pretrain(
             source,
             table,
             min_size=min_size,
-            max_size=UNBOUNDED if adapter.square else max_size,
+            max_size=max(max_size, 4 * min_size[1]) if adapter.square else max_size,
             max_proposals=max_proposals,
             top_proposals=adapter.top_proposals if proposal_choice == "default" else proposal_choice == "top",
             strict=strict,

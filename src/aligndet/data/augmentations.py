@@ -44,8 +44,8 @@ def detr(min_size: tuple[int, int], max_size: int, *, antialias: bool = True) ->
     """
     whole = multiscale(min_size, max_size, antialias=antialias)
     largest = min_size[1]
-    resize = _ShortestSize([largest * n // 8 for n in (4, 5, 6)], antialias=antialias)
-    part = RandomSizeCrop(largest * 12 // 25, largest * 3 // 4)
+    resize = _ShortestSize([largest * n // 8 for n in (4, 5, 6)], max_size * 3 // 4, antialias=antialias)
+    part = _RandomSizeCrop(largest * 12 // 25, largest * 3 // 4)
     return v2.RandomChoice([whole, v2.Compose([resize, part, whole])])
 
 
@@ -56,14 +56,14 @@ def lsj(min_size: tuple[int, int], max_size: int, *, antialias: bool = True) -> 
     Smaller images are padded where they meet larger ones in a batch, not before.
 
     Args:
-        min_size: Smallest and largest short side.
+        min_size: Smallest and largest short side; only the latter counts.
         max_size: Bound of the long side.
         antialias: Smooth images that are made smaller.
     """
     short_sides(min_size, max_size)  # checks them
     side = round(math.sqrt(min_size[1] * max_size))
     resize = _ScaleJitter((side, side), antialias=antialias)
-    return v2.Compose([resize, RandomSizeCrop(side, side), v2.RandomHorizontalFlip()])
+    return v2.Compose([resize, _RandomSizeCrop(side, side), v2.RandomHorizontalFlip()])
 
 
 def ssd(min_size: tuple[int, int], max_size: int, *, antialias: bool = True) -> v2.Transform:
@@ -79,7 +79,7 @@ def ssd(min_size: tuple[int, int], max_size: int, *, antialias: bool = True) -> 
     changes = [
         v2.RandomPhotometricDistort(),
         # canvases have up to 16 times as many pixels, and photographs may be large
-        _ShortestSize([min_size[1]], max_size, antialias=antialias),
+        _Shrink([min_size[1]], max_size, antialias=antialias),
         v2.RandomZoomOut(fill={tv_tensors.Image: 114, tv_tensors.Mask: 0}),
         v2.RandomApply([_IoUCrop(), v2.SanitizeBoundingBoxes()], p=0.8),
     ]
@@ -95,7 +95,7 @@ AUGMENTATIONS: dict[str, Callable[..., v2.Transform]] = {
 """By the names of torchvision's reference for detection, where it has them."""
 
 
-class RandomSizeCrop(v2.Transform):
+class _RandomSizeCrop(v2.Transform):
     """Takes a part of random sides from a random place; an image with a smaller side keeps it.
 
     torchvision's RandomCrop has one size. Boxes outside have no area then.
@@ -131,7 +131,8 @@ class RandomSizeCrop(v2.Transform):
 
     def _interval(self, side: int) -> tuple[int, int]:
         """Start and length along one side."""
-        length = min(side, int(torch.randint(self.smallest, self.largest + 1, ())))
+        bounds = min(side, self.smallest), min(side, self.largest)
+        length = int(torch.randint(bounds[0], bounds[1] + 1, ()))
         return int(torch.randint(side - length + 1, ())), length
 
 
@@ -145,6 +146,14 @@ class _KeepsRows:
 
 class _ShortestSize(_KeepsRows, v2.RandomShortestSize):
     pass
+
+
+class _Shrink(_ShortestSize):
+    """Leaves smaller images as they are."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        now = F.get_size(flat_inputs[0])
+        return {"size": min(now, list(super().make_params(flat_inputs)["size"]))}
 
 
 class _ScaleJitter(_KeepsRows, v2.ScaleJitter):

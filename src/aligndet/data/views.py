@@ -38,10 +38,6 @@ class TwoViews(NamedTuple):
     skipped: tuple[str, ...]  # messages about broken images that this one replaces
 
 
-UNBOUNDED = 2**31 - 1
-"""The long side's bound of detectors that see squares: it would make some of these smaller."""
-
-
 def short_sides(min_size: tuple[int, int], max_size: int) -> list[int]:
     """The short sides to choose from: the range in steps of 32 (640, 672, ... 800 by default).
 

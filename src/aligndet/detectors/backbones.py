@@ -34,12 +34,11 @@ _TIMM_NAMES = {  # torchvision's names that timm spells otherwise
     "swin_b": "swin_base_patch4_window7_224",
     "vit_b_16": "vit_base_patch16_224",
 }
-_ANY_SIZE: dict[str, dict[str, Any]] = {  # timm builds transformers for one image size unless told so
+_ANY_PATCHES = {"dynamic_img_size": True, "dynamic_img_pad": True}
+_SETTINGS: dict[str, dict[str, Any]] = {  # timm builds transformers for one image size unless told so
     # stochastic depth as in detectors on Swin; timm's 0.1 is for classification
     "swin": {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.2},
-    "vit": {"dynamic_img_size": True, "dynamic_img_pad": True},
-    "deit": {"dynamic_img_size": True},
-    "eva": {"dynamic_img_size": True},
+    **dict.fromkeys(("vit", "deit", "eva"), _ANY_PATCHES),
 }
 _STRIDES = (4, 8, 16, 32)
 
@@ -174,7 +173,7 @@ def build_timm_trunk(
             weights do not fit.
     """
     name = _timm_name(trunk)
-    if name.startswith(tuple(_ANY_SIZE)):
+    if name.startswith(tuple(_SETTINGS)):
         raise ValueError(f"trunk {trunk!r} is for images of one size here; take a convolutional one")
     body, channels = _timm_trunk(name, strides)
     if len(channels) < len(strides) or getattr(body, "output_fmt", "NCHW") != "NCHW":
@@ -343,17 +342,17 @@ def _timm_trunk(trunk: str, strides: tuple[int, ...], any_patch: bool = False) -
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise ValueError(f"unknown trunk {trunk!r}; similar names: {close}")
-    any_size = next((v for prefix, v in _ANY_SIZE.items() if name.startswith(prefix)), {})
+    settings = next((v for prefix, v in _SETTINGS.items() if name.startswith(prefix)), {})
     try:
         model: Any = timm.create_model(
-            name, features_only=True, pretrained=False, out_indices=tuple(range(-len(strides), 0)), **any_size
+            name, features_only=True, pretrained=False, out_indices=tuple(range(-len(strides), 0)), **settings
         )
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides}: {error}") from error
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
     if reductions == list(strides):
         return model, channels
-    if set(reductions) == {16} or (any_patch and len(set(reductions)) == 1):
+    if set(reductions) == {16} or (any_patch and settings is _ANY_PATCHES and len(set(reductions)) == 1):
         return model, channels[-1:]
     raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides} but at {reductions}")
 

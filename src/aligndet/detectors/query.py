@@ -31,7 +31,7 @@ class QueryPretraining(Adapter):
     """A query-based detector in the protocol of `PretrainableDetector`; see `query_pretraining`.
 
     Every decoder layer is a stage of the contrast, as every layer has losses of its own in these detectors;
-    the contrast is their mean, as in the official code.
+    the contrast is their mean.
     """
 
     family: ClassVar[Family]

@@ -233,8 +233,8 @@ def norm_for_predictions_alone(decoder: Any) -> None:
 
 
 def _norm_states(decoder: Any, _: Any, output: Any) -> Any:
-    output.last_hidden_state = decoder.layernorm.normed(output.last_hidden_state)
     output.intermediate_hidden_states = decoder.layernorm.normed(output.intermediate_hidden_states)
+    output.last_hidden_state = output.intermediate_hidden_states[-1]
     return output
 
 

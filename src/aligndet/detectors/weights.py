@@ -200,7 +200,7 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     for name, kind in _ARCHITECTURE.items():
         needed = name in ("detector", "trunk") or name in architecture
         if needed and type(architecture.get(name)) is not kind:
-            raise ValueError(f"{path}: {name} {architecture.get(name)!r} of its architecture is damaged")
+            raise ValueError(f"{path}: {name} of its architecture is missing or damaged")
     names, ids = manifest.get("class_names") or [], manifest.get("category_ids") or []
     lists = isinstance(names, list) and isinstance(ids, list)
     kinds = lists and {*map(type, names)} <= {str} and {*map(type, ids)} <= {int}
