@@ -204,7 +204,7 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     names, ids = manifest.get("class_names") or [], manifest.get("category_ids") or []
     lists = isinstance(names, list) and isinstance(ids, list)
     kinds = lists and {*map(type, names)} <= {str} and {*map(type, ids)} <= {int}
-    if not kinds or len(ids) not in (0, len(names)):
+    if not kinds or (names and len(ids) not in (0, len(names))):
         raise ValueError(f"{path}: its class_names and category_ids do not fit together")
 
 
