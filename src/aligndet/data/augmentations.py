@@ -77,9 +77,9 @@ def ssd(min_size: tuple[int, int], max_size: int, *, antialias: bool = True) -> 
     """
     whole = multiscale(min_size, max_size, antialias=antialias)
     changes = [
-        v2.RandomPhotometricDistort(),
-        # canvases have up to 16 times as many pixels, and photographs may be large
+        # photographs may be large, and canvases have up to 16 times as many pixels
         _Shrink([min_size[1]], max_size, antialias=antialias),
+        v2.RandomPhotometricDistort(),
         v2.RandomZoomOut(fill={tv_tensors.Image: 114, tv_tensors.Mask: 0}),
         v2.RandomApply([_IoUCrop(), v2.SanitizeBoundingBoxes()], p=0.8),
     ]
