@@ -346,7 +346,7 @@ def test_a_full_gpu_is_told_what_takes_less(tmp_path: Path, capsys: pytest.Captu
 
     with pytest.raises(ValueError, match=r"not enough memory for 1 images.*--accumulate.*allocate 2 GiB"):
         train(Large(), tmp_path, accumulate=2)
-    assert "8 steps of 2 images, 4 epochs of 4 images" in capsys.readouterr().out
+    assert "8 steps of 2 images, 4 epochs of 4 images; 1 parameters learn" in capsys.readouterr().out
 
 
 class Scheduled(Counting):

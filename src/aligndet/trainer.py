@@ -211,7 +211,11 @@ def fit(
         compile_networks(module)
     images = batch_size * accumulate * devices * nodes
     if trainer.is_global_zero:
-        print(f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images")
+        learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        print(
+            f"{steps} steps of {images} images, {steps * images / samples:.3g} epochs of {samples} images;"
+            f" {learns:,} parameters learn"
+        )
         if first:
             said = f"goes on from step {first} of {steps}" if first < steps else "is complete already"
             print(f"{output}: {said}")
