@@ -37,12 +37,14 @@ from tests.commands.test_kill import (
     finish_fork,
     fork,
     imports,
+    small,
 )
 from tests.commands.test_kill import SMALL as KILL_SMALL
 
 __all__ = ["imports"]  # a fixture
 
-SMALL = [*KILL_SMALL, "--steps=4", "--workers=0", "--warmup-steps=1"]
+SHORT = ["--steps=4", "--workers=0", "--warmup-steps=1"]
+SMALL = [*KILL_SMALL, *SHORT]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -292,7 +294,10 @@ def test_two_processes_of_queries_are_one_with_the_whole_batch(
 @pytest.mark.usefixtures("imports")
 @pytest.mark.parametrize(
     "detector",
-    ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("htc", "detr", "rt_detr_v2"))],
+    [
+        "fcos",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("htc", "detr", "rt_detr_v2", "rf_detr")),
+    ],
 )
 def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: Path, tmp_path: Path) -> None:
     # query-based detectors normalise over all processes, so the numbers of boxes have to be the same
@@ -302,7 +307,8 @@ def test_two_processes(detector: str, sample: Path, proposals: Path, two_boxes: 
         str(sample / "train"),
         f"--proposals={chosen}",
         f"--detector={detector}",
-        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
+        *small(detector),
+        *SHORT,
     ]
     # the contrast and the detector's normalisation are over a process's own boxes: what equals two processes
     # is two batches for one step of the optimizer, not one batch of twice the size

@@ -32,6 +32,12 @@ SMALL = [
 FEW_QUERIES = ["--options.num_queries=20", "--options.objectness=true"]
 
 
+def small(detector: str) -> list[str]:
+    """Options of a detector that is trained in seconds."""
+    own = ["--trunk=test_vit", "--options.group_detr=2"] if detector == "rf_detr" else []
+    return [*SMALL, *(FEW_QUERIES if "detr" in detector else []), *own]
+
+
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -138,7 +144,7 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
         str(sample / "train"),
         f"--proposals={proposals}",
         f"--detector={detector}",
-        *(SMALL + FEW_QUERIES if "detr" in detector else SMALL),
+        *small(detector),
         *("--batch-size=1", "--accumulate=2"),
     ]
     assert_resumes(command, tmp_path, "pretrained")
