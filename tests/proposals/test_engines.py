@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -326,7 +327,26 @@ def test_errors_of_a_cluster_are_those_of_the_work(cluster: Any, images: Path, t
 
 
 @pytest.mark.slow
-def test_clusters_of_a_cluster(cluster: Any, sample: Path, proposals: Path, tmp_path: Path) -> None:
+def test_a_cluster_reads_tars_at_an_address(cluster: Any, second: Any, images: Path, tmp_path: Path) -> None:
+    place = tmp_path / "shards"
+    place.mkdir()
+    for number in range(2):
+        with tarfile.open(place / f"{number}.tar", "w") as tar:
+            for path in sorted(images.iterdir())[number::2]:
+                tar.add(path, path.name)
+    options: dict[str, Any] = {"shard_size": SHARD, "masks": True, "workers": 1}
+    propose(f"file://{place}", output=tmp_path / "alone", **options)
+    propose(f"file://{place}", output=tmp_path / "ray", engine="ray", ray_address=cluster.address, **options)
+    assert written(tmp_path / "ray") == written(tmp_path / "alone")
+    table = read_proposals(tmp_path / "ray")
+    assert len(table) == 23
+    assert {name.partition("/")[0] for name in table.file_names} == {"0.tar", "1.tar"}
+
+
+@pytest.mark.slow
+def test_clusters_of_a_cluster(
+    cluster: Any, second: Any, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("sklearn")
     found: list[Any] = []
     for engine in get_args(Engine):
