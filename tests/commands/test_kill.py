@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from aligndet.cli import main
 from aligndet.proposals.storage import read_proposals
+from tests.data.test_sources import served
 
 SMALL = [
     *("--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--min-size=[64,96]"),
@@ -148,6 +149,14 @@ def test_pretrain(detector: str, sample: Path, proposals: Path, tmp_path: Path) 
         *("--batch-size=1", "--accumulate=2"),
     ]
     assert_resumes(command, tmp_path, "pretrained")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("imports")
+def test_pretrain_on_images_of_a_web_server(sample: Path, proposals: Path, tmp_path: Path) -> None:
+    with served(sample) as address:
+        command = ["pretrain", f"{address}/train", f"--proposals={proposals}", *SMALL]
+        assert_resumes(command, tmp_path, "pretrained")
 
 
 @pytest.mark.usefixtures("imports")

@@ -10,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -94,13 +95,19 @@ class Ranges(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-@pytest.fixture(params=[Ranges])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    handler = partial(request.param, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+@contextmanager
+def served(folder: Path, kind: type[SimpleHTTPRequestHandler] = Ranges) -> Iterator[str]:
+    """The address of a web server that has a folder."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=str(folder))) as running:
         Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
+
+
+@pytest.fixture(params=[Ranges])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with served(tmp_path, request.param) as address:
+        yield address
 
 
 def content(source: ImageSource, name: str) -> bytes:
