@@ -52,7 +52,7 @@ def main() -> None:
     before = mean_loss(model, items)
     arguments = TrainingArguments(
         output_dir=str(OUTPUT),
-        max_steps=30,
+        max_steps=60,
         per_device_train_batch_size=1,  # images of one size need no padding
         learning_rate=5e-4,
         max_grad_norm=0.1,
