@@ -222,6 +222,7 @@ def test_the_architecture_is_that_of_the_weights(run: Path, sample: Path, tmp_pa
         ({"accumulate": 0}, "--accumulate must be at least 1"),
         ({"temperature": 0.02}, "--temperature must be at least 0.025"),
         ({"seed": -1}, "--seed must be at least 0"),
+        ({"lr_drops": (8.0,)}, "--lr-drops must be shares of the run"),
         ({"max_proposals": 0}, "--max-proposals must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
         ({"options": {"embedding_dim": "wide"}}, "fcos: .*embedding_dim"),
