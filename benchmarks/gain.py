@@ -150,7 +150,7 @@ def cell(
                 steps=args.steps,
                 optimizer=args.optimizer,
                 learning_rate=rate,
-                min_size=args.short_sides or (args.size * 3 // 4, args.size),
+                min_size=(args.size * 3 // 4, args.size),
                 augmentation=args.augmentation,
                 batch_norm=args.batch_norm,
                 precision=args.precision,
@@ -215,13 +215,6 @@ def main() -> None:
         "--proposal-choice", default="default", choices=["default", "top", "random"], help="of these"
     )
     parser.add_argument("--size", type=int, default=256, help="of images: their long side in pixels")
-    parser.add_argument(
-        "--short-sides",
-        nargs=2,
-        type=int,
-        metavar="PIXELS",
-        help="range in fine-tuning; by default 3/4 of the long side to all of it, so that one size is left",
-    )
     parser.add_argument("--augmentation", default="multiscale", choices=list(AUGMENTATIONS))
     parser.add_argument("--batch-norm", default="frozen", choices=["frozen", "trained"])
     parser.add_argument(

@@ -106,6 +106,18 @@ class Adapter(nn.Module):
     fixed_options: frozenset[str] = frozenset()  # options of torchvision's detector that users cannot set
 
     @classmethod
+    def long_side(cls, min_size: tuple[int, int], max_size: int) -> int:
+        """Bound of the long side of images to learn from.
+
+        It would make squares smaller in training than in prediction, so these have one for panoramas alone.
+
+        Args:
+            min_size: Smallest and largest short side.
+            max_size: The bound that was asked for.
+        """
+        return max(max_size, 4 * min_size[1]) if cls.square else max_size
+
+    @classmethod
     def shared_options(cls) -> frozenset[str]:
         """Options that change the plain detector: fine-tuning needs the same as pre-training."""
         return frozenset()

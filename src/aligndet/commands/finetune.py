@@ -256,7 +256,7 @@ def finetune(
             LabelledDataset(
                 data.training,
                 min_size=min_size,
-                max_size=max(max_size, 4 * min_size[1]) if family.square else max_size,
+                max_size=family.long_side(min_size, max_size),
                 augmentation=augmentation,
                 antialias=is_query_based,
                 strict=strict,

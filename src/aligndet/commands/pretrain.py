@@ -183,7 +183,7 @@ def pretrain(
             source,
             table,
             min_size=min_size,
-            max_size=max(max_size, 4 * min_size[1]) if adapter.square else max_size,
+            max_size=adapter.long_side(min_size, max_size),
             max_proposals=max_proposals,
             top_proposals=adapter.top_proposals if proposal_choice == "default" else proposal_choice == "top",
             strict=strict,

@@ -46,7 +46,7 @@ def shares_inside(segments: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64])
     order = np.argsort(flat[start], kind="stable")  # the runs of a segment one after another
     start, length = start[order], length[order]
     y, left = np.divmod(start, width)
-    small = np.int16 if max(segments.shape) < 2**15 else np.int32  # three times as fast as 64 bits
+    small = np.int16 if max(segments.shape) < 2**15 else np.int32  # more than twice as fast as 64 bits
     y, left, right = (values.astype(small) for values in (y, left, left + length))
     x0, y0, x1, y1 = boxes.T.astype(small)[:, :, None]  # (N, 1) each, against (runs,)
     overlap = np.minimum(right, x1) - np.maximum(left, x0)
