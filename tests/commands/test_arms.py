@@ -82,6 +82,10 @@ def test_validation_images_in_a_pretraining_are_counted(
     assert "on 1 of 4" in remark
     listed.write_text("\n".join(names[3:]))
     assert remarks_on_images(_sources(pretraining={**given, "names": str(listed)}), measured) == []
+    left_out = {**given, "exclude": str(listed)}
+    assert "on 3 of 4" in remarks_on_images(_sources(pretraining=left_out), measured)[0]
+    listed.write_text("\n".join(names[:3]))
+    assert remarks_on_images(_sources(pretraining=left_out), measured) == []
     for lost in ({"images": "gone"}, {"proposals": "gone"}, {"names": "gone"}, {"images": "s3://bucket/a"}):
         assert "not known" in remarks_on_images(_sources(pretraining=given | lost), measured)[0]
     assert "not known" in remarks_on_images(_sources(), measured)[0]

@@ -15,9 +15,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 import aligndet
+from aligndet.data.sources import ImageSource
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.files import locked
 from aligndet.proposals.storage import read_shard, write_shard
+from aligndet.proposals.table import ProposalTable
 from aligndet.reporting.runs import read_curves
 from aligndet.trainer import fit
 
@@ -267,6 +269,27 @@ def test_the_choice_of_proposals(
     with pytest.raises(InterruptedError):
         aligndet.pretrain(tmp_path, proposals=proposals, output=tmp_path / "run", **settings)
     assert chosen == [top]
+
+
+def test_images_that_are_left_out_are_not_seen(
+    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted(path.name for path in (sample / "train").glob("*.jpg"))
+    listed, measured = tmp_path / "names.txt", tmp_path / "val.txt"
+    listed.write_text("\n".join(names[1:]))
+    measured.write_text("\n".join(names[3:]))
+    seen = []
+
+    def stop(source: ImageSource, table: ProposalTable, **_: Any) -> None:
+        seen.append(list(table.file_names))
+        raise InterruptedError
+
+    monkeypatch.setattr("aligndet.commands.pretrain.TwoViewDataset", stop)
+    for lists in ({"names": listed}, {"exclude": measured}, {"names": listed, "exclude": measured}):
+        settings: dict[str, Any] = {**SMALL, "proposals": proposals, **lists}
+        with pytest.raises(InterruptedError):
+            aligndet.pretrain(sample / "train", output=tmp_path / "run", **settings)
+    assert seen == [names[1:], names[:3], names[1:3]]
 
 
 def test_labels_of_other_formats_all_the_way(sample: Path, tmp_path: Path) -> None:

@@ -51,11 +51,14 @@ def test_tars_give_the_proposals_and_the_weights_that_their_files_give(
 
 def test_a_trunk_learns_from_some_tars(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("1.tar\n")
+    with tarfile.open(shards / "1.tar") as tar:
+        (tmp_path / "val.txt").write_text(f"1.tar/{tar.getnames()[0]}\n0.tar\n")
     address = shards.as_uri()
     arguments = ["--batch-size=4", "--steps=1", "--workers=0", "--crop-size=32", "--trunk=resnet18"]
     output = ["--accelerator=cpu", f"--output={tmp_path / 'run'}", f"--names={tmp_path / 'names.txt'}"]
+    output.append(f"--exclude={tmp_path / 'val.txt'}")
     assert cli.main(["pretrain-backbone", address, *arguments, *output]) == 0
-    assert '"images": 7' in (tmp_path / "run" / "trunk" / "manifest.json").read_text()
+    assert '"images": 6' in (tmp_path / "run" / "trunk" / "manifest.json").read_text()
     assert f'"{address}"' in (tmp_path / "run" / "run.json").read_text()
 
 

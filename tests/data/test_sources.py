@@ -131,6 +131,25 @@ def test_a_local_folder_gives_paths_as_before(sample: Path) -> None:
         ImageSource(sample / "nowhere").names()
 
 
+def test_images_are_selected_by_lists(sample: Path, tmp_path: Path) -> None:
+    source, listed, others = ImageSource(sample / "train"), tmp_path / "listed.txt", tmp_path / "others.txt"
+    names = source.names()
+    listed.write_text("\n".join([names[4], "gone.jpg", names[1]]))
+    others.write_text("\n".join([names[1], "gone.jpg", names[0]]))
+    assert source.select(names) == names
+    assert source.select(names, only=listed) == [names[1], names[4]]
+    assert source.select(names, exclude=others) == names[2:]
+    assert source.select(names, only=listed, exclude=others) == [names[4]]
+    for wrong, message in ((["gone.jpg"], "names none of the"), (names, "names all of the")):
+        others.write_text("\n".join(wrong))
+        with pytest.raises(ValueError, match=rf"others\.txt: {message} {len(names)} images \({names[0]}"):
+            source.select(names, exclude=others)
+    listed.write_text("gone.jpg")
+    for some in (names, []):
+        with pytest.raises(ValueError, match=rf"listed\.txt: names none of the {len(some)} images"):
+            source.select(some, only=listed)
+
+
 def test_a_tar_in_the_root_folder() -> None:
     assert ImageSource("/data.tar")._root == "/"
     assert ImageSource("data.tar")._root == "."

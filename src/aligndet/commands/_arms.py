@@ -170,13 +170,14 @@ def remarks_on_images(sources: Mapping[str, Source], validation_files: Set[str])
 def _pretrained_on(source: Source) -> set[str] | None:
     """The files of a pre-training's images, if they are still where its manifest says."""
     settings = source.manifest.get("pretraining", {})
-    images, proposals, listed = (settings.get(name) for name in ("images", "proposals", "names"))
+    images, proposals = settings.get("images"), settings.get("proposals")
     if not (images and proposals and Path(images).exists()):
         return None
     try:
-        names = set(read_proposals(Path(proposals)).file_names)
-        if listed is not None:
-            names &= set(ImageSource(images).names(Path(listed)))
+        names = read_proposals(Path(proposals)).file_names
+        lists = {word: settings.get(name) for word, name in (("only", "names"), ("exclude", "exclude"))}
+        given = {word: Path(name) for word, name in lists.items() if name is not None}
+        names = ImageSource(images).select(names, **given)
     except (ValueError, OSError):
         return None
     return set(image_files(Path(images), names))

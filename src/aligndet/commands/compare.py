@@ -31,6 +31,7 @@ from aligndet.proposals.storage import read_proposals
 
 _OURS = {"images", "annotations", "proposals", "output", "init_from", "init", "val_annotations", "val_images"}
 _OURS |= {"names", "resume", "overwrite", "seed", "detector", "trunk", "trunk_weights", "fpn_channels"}
+_OURS |= {"exclude"}  # validation images are left out anyway
 _OURS |= {"devices", "nodes", "strategy"}  # a cell is one process: more would each start the whole comparison
 _PLANNED = {"learning_rate", "steps", "schedule", "validate_every", "patience"}  # cells are not validated
 _SHARED = {"annotations", "images", "val_annotations", "val_images", "unlabelled", "proposals", "detector"}

@@ -39,6 +39,7 @@ def pretrain(
     proposals: Path,
     output: Path,
     names: Path | None = None,
+    exclude: Path | None = None,
     detector: str = "fcos",
     trunk: str = "resnet50",
     trunk_weights: str = "default",
@@ -96,6 +97,8 @@ def pretrain(
         output: Folder of the run.
         names: Only these images of the proposals: a text file with a name a line, or Parquet with a column
             file_name; a tar stands for its images.
+        exclude: A list of images, likewise, to leave out: those that are measured on later, such as the
+            val.txt of `aligndet split`.
         detector: "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc"; CBNet v2:
             "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine" or "rf_detr".
@@ -175,10 +178,8 @@ def pretrain(
         if "clusters" in needs:
             table = with_clusters(table, proposals, adapter.num_clusters)
         source = ImageSource(images)
-        if names is not None:
-            table = table.only(source.names(names))
-            if not len(table):
-                raise ValueError(f"{names}: names no image that has proposals in {proposals}")
+        if names is not None or exclude is not None:
+            table = table.only(source.select(table.file_names, only=names, exclude=exclude))
         dataset = TwoViewDataset(
             source,
             table,

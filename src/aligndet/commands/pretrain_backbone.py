@@ -36,6 +36,7 @@ def pretrain_backbone(
     *,
     output: Path,
     names: Path | None = None,
+    exclude: Path | None = None,
     trunk: str = "resnet50",
     trunk_weights: str = "none",
     method: Literal["simsiam", "moco"] = "simsiam",
@@ -86,6 +87,7 @@ def pretrain_backbone(
         images: Folder of images, or an address (s3://bucket/images, ...); a tar in it counts as a folder.
         output: Folder of the run.
         names: Only these images; see `aligndet propose --help`.
+        exclude: All but these; see `aligndet pretrain --help`.
         trunk: A torchvision ResNet or any timm model with feature maps, by name.
         trunk_weights: To start from: "none", "default" (ImageNet, downloaded), "bundled", or a file (see
             `aligndet pretrain --help`).
@@ -145,7 +147,7 @@ def pretrain_backbone(
     with run_folder(settings, _EXPLANATION) as checkpoint:
         seed_everything(seed, verbose=False)
         source = ImageSource(images)
-        file_names = source.names(names)
+        file_names = source.select(source.names(names), exclude=exclude)
         body, channels = build_trunk(trunk, weights=trunk_weights)
         mean, std = normalisation(trunk)
         kind, processes = METHODS[method], devices * nodes

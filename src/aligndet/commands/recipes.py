@@ -14,7 +14,7 @@ _PREFIX = "recipe:"
 def recipes(*, show: str | None = None) -> str:
     """Lists the paper's settings, or prints those of one detector.
 
-    A recipe has a section for each command: `aligndet pretrain --config recipe:fcos` takes "pretrain",
+    A recipe has sections for commands: `aligndet pretrain --config recipe:fcos` takes "pretrain",
     `aligndet finetune --config recipe:fcos` takes "finetune", and `--config recipe:fcos:scratch` the one that
     is named: fine-tuning without pre-training. Options on the command line win. A copy can be changed
     and given as a file: `--config fcos.yaml`, `--config fcos.yaml:scratch`.

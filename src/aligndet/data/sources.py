@@ -117,6 +117,38 @@ class ImageSource:
             raise ValueError(f"{option}: wants the images in a local folder, not at {self}")
         return Path(self.place)
 
+    def select(
+        self, names: Sequence[str], *, only: Path | None = None, exclude: Path | None = None
+    ) -> list[str]:
+        """Some of the images, in their order.
+
+        Args:
+            names: Of all that there are.
+            only: A list of those to take, as of `names`.
+            exclude: Likewise, of those to leave out.
+
+        Raises:
+            ValueError: If a list is of other images, or no image is left.
+        """
+        kept = list(names)
+        if only is not None:
+            wanted = set(self.names(only))
+            kept = [name for name in kept if name in wanted]
+        if not kept:
+            raise ValueError(
+                f"{only or self}: names none of the {len(names)} images ({', '.join(names[:2])}, ...)"
+            )
+        if exclude is None:
+            return kept
+        unwanted = set(self.names(exclude))
+        rest = [name for name in kept if name not in unwanted]
+        if not rest or len(rest) == len(kept):
+            which = "none" if rest else "all"
+            raise ValueError(
+                f"{exclude}: names {which} of the {len(kept)} images ({', '.join(kept[:2])}, ...)"
+            )
+        return rest
+
     def prepare(self, names: Sequence[str], origin: Path) -> None:
         """Looks tars up anew, and makes sure that names fit the place before all are found missing.
 
