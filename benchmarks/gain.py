@@ -247,15 +247,13 @@ def main() -> None:
     if not (args.output / "proposals").exists():
         annotations = args.data / "train.json"
         propose(args.data / "train", output=args.output / "proposals", annotations=annotations, masks=True)
-    settings = [
-        setting.get("options", {}) for setting, _ in (ARMS[arm] for arm in args.arms) if setting is not None
-    ]
-    with_clusters = not all("objectness" in options for options in settings)
+    pretrainings = (setting for setting, _ in (ARMS[arm] for arm in args.arms) if setting is not None)
+    with_clusters = not all("objectness" in setting.get("options", {}) for setting in pretrainings)
     if with_clusters and any(family_of(d).weights_format == "transformers" for d in args.detectors):
-        trunk = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
+        settings = {name: trunk_of(args)[name] for name in ("trunk", "trunk_weights")}
+        settings |= {"min_size": 480, "max_size": 640}  # clusters of smaller images know little: clusters.py
         if not clusters_file(args.output / "proposals").exists():
-            sizes: dict[str, Any] = {"min_size": args.size * 3 // 4, "max_size": args.size}
-            cluster(args.data / "train", proposals=args.output / "proposals", **sizes, **trunk)
+            cluster(args.data / "train", proposals=args.output / "proposals", **settings)
     for seed, detector, arm in itertools.product(args.seeds, args.detectors, args.arms):
         for steps, rate in itertools.product(args.pretrain_steps, args.learning_rates):
             figures = cell(args, detector, arm, steps, seed, rate)

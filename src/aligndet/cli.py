@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from aligndet import __version__
+from aligndet.commands._settings import in_one_line
 from aligndet.commands.recipes import section_of
 
 COMMANDS = {
@@ -92,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print("aligndet: interrupted", file=sys.stderr)
         return 130
     except ArgumentError as error:
-        message = f"{_in_one_line(str(error))}; see aligndet {arguments[0]} --help"
+        message = f"{in_one_line(str(error))}; see aligndet {arguments[0]} --help"
         print(f"aligndet {arguments[0]}: {message}", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -229,10 +230,3 @@ class _Parser(ArgumentParser):
         text = super().format_help(*args, **kwargs).replace(" {true,false}", "")
         text = re.sub(r"--(?!print_config)\w+", lambda name: name[0].replace("_", "-"), text)
         return re.sub(r"<class\s+'(\w+)'>", r"\1", text)
-
-
-def _in_one_line(message: str) -> str:
-    """A parser's complaint, in words of the command line."""
-    message = re.sub(r"Parser key \"(\w+)\":", lambda m: f"--{m[1].replace('_', '-')}:", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
-    return " ".join(message.split())

@@ -19,10 +19,12 @@ import pytest
 
 from aligndet.cli import main
 from aligndet.commands import _cells as module
+from aligndet.commands.compare import compare
 from aligndet.commands.propose import propose
 from aligndet.comparison import hold_out, labelled_subset
 from aligndet.detectors.weights import save_weights
 from aligndet.files import atomic_write, contents, locked
+from aligndet.proposals.storage import read_proposals
 from aligndet.reporting.runs import read_folders
 from tests.commands.test_compare import RUN, SMALL, _compare
 
@@ -75,7 +77,7 @@ def test_proposals_are_made_once_where_none_are_given(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def copy(images: Path, *, output: Path, masks: bool) -> None:
+    def copy(images: Path, *, output: Path, names: Path | None, masks: bool) -> None:
         shutil.copytree(proposals, output, dirs_exist_ok=True)
 
     proposed = create_autospec(propose, side_effect=copy)
@@ -83,10 +85,49 @@ def test_proposals_are_made_once_where_none_are_given(
     _compare(sample, None, tmp_path, **FEW, detectors=detectors)
     for call in proposed.call_args_list:
         assert call.args == (sample / "train",)
-        assert call.kwargs == {"output": tmp_path / "proposals", "masks": len(detectors) > 1}
+        masks = len(detectors) > 1
+        assert call.kwargs == {"output": tmp_path / "proposals", "names": None, "masks": masks}
     assert proposed.call_count == len(detectors)
     assert all(call.kwargs["proposals"] == tmp_path / "proposals" for call in asked.pretrain.call_args_list)
     assert asked.pretrain.call_count == len(detectors)
+
+
+@pytest.mark.usefixtures("asked")
+def test_proposals_serve_later_calls_if_they_have_what_these_need(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposed = create_autospec(propose, side_effect=propose)
+    monkeypatch.setattr(module, "propose", proposed)
+    for output, detectors in (("with", ("fcos", "mask_rcnn")), ("without", ("fcos", "retinanet"))):
+        _compare(sample, None, tmp_path / output, **FEW, detectors=detectors)
+    _compare(sample, None, tmp_path / "with", **{**FEW, "seeds": (1,)}, detectors=("fcos", "retinanet"))
+    assert proposed.call_args.kwargs["masks"]
+    with pytest.raises(ValueError, match=r"proposals: these proposals have no masks; give another --output"):
+        _compare(sample, None, tmp_path / "without", **FEW, detectors=("fcos", "mask_rcnn"))
+
+
+@pytest.mark.usefixtures("asked")
+def test_own_plots_are_no_images(sample: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(sample / part, tmp_path / part)
+        shutil.copy(sample / f"{part}.json", tmp_path)
+    output = tmp_path / "train" / "compared"
+    asked: dict[str, Any] = {"val_annotations": tmp_path / "val.json", **SMALL, **FEW}
+    compare(tmp_path / "train.json", output=output, **{**asked, "arms": ("scratch",)})
+    shutil.copy(next((tmp_path / "train").glob("*.jpg")), output / "cells" / "plot.jpg")
+    for seed in (0, 1):
+        compare(tmp_path / "train.json", output=output, **{**asked, "seeds": (seed,)})
+    assert set(read_proposals(output / "proposals").file_names) == {
+        p.name for p in (sample / "train").iterdir()
+    }
+
+
+def test_of_equal_rates_the_smallest_is_taken_in_any_order(
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    for rates in ((1e-3, 1e-4), (1e-4, 1e-3)):
+        _compare(sample, proposals, tmp_path, **{**FEW, "arms": ("scratch",)}, learning_rates=rates)
+    assert [call.kwargs["learning_rate"] for call in asked.finetune.call_args_list] == [1e-3, 1e-4, 1e-4]
 
 
 def test_what_is_finished_can_be_read_before_the_rest_is(

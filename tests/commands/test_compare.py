@@ -56,6 +56,11 @@ def _compare(sample: Path, proposals: Path | None, output: Path, **changes: Any)
         ({"finetuning": {"schedule": "4x"}}, "finetuning: 'schedule' cannot be set"),  # the steps are given
         ({"finetuning": {"devices": 2}}, "finetuning: 'devices' cannot be set"),
         ({"pretraining": {"stepz": 3}}, "pretraining: 'stepz' cannot be set"),
+        ({"finetuning": {"optimizer": "SGD"}}, r"finetuning: --optimizer: .*'sgd'.* Got value: SGD"),
+        ({"finetuning": {"batch_size": 0}}, "finetuning: --batch-size must be at least 1"),
+        ({"pretraining": {"train_trunk": "no way"}}, "pretraining: --train-trunk: Expected a bool"),
+        ({"pretraining": {"min_size": 640}}, "pretraining: --min-size: Expected a tuple with 2 elements"),
+        ({"fractions": (0.5, 0.51)}, r"train\.json: fractions 0\.5 and 0\.51 are both \d+ images"),
         ({"learning_rates": ()}, "learning_rates must be different positive"),
         ({"part": "3/2"}, "part must be I/N"),
         ({"unlabelled": Path("nowhere")}, "nowhere: no such folder of images"),
@@ -69,6 +74,19 @@ def test_mistakes_are_said_before_anything_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _compare(sample, proposals, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_without_masks_are_refused_before_anything_is_trained(
+    sample: Path, proposals: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sample, tmp_path / "data")
+    document = json.loads((sample / "val.json").read_text())
+    for annotation in document["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "data" / "val.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"val\.json: .*segmentation"):
+        _compare(tmp_path / "data", proposals, tmp_path / "out", detectors=("fcos", "mask_rcnn"))
     assert not (tmp_path / "out").exists()
 
 

@@ -108,6 +108,8 @@ def test_lists_of_yolo_are_relative_to_themselves_or_to_data_yaml(tmp_path: Path
     assert len(read_labelled(tmp_path / "coco.yaml", split="train")) == 1
     put(tmp_path, "coco/train.txt", f"{tmp_path}/coco/images/a.jpg\n")
     assert len(read_labelled(tmp_path / "coco.yaml", split="train").boxes[0]) == 1
+    put(tmp_path, "coco/train.txt", "coco/images/gone.jpg\ncoco/images/a.jpg\n")
+    assert read_labelled(tmp_path / "coco.yaml", split="train").file_names == ["a.jpg"]
     (tmp_path / "coco" / "train.txt").write_text("images/a.jpg\n", "utf-16")
     with pytest.raises(ValueError, match=r"train\.txt: is no text in UTF-8"):
         read_labelled(tmp_path / "coco.yaml", split="train")

@@ -166,8 +166,8 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pyte
 
 
 def test_list_images_is_recursive_sorted_follows_links_and_leaves_hidden_ones_out(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a/c.png", ".hidden/d.png", "note.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("b.JPG", "a/c.png", ".hidden/d.png", "note.txt", "VOC2012/SegmentationClass/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"x")
     assert list_images(tmp_path) == ["a/c.png", "b.JPG"]
     (tmp_path / "a" / "loop").symlink_to(tmp_path)

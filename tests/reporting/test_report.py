@@ -219,7 +219,12 @@ def test_proposals_are_shown_on_images_out_of_tars(tmp_path: Path) -> None:
         archive.add(tmp_path / "0.png", "0.png")
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 40, 40], "area": 1600, "iscrowd": 0}
     image = {"id": 1, "file_name": "0.tar/0.png", "width": 80, "height": 60}
-    document = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "object"}]}
+    gone = {**image, "id": 2, "file_name": "0.tar/-.png"}, {**box, "id": 2, "image_id": 2}  # comes first
+    document = {
+        "images": [image, gone[0]],
+        "annotations": [box, gone[1]],
+        "categories": [{"id": 1, "name": "object"}],
+    }
     (tmp_path / "proposals.json").write_text(json.dumps(document))
     settings = {"images": str(tmp_path), "proposals": str(tmp_path / "proposals.json"), "max_proposals": 5}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
@@ -387,8 +392,14 @@ def test_what_evaluate_has_written_beside_runs_is_passed_over(
     assert len(read_folders([tmp_path / "runs" / "tuned", named])[1]) == 2
     monkeypatch.chdir(tmp_path / "runs" / "tuned")
     assert len(read_folders([Path()])[1]) == 1
-    with pytest.raises(ValueError, match=r"tuned\.json: there is no such folder"):
+    with pytest.raises(ValueError, match=r"tuned\.json: is no folder"):
         read_folders([tmp_path / "runs" / "tuned.json"])
+
+
+def test_the_page_may_lie_beside_the_runs(tmp_path: Path) -> None:
+    run_folder(tmp_path / "tuned", {"annotations": "t.json"})
+    for _ in range(2):  # the second time there is the page of the first
+        report(tuple(tmp_path.iterdir()), output=tmp_path / "page.html")
 
 
 def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
@@ -400,7 +411,7 @@ def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "x: there is no such folder"),
+        ({}, "x: is not there"),
         ({"x/other.txt": ""}, "x: has neither results.json"),
         ({"x/run.json": "{", "x/a": ""}, r"run\.json: is no JSON"),
         ({"x/results.json": "{}"}, r"results\.json: is no result of aligndet compare"),

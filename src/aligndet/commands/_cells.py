@@ -18,6 +18,7 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import Cell, hold_out, labelled_subset
 from aligndet.data.coco import image_files
+from aligndet.data.sources import ImageSource
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
 from aligndet.files import atomic_write, locked, read_json
@@ -92,7 +93,7 @@ class Bench:
         if None in results:
             return None
         scores = [-1.0 if not result or result.get("AP") is None else result["AP"] for result in results]
-        return self.rates[scores.index(max(scores))]
+        return max(sorted(self.rates), key=dict(zip(self.rates, scores, strict=True)).__getitem__)
 
     def figures(self, cell: Cell) -> dict[str, Any] | None:
         """What `aligndet evaluate` has written for a cell, or None."""
@@ -187,20 +188,31 @@ class Bench:
         atomic_write(path, "\n".join(kept) + "\n")
         return path
 
+    def _photographs(self) -> Path | None:
+        """A list of the images without our own plots; None if these lie elsewhere."""
+        images, ours = self.unlabelled.resolve(), self.locks.parent
+        if not ours.is_relative_to(images):
+            return None
+        plots = f"{ours.relative_to(images).as_posix()}/"
+        names = [name for name in ImageSource(images).names() if not name.startswith(plots)]
+        if not names:
+            raise ValueError(f"{images}: holds no image but those in {ours}")
+        path = ours / "images.txt"
+        atomic_write(path, "\n".join(names) + "\n")
+        return path
+
     def _proposed(self) -> Path:
         """The folder of the proposals; makes them, and their clusters, if need be."""
         folder = self.proposals
         kind, options = self.model["detector"], self.pretraining.get("options") or {}
         with locked(self.locks / "proposals", wait=True):
             if self.proposing is not None:
-                propose(self.unlabelled, output=folder, **self.proposing)
+                propose(self.unlabelled, output=folder, names=self._photographs(), **self.proposing)
             wanted = family_of(kind).weights_format == "transformers" and not options.get("objectness")
             if wanted and not clusters_file(folder).is_file():
                 cluster(
                     self.unlabelled,
                     proposals=folder,
-                    min_size=max(self.pretraining.get("min_size", (800,))),
-                    max_size=self.pretraining.get("max_size", 1333),
                     trunk=self.model["trunk"],
                     trunk_weights=self.model["trunk_weights"],
                     clusters=options.get("num_clusters", 256),

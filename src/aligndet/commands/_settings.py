@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import shlex
 import sys
+from argparse import ArgumentError
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
 
 _AT_LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "devices", "nodes", "steps", "fpn_channels"), 1),
@@ -46,6 +50,41 @@ def check_bounds(settings: dict[str, Any]) -> None:
             raise ValueError(f"{option} must be from 0 to 1, not {value}")
         if name in _POSITIVE and not value > 0:
             raise ValueError(f"{option} must be above 0, not {value}")
+
+
+def typed(function: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Reads settings as the command line would, which dictionaries have passed unread.
+
+    Args:
+        function: The command.
+        settings: By name: values, or text as on a command line, such as "640,800" for a tuple.
+
+    Returns:
+        The same settings, of the types of the function's parameters.
+
+    Raises:
+        ValueError: Naming the first that is of another type or out of bounds.
+    """
+    hints = get_type_hints(function)
+    parser, given = ArgumentParser(exit_on_error=False), {}
+    for name, value in settings.items():
+        parser.add_argument(f"--{name}", type=hints[name])
+        if get_origin(hints[name]) is tuple and not isinstance(value, list | tuple):
+            value = value if str(value).startswith("[") else f"[{value}]"
+        given[name] = value
+    try:
+        read = vars(parser.parse_object(given))
+    except ArgumentError as error:
+        raise ValueError(in_one_line(str(error))) from error
+    check_bounds(read)
+    return read
+
+
+def in_one_line(message: str) -> str:
+    """A parser's complaint, in words of the command line."""
+    message = re.sub(r"Parser key \"(\w+)\":", lambda m: f"--{m[1].replace('_', '-')}:", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
+    return " ".join(message.split())
 
 
 def with_recipe(settings: dict[str, Any], recipe: dict[str, float]) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def cluster(
         components: Principal components; fewer where there are less features or proposals.
         sample: Proposals that components and clusters are found on, of images drawn at random; the others
             are only assigned.
-        min_size: Images are resized to this short side.
+        min_size: Images are resized to this short side. Keep it large where pre-training sees smaller images:
+            clusters know no more than the features of a box do.
         max_size: Bound of the long side.
         device: "auto", "cpu", "cuda", "cuda:1", ...; with Ray "auto" is what this machine has.
         engine: "processes" read images for one trunk here; with "ray", tasks on the machines of a Ray cluster

@@ -15,7 +15,7 @@ from aligndet.commands._arms import WEIGHTS, check_arms, check_trunks, read_arms
 from aligndet.commands._cells import Bench, Labels, Runner
 from aligndet.commands._results import write_results, write_tables
 from aligndet.commands._runs import MAY_CHANGE
-from aligndet.commands._settings import provenance
+from aligndet.commands._settings import provenance, typed
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import Cell, hold_out, labelled_subset, part_of, plan
@@ -25,7 +25,7 @@ from aligndet.data.labelled import remark_on_shared_images
 from aligndet.data.sources import ImageSource
 from aligndet.data.splits import with_images
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
-from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json
+from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json, read_part
 from aligndet.launch import data_summary
 from aligndet.proposals.storage import read_proposals
 
@@ -143,11 +143,13 @@ def compare(
     folders = {name: output / name if len(detectors) > 1 else output for name in detectors}
     first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in folders.items()}
     searched = {fold for _, fold in first.values()} if learning_rates and len(learning_rates) > 1 else set()
-    labels, datasets = _read_labels(annotations, images, val_annotations, val_images, cells, searched)
+    masks = any(family_of(name).masks for name in detectors)
+    labels, datasets = _read_labels(
+        annotations, images, val_annotations, val_images, cells, searched, masks=masks
+    )
     if remark := remark_on_shared_images(*datasets):
         remarks.append(f"{remark}.")
     remarks += remarks_on_images(sources, labels.validation_files)
-    settings["data"] = [_summary(dataset) for dataset in datasets]
     benches = [
         Bench(
             output=folders[detector],
@@ -155,7 +157,7 @@ def compare(
             unlabelled=unlabelled or labels.images,
             proposals=proposals or output / "proposals",
             locks=output / ".locks",
-            proposing=None if proposals else {"masks": any(family_of(name).masks for name in detectors)},
+            proposing=None if proposals else {"masks": _with_masks(output / "proposals", masks)},
             sources=sources,
             rates=rates,
             model={**model, "trunk_weights": trunk_weights},
@@ -172,7 +174,9 @@ def compare(
     runners = []
     for bench in benches:
         stage = {"pretraining": bench.pretraining or None, "finetuning": bench.finetuning or None}
-        about = {**settings, "detector": bench.model["detector"], **stage}
+        detector = bench.model["detector"]
+        data = [_summary(dataset, masks=family_of(detector).masks) for dataset in datasets]
+        about = {**settings, "detector": detector, "data": data, **stage}
         runners.append(Runner(replace(bench, first=_record(bench.output, about, bench.first))))
     for remark in remarks:
         print(remark)
@@ -196,11 +200,15 @@ def _read_labels(
     val_images: Path | None,
     cells: Sequence[Cell],
     searched: Set[int],
+    *,
+    masks: bool,
 ) -> tuple[Labels, tuple[CocoDataset, CocoDataset]]:
     """The labels as the cells take them, and the training and validation sets that they were checked as."""
     labels = load_labelled(annotations, images, "train")
-    training = build_dataset(labels, annotations)
-    validation = read_labelled(val_annotations, val_images, split="val", categories=training.categories)
+    training = build_dataset(labels, annotations, masks=masks)
+    validation = read_labelled(
+        val_annotations, val_images, split="val", categories=training.categories, masks=masks
+    )
     check_objects(validation, val_annotations)
     readable = set(training.file_names)
     present = [image for image in labels.content["images"] if image["file_name"] in readable]
@@ -211,7 +219,17 @@ def _read_labels(
     return Labels(document, labels.folder, counts, paths, files), (training, validation)
 
 
-def _summary(dataset: CocoDataset) -> str:
+def _with_masks(proposals: Path, wanted: bool) -> bool:
+    """Whether the comparison's own proposals have masks: those of an earlier call are as they are."""
+    manifest = proposals / "manifest.json"
+    has = wanted if not manifest.is_file() else bool(read_part(manifest, "parameters").get("masks"))
+    if wanted and not has:
+        raise ValueError(f"{proposals}: these proposals have no masks; give another --output")
+    return has
+
+
+def _summary(dataset: CocoDataset, *, masks: bool) -> str:
+    dataset = dataset if masks else replace(dataset, masks=None)
     classes = (category.name for category in dataset.categories)
     return data_summary(f"{len(dataset)} images", chain(classes, dataset.file_names), dataset.arrays())
 
@@ -246,6 +264,9 @@ def _count_labels(
     for fraction, fold, is_search in draws:
         subset = labelled_subset(document, fraction, fold)
         counts[fraction] = len(subset["images"])
+        same = next((f for f, n in counts.items() if n == counts[fraction] and f != fraction), None)
+        if same is not None:
+            raise ValueError(f"{source}: fractions {same:g} and {fraction:g} are both {counts[same]} images")
         for part in hold_out(subset) if is_search else (subset,):
             if with_objects.isdisjoint(image["file_name"] for image in part["images"]):
                 which = "that its search of learning rates takes " if is_search else ""
@@ -291,18 +312,18 @@ def _settings(
     """The settings of a stage for one detector: those for all detectors, overridden by its own."""
     settings = settings or {}
     common = {name: value for name, value in settings.items() if name not in DETECTORS}
-    parameters = signature(function).parameters
-    allowed = set(parameters) - _OURS - excluded
+    allowed = set(signature(function).parameters) - _OURS - excluded
     merged = common | (settings.get(detector) or {})
-    for name, value in merged.items():
+    for name in merged:
         if name not in allowed:
             raise ValueError(
                 f"{kind}: {name!r} cannot be set; there are: {', '.join(sorted(allowed))},"
                 " and settings of one detector under its name"
             )
-        is_list = str(parameters[name].annotation).startswith("tuple[int") and isinstance(value, str)
-        merged[name] = json.loads(f"[{value}]") if is_list else value  # 640,800 as on a command line
-    return merged
+    try:
+        return typed(function, merged)
+    except ValueError as error:
+        raise ValueError(f"{kind}: {error}") from error
 
 
 def _first(output: Path, default: tuple[int, int]) -> tuple[int, int]:

@@ -63,7 +63,11 @@ def report(
         raise ValueError(f"--count must be at least 1, not {count}")
     if output.is_dir():
         raise ValueError(f"{output}: is a folder; give the name of an HTML file")
-    comparisons, single = read_folders([Path(folder) for folder in runs])
+    plots = plots or output.with_name(f"{output.stem}_files")
+    ours = {output.resolve(), plots.resolve()}  # of an earlier call, as in runs/*
+    comparisons, single = read_folders(
+        [path for folder in runs if (path := Path(folder)).resolve() not in ours]
+    )
     labelled = None
     if annotations is not None:
         try:
@@ -92,16 +96,16 @@ def report(
         if run is not None:
             parts.append(_pretraining("runs", run, [], **given))
         sections.append(runs_section(single, parts))
-    page, folder = render(sections), plots or output.with_name(f"{output.stem}_files")
+    page = render(sections)
     for part in [part for section in sections for part in section.parts]:
         for plot in part.plots:
-            atomic_write(folder / f"{plot.name}.png", plot.png)
+            atomic_write(plots / f"{plot.name}.png", plot.png)
         for shown in part.pictures:
             for number, (_, drawn) in enumerate(shown.rows, 1):
                 for side, picture in enumerate(drawn, 1):
-                    atomic_write(folder / f"{shown.name}{number}_{side}.jpg", picture)
+                    atomic_write(plots / f"{shown.name}{number}_{side}.jpg", picture)
     atomic_write(output, page)
-    print(f"report: {output}, its plots: {folder}")
+    print(f"report: {output}, its plots: {plots}")
     return output
 
 
@@ -141,7 +145,11 @@ def _pretraining(
     from aligndet.reporting.page import Part
     from aligndet.reporting.pretraining import center_pictures, feature_plots, proposal_pictures
 
-    pictures = proposal_pictures(prefix, run, count=count)
+    pictures = []
+    try:
+        pictures += proposal_pictures(prefix, run, count=count)
+    except ValueError as error:
+        print(f"no proposals of {run}: {error}")
     if labelled is not None:
         try:
             plots = plots + feature_plots(prefix, run, labelled)

@@ -28,6 +28,10 @@ READ = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 READ |= {".avif"} if _AVIF else set()
 _OTHERS = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"} - READ
 SUFFIXES = READ | _OTHERS  # what is not read is skipped, counted and named
+_LABELS = {
+    "SegmentationClass",
+    "SegmentationObject",
+}  # of PASCAL VOC: colours that stand for labels, no photographs
 # Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", *(["AVIF"] if _AVIF else []))
 _NOT_READ = "this format is not read; save it as JPEG or PNG"
@@ -71,13 +75,18 @@ class StoredImage:
 
 
 def is_listed(path: PurePath, suffixes: Collection[str] = SUFFIXES) -> bool:
-    """Whether a file counts as one of a folder's: by its suffix, and if neither it nor its folder is hidden.
+    """Whether a file counts as one of a folder's: by its suffix, and if neither it nor its folder is hidden
+    or holds labels.
 
     Args:
         path: Relative to the folder.
         suffixes: In lower case, with the dot.
     """
-    return path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in suffixes and not any(_is_passed_over(part) for part in path.parts)
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or name in _LABELS
 
 
 def find_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
@@ -122,7 +131,7 @@ def walk(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if not _is_passed_over(name))
             places += [path for name in folders if (path := Path(root, name)).is_symlink()]
             for path in (Path(root, name) for name in files):
                 missing = path.is_symlink() and path.suffix.lower() in SUFFIXES  # an image that is named

@@ -148,7 +148,7 @@ def _image_files(entry: Path, source: Path) -> list[Path]:
     names = [line.removeprefix("./") for line in read_lines(entry)]
     # relative to the list; some exporters mean the folder of data.yaml, some write absolute names
     folders = (entry.parent, source.parent)
-    folder = next((f for f in folders for name in names[:1] if holds(f, name)), entry.parent)
+    folder = next((f for f in folders for name in names[:20] if holds(f, name)), entry.parent)
     return [folder / safe_name(plain_name(name, folder), entry) for name in names]
 
 

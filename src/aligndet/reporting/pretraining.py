@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from aligndet.data.coco import CocoDataset
-from aligndet.data.images import first_images, read_image
+from aligndet.data.images import first_images, read_image, readable
 from aligndet.data.sources import ImageSource
 from aligndet.evaluation.centers import predicted_centers
 from aligndet.evaluation.drawing import draw_boxes, draw_centers, to_jpeg
@@ -51,11 +52,15 @@ def proposal_pictures(name: str, run: Path, *, count: int) -> list[Pictures]:
     if not (images.exists() and proposals.exists()):
         return []
     source = ImageSource(images)
-    table, rows = read_proposals(proposals), list[tuple[str, tuple[bytes, ...]]]()
-    for index in np.flatnonzero(np.diff(table.offsets))[:count].tolist():
+    table = read_proposals(proposals)
+
+    def draw(index: int) -> tuple[str, tuple[bytes, ...]]:
         image, scale = fit(read_image(source / table.file_names[index]))
         boxes = table.boxes_of(index)[: settings["max_proposals"]] * scale
-        rows.append((table.file_names[index], (to_jpeg(draw_boxes(image, boxes)),)))
+        return table.file_names[index], (to_jpeg(draw_boxes(image, boxes)),)
+
+    with_boxes = np.flatnonzero(np.diff(table.offsets)).tolist()
+    rows = list(islice(readable(draw, with_boxes, strict=False, broken=[]), count))
     note = f"The first {settings['max_proposals']} of each image, which stand for labels in pre-training."
     return [Pictures(f"{name}_proposals", "Proposals", note, ("",), rows)]
 

@@ -86,7 +86,8 @@ def read_folders(folders: list[Path]) -> tuple[list[Comparison], list[Run]]:
             runs.append(read_run(folder))
         elif folder not in beside:
             wanted = "has neither results.json (aligndet compare) nor run.json (a run)"
-            raise ValueError(f"{folder}: {wanted if folder.is_dir() else 'there is no such folder'}")
+            wanted = wanted if folder.is_dir() else "is no folder" if folder.exists() else "is not there"
+            raise ValueError(f"{folder}: {wanted}")
     return _named_apart(comparisons), _named_apart(runs)
 
 
