@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from inspect import signature
@@ -13,9 +11,9 @@ from typing import Any
 
 from aligndet.commands._arms import WEIGHTS, check_arms, check_trunks, read_arms, remarks_on_images
 from aligndet.commands._cells import Bench, Labels, Runner
+from aligndet.commands._record import first_search, keep_settings
 from aligndet.commands._results import write_results, write_tables
-from aligndet.commands._runs import MAY_CHANGE
-from aligndet.commands._settings import provenance, typed
+from aligndet.commands._settings import typed
 from aligndet.commands.finetune import finetune
 from aligndet.commands.pretrain import pretrain
 from aligndet.comparison import Cell, hold_out, labelled_subset, part_of, plan
@@ -25,7 +23,7 @@ from aligndet.data.labelled import remark_on_shared_images
 from aligndet.data.sources import ImageSource
 from aligndet.data.splits import with_images
 from aligndet.detectors.build import DETECTORS, family_of, training_defaults
-from aligndet.files import accepts_strings, atomic_write, contents, locked, read_json, read_part
+from aligndet.files import accepts_strings, read_part
 from aligndet.launch import data_summary
 from aligndet.proposals.storage import read_proposals
 
@@ -141,7 +139,7 @@ def compare(
         stages[detector] = (model, rates, pretrain_settings, finetune_settings)
     remarks = check_trunks(sources, trunk_weights)
     folders = {name: output / name if len(detectors) > 1 else output for name in detectors}
-    first = {name: _first(folder, (seeds[0], folds[0])) for name, folder in folders.items()}
+    first = {name: first_search(folder, (seeds[0], folds[0])) for name, folder in folders.items()}
     searched = {fold for _, fold in first.values()} if learning_rates and len(learning_rates) > 1 else set()
     masks = any(family_of(name).masks for name in detectors)
     labels, datasets = _read_labels(
@@ -177,7 +175,7 @@ def compare(
         detector = bench.model["detector"]
         data = [_summary(dataset, masks=family_of(detector).masks) for dataset in datasets]
         about = {**settings, "detector": detector, "data": data, **stage}
-        runners.append(Runner(replace(bench, first=_record(bench.output, about, bench.first))))
+        runners.append(Runner(replace(bench, first=keep_settings(bench.output, about, bench.first))))
     for remark in remarks:
         print(remark)
     _run(runners, cells, mine, output)
@@ -324,57 +322,3 @@ def _settings(
         return typed(function, merged)
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from error
-
-
-def _first(output: Path, default: tuple[int, int]) -> tuple[int, int]:
-    """Seed and fold on which learning rates are searched: those that the comparison was begun with."""
-    record = output / "compare.json"
-    if not (record.is_file() and _is_begun(output)):
-        return default
-    seed, fold = read_json(record).get("first", default)
-    return seed, fold
-
-
-def _is_begun(output: Path) -> bool:
-    names = ("checkpoints", "model", "pretrained", "result.json")
-    return any(path for name in names for path in output.glob(f"*/*/{name}"))
-
-
-def _record(output: Path, settings: dict[str, Any], first: tuple[int, int]) -> tuple[int, int]:
-    """Records the settings of a comparison, or refuses them if it was begun with others; returns the seed and
-    fold of the search, which are another part's if that has begun meanwhile.
-    """
-    plain = json.loads(json.dumps(settings, default=lambda path: str(Path(path).resolve())))
-    record = output / "compare.json"
-    # list the folder before looking for the record, which another part that begins meanwhile writes first
-    used = contents(output) if output.is_dir() else []
-    if used and not record.is_file():
-        several = sorted(path.parent.name for path in output.glob("*/compare.json"))
-        if several:
-            raise ValueError(
-                f"{output}: holds the comparisons of {', '.join(several)}; to go on with one of them give its"
-                f" folder, as in --output {output / several[0]}"
-            )
-        raise ValueError(f"{output}: holds {used[0]!r} and no comparison; give another --output")
-    with locked(output / ".locks" / "settings", wait=True):
-        former = read_json(record) if record.is_file() else {}
-        content = former if _is_begun(output) else provenance()
-        before = content.get("settings", {})
-        for name, value in plain.items():
-            if name in before and _lasting(before[name]) != _lasting(value):
-                raise ValueError(
-                    f"{output}: was started with {name}={before[name]!r}, now {value!r}; go on with"
-                    " the former or give another --output"
-                )
-        if "first" not in content or plain.keys() - before.keys():
-            content = {"first": first, **content, "settings": before | plain}
-            atomic_write(record, json.dumps(content, indent=2) + "\n")
-    seed, fold = content["first"]
-    return seed, fold
-
-
-def _lasting(value: Any) -> Any:
-    """A setting in a form to compare: of a stage, without what a run may change when it goes on."""
-    if isinstance(value, str) and Path(value).exists():  # a file of weights, however it is spelt
-        return os.path.realpath(value)
-    return {k: v for k, v in value.items() if k not in MAY_CHANGE} if isinstance(value, dict) else value or {}
