@@ -365,7 +365,7 @@ def test_two_parts_may_start_together(
         shutil.copy(first / "compare.json", folder)  # by the other part, just now
         return contents(folder)
 
-    monkeypatch.setattr("aligndet.commands.compare.contents", look)
+    monkeypatch.setattr("aligndet.commands._record.contents", look)
     (tmp_path / "out").mkdir()
     _compare(sample, proposals, tmp_path / "out", **FEW)
 
