@@ -21,11 +21,7 @@ from aligndet.files import check_zip, whole_file
 
 
 def is_validated(trainer: Trainer) -> bool:
-    """Whether a validation follows the step that has just ended; one follows the last.
-
-    Args:
-        trainer: Of `aligndet.trainer.fit`.
-    """
+    """Whether a validation follows the step that has just ended; one follows the last."""
     every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches
     step = trainer.global_step
     return trainer.enable_validation and (step % every == 0 or step >= trainer.max_steps)
@@ -116,9 +112,6 @@ class BestCheckpoint(_Checkpoint):
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of a run, without running code from it.
-
-    Args:
-        path: Of the file.
 
     Raises:
         ValueError: If it is none, or damaged.

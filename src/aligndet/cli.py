@@ -206,9 +206,6 @@ def _take_deep(arguments: list[str]) -> dict[tuple[str, ...], Any]:
 def parser_of(command: str) -> tuple[Any, Any]:
     """Builds a command's parser from the signature and docstring of its function.
 
-    Args:
-        command: A key of `COMMANDS`.
-
     Returns:
         The function and the parser.
     """

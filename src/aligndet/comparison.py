@@ -108,9 +108,6 @@ def labelled_subset(document: Mapping[str, Any], fraction: float, fold: int) -> 
 def hold_out(document: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits labelled images for a search of learning rates: a fifth, rounded, is held out, at least one.
 
-    Args:
-        document: COCO JSON of `labelled_subset`.
-
     Returns:
         The part to train on, and the part to choose by.
 

@@ -236,12 +236,7 @@ def plain_name(name: str, folder: Path) -> str:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a folder has the image of a name.
-
-    Args:
-        folder: Of images.
-        name: As `plain_name` takes it.
-    """
+    """Whether a folder has the image of a name."""
     name = plain_name(name, folder)
     return not name.startswith("/") and (folder / name).is_file()
 
@@ -274,9 +269,6 @@ def contents(folder: Path) -> list[str]:
 def check_writable(folder: Path) -> None:
     """Makes sure, before the work, that its result can be written.
 
-    Args:
-        folder: That will hold it.
-
     Raises:
         PermissionError: Naming the folder.
     """
@@ -285,11 +277,7 @@ def check_writable(folder: Path) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a file's content (CRC-32): tells files apart that were not made to deceive.
-
-    Args:
-        path: To read.
-    """
+    """Of a file's content (CRC-32): tells files apart that were not made to deceive."""
     value = 0
     with path.open("rb") as file:
         while part := file.read(2**22):
@@ -299,9 +287,6 @@ def fingerprint(path: Path) -> str:
 
 def check_zip(path: Path) -> None:
     """Compares the parts of a zip, as torch.save writes them, with their checksums, which torch does not.
-
-    Args:
-        path: To read.
 
     Raises:
         ValueError: If a part has changed since.
@@ -314,11 +299,7 @@ def check_zip(path: Path) -> None:
 
 
 def print_skipped(messages: Collection[str]) -> None:
-    """Prints the files that a command has left out: the first ten, and how many more there are.
-
-    Args:
-        messages: One a file.
-    """
+    """Prints the files that a command has left out: the first ten, and how many more there are."""
     for message in islice(messages, 10):
         print(f"skipped: {message}")
     if len(messages) > 10:

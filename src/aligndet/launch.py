@@ -86,9 +86,6 @@ def check_launch(devices: int, nodes: int, strategy: str, whole: Sequence[str] =
 def leave_at_once(status: int) -> None:
     """Lets this process, whose run has failed, end without a farewell to the others on GPUs: NCCL would wait
     for them, and they for this one, until the limit of 30 minutes.
-
-    Args:
-        status: Of the exit.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_backend() == "nccl":

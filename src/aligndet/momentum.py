@@ -50,9 +50,6 @@ def decay_for(steps: int) -> float:
 
     With `cosine_decay`, the momentum detector keeps exp(-(1 - decay) * steps / 2) of its random start.
     Starting at 0.996, 150 steps would keep 74 % of the random start; this rule keeps exp(-7.5).
-
-    Args:
-        steps: Length of the run.
     """
     return max(0.0, min(0.996, 1.0 - 15.0 / steps))
 

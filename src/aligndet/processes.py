@@ -42,9 +42,6 @@ def gather_other_boxes(*views: BoxPredictions) -> BoxPredictions:
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Averages numbers over the processes of the run; every process has to call it.
 
-    Args:
-        value: This process's.
-
     Returns:
         The mean, the same in all of them; in a run of one process the value itself.
     """

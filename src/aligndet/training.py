@@ -284,9 +284,6 @@ class TrainingModule(LightningModule):
     def naming(self, names: Sequence[str]) -> Iterator[None]:
         """Adds the step, the images and advice to errors about numbers that are not finite.
 
-        Args:
-            names: This batch's images.
-
         Raises:
             FloatingPointError: If one is raised within.
         """

@@ -16,11 +16,7 @@ _CHOSEN = {
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """What a row of `summarise` says, in words; empty for scratch itself.
-
-    Args:
-        row: One arm at one number of labels and steps.
-    """
+    """What a row of `summarise` says, in words; empty for scratch itself."""
     said = [_verdict(row)] if "difference" in row else []
     if "unlike" in row:
         said.append(
@@ -59,9 +55,6 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def rate_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the choice of a learning rate says little.
 
-    Args:
-        rows: Of `aligndet.comparison.rows_of`.
-
     Returns:
         A sentence for each arm and rate at an end of its list, and for each that was as good as another.
     """
@@ -78,20 +71,12 @@ def rate_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def rates_of(row: Mapping[str, Any]) -> str:
-    """The learning rates of a row's cells.
-
-    Args:
-        row: Of `aligndet.comparison.rows_of`.
-    """
+    """The learning rates of a row's cells."""
     return ", ".join(f"{rate:g}" for rate in row.get("learning_rates", ()))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of `summarise` and its sentences, as Markdown.
-
-    Args:
-        rows: Of `summarise`.
-    """
+    """The table of `summarise` and its sentences, as Markdown."""
     masks = any("masks_mean" in row for row in rows)
     heads = ["labels", "steps", "arm", "learning rate", "n", "AP of boxes" if masks else "AP", "spread"]
     heads += ["difference", "spread", "p", *(["AP of masks"] if masks else [])]

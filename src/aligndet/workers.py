@@ -86,9 +86,6 @@ def begin(_: int = 0) -> None:
     """Sets a worker up: it has one thread, as there is a worker a core, and ends when its parent does.
 
     Nothing else would end it if the parent is killed.
-
-    Args:
-        _: The number of the worker.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -28,19 +28,12 @@ Result = TypeVar("Result")
 
 
 def is_web(root: str) -> bool:
-    """Whether a folder is on a web server.
-
-    Args:
-        root: Local or an address.
-    """
+    """Whether a folder is on a web server."""
     return re.match(r"(.*::)?https?://", root) is not None
 
 
 def file_system(root: str) -> tuple[Any, str]:
     """The file system of a folder, which fsspec keeps for each process, and the folder's path in it.
-
-    Args:
-        root: Local or an address.
 
     Raises:
         ImportError: If a package for such addresses is missing; the message names it.
@@ -74,23 +67,13 @@ def _limit_silence() -> None:
 
 
 def path_at(root: str, name: str) -> tuple[Any, str]:
-    """The file system of a folder, and the path of one of its files.
-
-    Args:
-        root: Local or an address.
-        name: Relative to it.
-    """
+    """The file system of a folder, and the path of one of its files."""
     files, path = file_system(root)
     return files, f"{path}/{quote(name) if is_web(root) else name}"
 
 
 def open_file(root: str, name: str) -> AbstractContextManager[BinaryIO]:
-    """Opens a file to go through it from start to end.
-
-    Args:
-        root: Local or an address.
-        name: Relative to it.
-    """
+    """Opens a file to go through it from start to end."""
     if "://" in root:
         files, path = path_at(root, name)
         return files.open(path, "rb", block_size=_BLOCK, cache_type="readahead")

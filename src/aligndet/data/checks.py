@@ -148,13 +148,7 @@ def _clip_outlines(outlines: Any, width: int, height: int) -> Any:
 def statistics(
     labels: Document, sizes: dict[int, tuple[int, int]], kept: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Counts images, boxes, classes and sizes.
-
-    Args:
-        labels: The data set.
-        sizes: Of the readable images.
-        kept: Usable annotations.
-    """
+    """Counts images, boxes, classes and sizes."""
     counts = Counter(entry["category_id"] for entry in kept)
     names = _repeated_names(labels)
     classes = {

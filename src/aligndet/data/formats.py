@@ -49,11 +49,6 @@ def read_labelled(
 def load_labelled(path: Path, images: Path | None = None, split: Split = "all") -> Document:
     """Reads COCO JSON, PASCAL VOC or YOLO without checking boxes.
 
-    Args:
-        path: As of `read_labelled`.
-        images: As of `read_labelled`.
-        split: As of `read_labelled`.
-
     Raises:
         ValueError: As of `read_labelled`.
     """
@@ -76,11 +71,7 @@ def load_labelled(path: Path, images: Path | None = None, split: Split = "all") 
 
 
 def is_bare_folder(path: Path) -> bool:
-    """Whether a path is a folder without labels of any format.
-
-    Args:
-        path: To look at.
-    """
+    """Whether a path is a folder without labels of any format."""
     return path.is_dir() and find_yaml(path) is None and not is_voc(path) and not _jsons(path)
 
 

@@ -148,9 +148,6 @@ def _refuse(error: OSError) -> None:
 def list_images(folder: Path) -> list[str]:
     """Finds the images of a folder and its subfolders; hidden files and folders are left out.
 
-    Args:
-        folder: To search.
-
     Returns:
         Paths relative to the folder, with slashes, sorted.
 

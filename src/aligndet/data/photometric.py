@@ -19,11 +19,7 @@ _CUT = 0.5  # torchvision cuts fractions off where OpenCV rounds
 
 
 def autocontrast(planes: Planes, _: float = 1.0) -> None:
-    """Stretches each channel to the whole range of levels.
-
-    Args:
-        planes: (3, H, W).
-    """
+    """Stretches each channel to the whole range of levels."""
     for plane in planes:
         low, high = cv2.minMaxLoc(plane)[:2]
         if high > low:
@@ -32,11 +28,7 @@ def autocontrast(planes: Planes, _: float = 1.0) -> None:
 
 
 def equalize(planes: Planes, _: float = 1.0) -> None:
-    """Makes all levels of a channel about equally frequent, as Pillow does.
-
-    Args:
-        planes: (3, H, W).
-    """
+    """Makes all levels of a channel about equally frequent, as Pillow does."""
     for plane in planes:
         counts = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         step = (counts.sum() - counts[np.flatnonzero(counts)[-1]]) // 255
@@ -46,20 +38,12 @@ def equalize(planes: Planes, _: float = 1.0) -> None:
 
 
 def solarize(planes: Planes, _: float = 1.0) -> None:
-    """Inverts the bright half of the levels.
-
-    Args:
-        planes: (3, H, W).
-    """
+    """Inverts the bright half of the levels."""
     np.minimum(planes, ~planes, out=planes)
 
 
 def posterize(planes: Planes, _: float = 1.0) -> None:
-    """Keeps the four leading bits of every value.
-
-    Args:
-        planes: (3, H, W).
-    """
+    """Keeps the four leading bits of every value."""
     planes &= np.uint8(0xF0)
 
 

@@ -57,9 +57,6 @@ def decode(encoded: EncodedMasks) -> npt.NDArray[np.uint8]:
 def areas(encoded: EncodedMasks) -> npt.NDArray[np.int64]:
     """Counts the pixels of masks.
 
-    Args:
-        encoded: N masks.
-
     Returns:
         (N,).
     """

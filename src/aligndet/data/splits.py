@@ -10,21 +10,12 @@ import numpy.typing as npt
 
 
 def in_order(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The images of a COCO JSON in the order that draws count in.
-
-    Args:
-        document: COCO JSON.
-    """
+    """The images of a COCO JSON in the order that draws count in."""
     return sorted(document["images"], key=lambda image: (image["file_name"], image["id"]))
 
 
 def with_images(document: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
-    """A COCO JSON of some of its images and what they show.
-
-    Args:
-        document: COCO JSON.
-        images: Of it.
-    """
+    """A COCO JSON of some of its images and what they show."""
     kept = {image["id"] for image in images}
     annotations = [a for a in document["annotations"] if a["image_id"] in kept]
     return {**document, "images": images, "annotations": annotations}

@@ -52,11 +52,7 @@ class TarIndex:
         return self._names.to_pylist()
 
     def find(self, name: str) -> tuple[int, int] | None:
-        """Where an image lies: first byte and number of bytes; None if it is not in the tar.
-
-        Args:
-            name: In the tar.
-        """
+        """Where an image lies: first byte and number of bytes; None if it is not in the tar."""
         at = bisect_left(range(len(self._names)), name, key=lambda i: self._names[i].as_py())
         if at == len(self._names) or self._names[at].as_py() != name:
             return None

@@ -23,19 +23,12 @@ Writer = Callable[[npt.NDArray[np.uint8]], None]
 
 
 def is_video(path: Path) -> bool:
-    """Tells a video by its name.
-
-    Args:
-        path: A file or folder.
-    """
+    """Tells a video by its name."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def rate_and_length(path: Path) -> tuple[float, int]:
     """Frames a second, and how many there are, if the file knows it.
-
-    Args:
-        path: Of the video.
 
     Returns:
         A number above 0, and a number that is 0 where it is not known.
@@ -53,9 +46,6 @@ def rate_and_length(path: Path) -> tuple[float, int]:
 
 def read_frames(path: Path) -> Iterator[Tensor]:
     """Decodes a video.
-
-    Args:
-        path: Of the video.
 
     Yields:
         (3, H, W) uint8 RGB.

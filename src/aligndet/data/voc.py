@@ -32,11 +32,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def is_voc(path: Path) -> bool:
-    """Whether a path is VOC: a devkit, a year, a folder with XML in it, or a list of a year.
-
-    Args:
-        path: Folder or file.
-    """
+    """Whether a path is VOC: a devkit, a year, a folder with XML in it, or a list of a year."""
     if path.is_file():
         return path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets"
     return path.is_dir() and any(_is_annotation(path / name) for name in walk(path, {".xml"}))

@@ -318,11 +318,7 @@ def _rescale(channels: int, stride: int, norm: Callable[[int], nn.Module]) -> tu
 
 
 def normalisation(trunk: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images that a trunk was trained on.
-
-    Args:
-        trunk: As for `build_trunk`.
-    """
+    """Mean and standard deviation of the images that a trunk was trained on."""
     if trunk in _TORCHVISION_TRUNKS:
         return IMAGENET_MEAN, IMAGENET_STD
     config = timm.get_pretrained_cfg(_timm_name(trunk))

@@ -54,9 +54,6 @@ _PREDICTION_HEADS = (
 def family_of(detector: str) -> Any:
     """The class of a detector, an `Adapter`.
 
-    Args:
-        detector: A key of `DETECTORS`.
-
     Raises:
         ValueError: If there is no such key.
     """

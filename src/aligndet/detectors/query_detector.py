@@ -185,9 +185,6 @@ class QueryDetector(nn.Module):
     def configuration_files(self, class_names: Sequence[str] | None) -> dict[str, str]:
         """Files that transformers needs beside the weights to load and use the detector.
 
-        Args:
-            class_names: If known.
-
         Returns:
             Text by file name.
         """

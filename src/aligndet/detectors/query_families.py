@@ -153,11 +153,7 @@ def from_transformers(name: str) -> Any:
 
 
 def settings_of(family: Family) -> frozenset[str]:
-    """The settings of a family's configuration that may be chosen, by transformers' names.
-
-    Args:
-        family: Of the detector.
-    """
+    """The settings of a family's configuration that may be chosen, by transformers' names."""
     config = from_transformers(f"{family.model}Config")
     chosen = {name for name in config.__annotations__ if not name.startswith("_")}
     if len(family.strides) > 1:
@@ -173,10 +169,6 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
     transformers' initial weights, normal with a deviation of 0.01 or 0.02, are meant to be replaced by a
     checkpoint: with them, all queries of DETR predict the same box, to 3e-8 of the image's side, and the maps
     of RT-DETR's encoder are a hundredth of its queries in size.
-
-    Args:
-        family: Of the detector.
-        network: transformers' model of it.
     """
     refines = getattr(network.config, "with_box_refine", False)
     backbone: Any = network.model.backbone  # type: ignore[union-attr]

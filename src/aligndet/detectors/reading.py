@@ -43,9 +43,6 @@ def weights_file(weights: str) -> Path:
 def bundled_file(trunk: str) -> Path:
     """ImageNet weights that an installed package carries.
 
-    Args:
-        trunk: By name.
-
     Raises:
         ValueError: If no package has any, or it is not installed.
     """

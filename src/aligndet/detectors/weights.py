@@ -45,20 +45,12 @@ _CLASS_AGNOSTIC |= {".enc_out_class_embed.": 1}
 
 
 def network_of(detector: nn.Module) -> nn.Module:
-    """The module that is saved: the detector, or the model of transformers that it calls.
-
-    Args:
-        detector: Of `aligndet.detectors.build.build_detector`.
-    """
+    """The module that is saved: the detector, or the model of transformers that it calls."""
     return detector.network if isinstance(detector, QueryDetector) else detector
 
 
 def pretrained_state(adapter: PretrainableDetector) -> dict[str, Tensor]:
-    """Everything that fine-tuning starts from: all but the projection head and the prediction layers.
-
-    Args:
-        adapter: A pre-trained detector.
-    """
+    """Everything that fine-tuning starts from: all but the projection head and the prediction layers."""
     left_out = tuple(f"{layer}." for layer in adapter.prediction_layers)
     state = network_of(adapter.detector).state_dict()
     return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(left_out)}

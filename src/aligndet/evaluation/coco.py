@@ -152,11 +152,7 @@ class CocoEvaluator:
 
 
 def distinct_names(categories: Sequence[Category]) -> list[str]:
-    """Names of the classes; those that share one get their id, too.
-
-    Args:
-        categories: In label order.
-    """
+    """Names of the classes; those that share one get their id, too."""
     uses = Counter(category.name for category in categories)
     return [c.name if uses[c.name] == 1 else f"{c.name} ({c.id})" for c in categories]
 

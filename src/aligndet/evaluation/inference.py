@@ -35,11 +35,7 @@ def resolve_device(device: str, *, elsewhere: bool = False) -> torch.device:
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Lets a GPU's matrix products be TF32, as its convolutions are by default.
-
-    Args:
-        device: To compute on.
-    """
+    """Lets a GPU's matrix products be TF32, as its convolutions are by default."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 

@@ -45,9 +45,6 @@ def load_pretrainable(run: Path) -> Pair:
 def load_untuned(run: Path) -> Pair:
     """Builds the plain detector that fine-tuning starts from; both sides have the run's trunk.
 
-    Args:
-        run: Folder of `aligndet pretrain`.
-
     Raises:
         ValueError: Naming the file that is missing or broken.
     """
@@ -66,9 +63,6 @@ def load_untuned(run: Path) -> Pair:
 
 def read_settings(run: Path) -> dict[str, Any]:
     """Reads what a run of `aligndet pretrain` was asked for.
-
-    Args:
-        run: Its folder.
 
     Raises:
         ValueError: If the folder is of no such run.

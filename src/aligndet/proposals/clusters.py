@@ -137,11 +137,7 @@ def clusters_file(proposals: Path) -> Path:
 
 
 def partial_file(proposals: Path) -> Path:
-    """Where an unfinished clustering is: beside them, too.
-
-    Args:
-        proposals: Folder or file.
-    """
+    """Where an unfinished clustering is: beside them, too."""
     return clusters_file(proposals).with_suffix(".partial")
 
 
@@ -208,21 +204,13 @@ def with_clusters(table: ProposalTable, proposals: Path, most: int | None = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """How clusters came about.
-
-    Args:
-        path: Of `clusters_file`.
-    """
+    """How clusters came about."""
     manifest: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {})[_MANIFEST])
     return manifest
 
 
 def digest(table: ProposalTable) -> str:
-    """Of the boxes and of whose they are.
-
-    Args:
-        table: Of them.
-    """
+    """Of the boxes and of whose they are."""
     known = hashlib.sha256(json.dumps(list(table.file_names)).encode())
     for array in (table.offsets, table.boxes):
         known.update(np.ascontiguousarray(array).data)

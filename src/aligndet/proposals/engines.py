@@ -36,10 +36,6 @@ _work: Callable[[Any], Any]
 def check_engine(engine: Engine, address: str | None) -> None:
     """Refuses what `run` could not do.
 
-    Args:
-        engine: See there.
-        address: See there.
-
     Raises:
         ImportError: If the engine is not installed.
         ValueError: If an address is given to an engine that has none.

@@ -152,12 +152,7 @@ def _masks(
 
 
 def write_shard(path: Path, rows: Sequence[ImageProposals]) -> None:
-    """Writes one Parquet file, whole or not at all; with masks if an image has them.
-
-    Args:
-        path: Of the file.
-        rows: Its images.
-    """
+    """Writes one Parquet file, whole or not at all; with masks if an image has them."""
     columns: dict[str, list[Any]] = {
         "file_name": [row.file_name for row in rows],
         "width": [row.width for row in rows],

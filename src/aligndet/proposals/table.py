@@ -111,9 +111,6 @@ class ProposalTable:
     def boxes_of(self, index: int) -> npt.NDArray[np.float32]:
         """The boxes of an image, best first.
 
-        Args:
-            index: Of the image.
-
         Returns:
             (N, 4) xyxy pixels.
         """

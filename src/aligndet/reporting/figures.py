@@ -134,9 +134,6 @@ def is_tuned(run: Run) -> bool:
 def class_table(comparison: Comparison) -> list[dict[str, Any]]:
     """Mean AP by class of each arm, in points.
 
-    Args:
-        comparison: Whose cells were evaluated.
-
     Returns:
         Rows with labels, steps, class, and AP by arm.
     """

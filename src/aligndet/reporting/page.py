@@ -67,9 +67,6 @@ class Section:
 def render(sections: Sequence[Section]) -> str:
     """Fills the template; names are escaped.
 
-    Args:
-        sections: One below the other.
-
     Returns:
         HTML.
     """

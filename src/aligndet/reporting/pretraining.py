@@ -25,11 +25,7 @@ _CENTERS = 100  # of an image
 
 
 def first_pretrained(runs: Iterable[Path]) -> Path | None:
-    """The first run of `aligndet pretrain` that has come to its end.
-
-    Args:
-        runs: Folders of any runs.
-    """
+    """The first run of `aligndet pretrain` that has come to its end."""
     return next((run for run in runs if (run / "pretrained" / "manifest.json").is_file()), None)
 
 
