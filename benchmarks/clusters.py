@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchvision.ops import box_iou
 
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
 from aligndet.proposals.clusters import clusters_file, read_manifest, with_clusters
+from aligndet.proposals.filters import best_proposals
 from aligndet.proposals.storage import read_proposals
 from aligndet.proposals.table import ProposalTable
 
@@ -29,20 +28,14 @@ Objects = npt.NDArray[np.int64]
 def clusters_of(labelled: CocoDataset, table: ProposalTable) -> Objects:
     """Image, class and cluster (n, 3) of all objects of which a proposal covers half or more."""
     positions = {name: position for position, name in enumerate(table.file_names)}
-    assert table.clusters is not None
     found = []
     for i, name in enumerate(labelled.file_names):
-        first = table.offsets[positions[name]] if name in positions else 0
-        boxes = table.boxes_of(positions[name]) if name in positions else np.zeros((0, 4), np.float32)
         kept = ~labelled.iscrowd[i]
-        if not len(boxes) or not kept.any():
-            continue
-        objects = torch.from_numpy(labelled.boxes[i][kept]).float()
-        ious, best = box_iou(objects, torch.from_numpy(boxes)).max(1)
-        rows = np.stack(
-            [np.full(len(best), i), labelled.labels[i][kept], table.clusters[first + best.numpy()]], 1
-        )
-        found.append(rows[ious.numpy() >= 0.5])
+        if name in positions and len(boxes := table.boxes_of(positions[name])):
+            ious, best = best_proposals(boxes, labelled.boxes[i][kept])
+            clusters = table.clusters_of(positions[name], best)
+            rows = np.stack([np.full(len(best), i), labelled.labels[i][kept], clusters], 1)
+            found.append(rows[ious >= 0.5])
     return np.concatenate(found)
 
 

@@ -27,7 +27,8 @@ from torchvision.transforms.v2 import functional as F
 from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
-from aligndet.data.images import list_images, read_image_size
+from aligndet.data.images import read_image_size
+from aligndet.data.listing import list_images
 from aligndet.data.views import TwoViewDataset
 from aligndet.proposals.table import ImageProposals, ProposalTable
 from aligndet.reporting.runs import read_curves

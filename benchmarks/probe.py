@@ -24,7 +24,7 @@ from torch import Tensor
 from aligndet.data.coco import CocoDataset
 from aligndet.data.formats import read_labelled
 from aligndet.data.images import read_image
-from aligndet.detectors.backbones import trunk_features
+from aligndet.detectors.trunks import trunk_features
 from aligndet.evaluation.pretraining import load_untuned
 
 Table = tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64]]

@@ -28,6 +28,7 @@ import psutil
 
 from aligndet.commands.propose import propose
 from aligndet.commands.sample_data import sample_data
+from aligndet.reporting.runs import read_curves
 
 PARTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -68,11 +69,7 @@ def command(args: argparse.Namespace, output: Path) -> list[str]:
 
 def steps_logged(run: Path) -> int:
     """The step of the last whole line of the logs."""
-    table = run / "logs" / "csv" / "metrics.csv"
-    if not table.is_file():
-        return 0
-    with table.open(newline="") as file:
-        return max((int(row["step"]) + 1 for row in csv.DictReader(file) if row.get("step")), default=0)
+    return max((step + 1 for curve in read_curves(run / "logs").values() for step in curve), default=0)
 
 
 def names(run: psutil.Process) -> dict[str, psutil.Process]:

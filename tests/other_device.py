@@ -29,8 +29,8 @@ from aligndet.data.coco import Category
 from aligndet.data.crops import TwoCrops
 from aligndet.data.labelled import HostBatch, Labelled
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.backbones import build_trunk
 from aligndet.detectors.build import family_of
+from aligndet.detectors.trunks import build_trunk
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.finetuning import Finetuning
 from aligndet.image_pretraining import MoCo, SimSiam

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aligndet.data.crops import TwoCrops
-from aligndet.detectors.backbones import build_trunk
+from aligndet.detectors.trunks import build_trunk
 from aligndet.image_pretraining import COLLAPSED, METHODS, MoCo, SimSiam, knn_accuracy
 from tests.test_box_pretraining import Replay
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aligndet.data.labelled import HostBatch, Labelled
-from aligndet.detectors.backbones import first_stages
+from aligndet.detectors.trunks import first_stages
 from aligndet.evaluation.coco import CocoEvaluator
 from aligndet.training import TrainingModule
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aligndet.data.crops import TwoCrops
 from aligndet.data.labelled import HostBatch
-from aligndet.detectors.backbones import trunk_features
+from aligndet.detectors.trunks import trunk_features
 from aligndet.momentum import cosine_decay, momentum_copy, update_momentum
 from aligndet.processes import all_gather_items
 from aligndet.training import TrainingModule

@@ -14,7 +14,7 @@ from torchvision.models import get_model
 
 import aligndet
 from aligndet import cli
-from aligndet.detectors.backbones import build_trunk
+from aligndet.detectors.trunks import build_trunk
 from aligndet.reporting.runs import read_curves
 from tests.commands.test_flow import SMALL as FLOW
 from tests.commands.test_flow import asked_of, recipe_of

@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 import aligndet
 from aligndet.data.images import read_image
-from aligndet.detectors.backbones import build_timm_trunk
 from aligndet.detectors.build import DETECTORS, build_detector, build_pretrainable, family_of
+from aligndet.detectors.trunks import build_timm_trunk
 from aligndet.detectors.weights import save_detector
 from aligndet.proposals.clusters import clusters_file, read_manifest, with_clusters
 from aligndet.proposals.storage import read_proposals

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
-from aligndet.data.images import ImageError, list_images
+from aligndet.data.images import ImageError
+from aligndet.data.listing import list_images
 
 
 def noisy(image: Any) -> list[Tensor]:

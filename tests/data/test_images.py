@@ -12,13 +12,12 @@ from torch.nn.functional import interpolate
 from aligndet.data.images import (
     ImageError,
     Unreachable,
-    find_files,
     first_images,
     first_readable,
-    list_images,
     read_image,
     read_image_size,
 )
+from aligndet.data.listing import find_files, list_images
 
 
 def picture(width: int = 20, height: int = 12) -> Image.Image:

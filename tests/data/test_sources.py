@@ -29,7 +29,8 @@ from fsspec.registry import known_implementations
 from torch.utils.data import DataLoader
 
 from aligndet.data import addresses, tars
-from aligndet.data.images import ImageError, StoredImage, list_images, read_image, read_image_size
+from aligndet.data.images import ImageError, StoredImage, read_image, read_image_size
+from aligndet.data.listing import list_images
 from aligndet.data.sources import ImageSource
 from aligndet.data.views import TwoViewDataset
 from aligndet.proposals.storage import read_proposals

@@ -19,18 +19,18 @@ from torchvision.models._utils import IntermediateLayerGetter
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.labelled import Labelled
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.backbones import (
+from aligndet.detectors.backbones import build_backbone
+from aligndet.detectors.build import build_detector, build_pretrainable
+from aligndet.detectors.reading import read_tensors
+from aligndet.detectors.trunks import (
     _TIMM_NAMES,
     IMAGENET_MEAN,
-    build_backbone,
     build_trunk,
     first_stages,
     normalisation,
     padded,
     trunk_features,
 )
-from aligndet.detectors.build import build_detector, build_pretrainable
-from aligndet.detectors.reading import read_tensors
 from aligndet.detectors.weights import initialise, load_detector, pretrained_state, save_weights
 from aligndet.finetuning import Finetuning
 

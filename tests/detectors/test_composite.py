@@ -12,9 +12,9 @@ import aligndet
 from aligndet.box_pretraining import BoxPretraining
 from aligndet.data.labelled import Labelled
 from aligndet.data.views import TwoViews, View
-from aligndet.detectors.backbones import build_trunk, trunk_features
 from aligndet.detectors.build import build_detector, build_pretrainable
 from aligndet.detectors.composite import CompositeBackbone, build_composite_backbone
+from aligndet.detectors.trunks import build_trunk, trunk_features
 from aligndet.finetuning import Finetuning
 
 SMALL: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aligndet.detectors.backbones import build_trunk, trunk_features
 from aligndet.detectors.build import build_pretrainable
 from aligndet.detectors.folding import folded
+from aligndet.detectors.trunks import build_trunk, trunk_features
 
 
 def known(trunk: nn.Module) -> nn.Module:

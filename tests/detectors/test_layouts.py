@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import ConvNeXt, VisionTransformer, get_model
 from torchvision.models.convnext import CNBlockConfig
 
-from aligndet.detectors.backbones import build_trunk, trunk_features
 from aligndet.detectors.layouts import LAYOUTS, match_trunk
 from aligndet.detectors.reading import read_tensors
+from aligndet.detectors.trunks import build_trunk, trunk_features
 
 State = dict[str, Tensor]
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"

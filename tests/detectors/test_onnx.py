@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from aligndet.commands.export import export
-from aligndet.detectors.backbones import normalised_places
 from aligndet.detectors.build import build_detector
 from aligndet.detectors.onnx import save_onnx
+from aligndet.detectors.trunks import normalised_places
 from aligndet.detectors.weights import save_weights
 
 ARCHITECTURE: dict[str, Any] = {"trunk": "resnet18", "fpn_channels": 64, "num_classes": 3}

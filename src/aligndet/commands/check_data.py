@@ -10,7 +10,8 @@ from typing import Any
 from aligndet.data.checks import check_boxes, check_images, labelled_size, statistics
 from aligndet.data.document import CocoWriter, Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
-from aligndet.data.images import ImageError, list_images, read_image_size, walk
+from aligndet.data.images import ImageError, read_image_size
+from aligndet.data.listing import list_images, walk
 from aligndet.files import accepts_strings, atomic_write, contents, locked
 
 

@@ -24,7 +24,7 @@ from aligndet.commands._settings import check_bounds, provenance
 from aligndet.data.augmentations import multiscale
 from aligndet.data.images import ImageError, StoredImage, check_shape, read_image
 from aligndet.data.sources import ImageSource
-from aligndet.detectors.backbones import build_trunk, normalisation, trunk_features
+from aligndet.detectors.trunks import build_trunk, normalisation, trunk_features
 from aligndet.evaluation.inference import allow_tf32, resolve_device
 from aligndet.files import accepts_strings, check_writable, print_skipped
 from aligndet.proposals.clusters import (

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from aligndet.commands._settings import check_bounds
 from aligndet.data.document import CocoWriter
-from aligndet.data.images import ImageError, list_images, read_image, readable
+from aligndet.data.images import ImageError, read_image, readable
+from aligndet.data.listing import list_images
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
 from aligndet.detectors.weights import load_tuned

@@ -12,7 +12,7 @@ from aligndet.commands._settings import provenance
 from aligndet.data.crops import ClassifiedDataset, TwoCropsDataset, read_classes
 from aligndet.data.labelled import ValidationDataset
 from aligndet.data.sources import ImageSource
-from aligndet.detectors.backbones import build_trunk, normalisation
+from aligndet.detectors.trunks import build_trunk, normalisation
 from aligndet.detectors.weights import save_weights
 from aligndet.files import accepts_strings
 from aligndet.launch import data_summary

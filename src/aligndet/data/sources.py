@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from aligndet.data.addresses import file_system, is_web, path_at, patiently, read_range
-from aligndet.data.images import READ, SUFFIXES, ImageError, StoredImage, find_files, is_listed
+from aligndet.data.images import ImageError, StoredImage
+from aligndet.data.listing import READ, SUFFIXES, find_files, is_listed
 from aligndet.data.tars import tar_index, update_index
 from aligndet.files import read_lines, safe_name, was_address
 

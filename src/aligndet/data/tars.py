@@ -13,7 +13,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from aligndet.data.addresses import open_file, path_at, patiently
-from aligndet.data.images import SUFFIXES, is_listed
+from aligndet.data.listing import SUFFIXES, is_listed
 from aligndet.files import safe_name, whole_file
 
 _SCHEMA = pa.schema([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from aligndet.data.document import CocoWriter, Document
-from aligndet.data.images import READ, ImageError, find_files, read_image_size, walk
+from aligndet.data.images import ImageError, read_image_size
+from aligndet.data.listing import READ, find_files, walk
 from aligndet.files import read_lines, safe_name
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from aligndet.data.document import CocoWriter, Document
-from aligndet.data.images import ImageError, list_images, read_image_size
+from aligndet.data.images import ImageError, read_image_size
+from aligndet.data.listing import list_images
 from aligndet.files import holds, plain_name, read_lines, safe_name
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

@@ -17,13 +17,14 @@ from torchvision.models.detection.rpn import RPNHead
 
 from aligndet.boxes import PretrainableDetector
 from aligndet.detectors import query_families as families
-from aligndet.detectors.backbones import PyramidNorm, normalisation
+from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.cascade import CascadePretraining, HtcPretraining
 from aligndet.detectors.composite import CompositeCascadePretraining, CompositeHtcPretraining
 from aligndet.detectors.dense import FcosPretraining, RetinaNetPretraining
 from aligndet.detectors.query import query_pretraining
 from aligndet.detectors.roi import FasterRcnnPretraining, MaskRcnnPretraining
 from aligndet.detectors.roi_parts import EmbeddingPredictor
+from aligndet.detectors.trunks import normalisation
 
 DETECTORS: dict[str, Any] = {
     "fcos": FcosPretraining,

@@ -20,16 +20,9 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from aligndet.detectors.backbones import (
-    Backbone,
-    Branch,
-    PyramidNorm,
-    build_pyramid,
-    build_trunk,
-    normalised_places,
-    padded,
-)
+from aligndet.detectors.backbones import Backbone, Branch, PyramidNorm, build_pyramid
 from aligndet.detectors.cascade import CascadePretraining, CascadeRCNN, HtcPretraining
+from aligndet.detectors.trunks import build_trunk, normalised_places, padded
 
 ASSISTANT_WEIGHT = 0.5  # of the losses on the assistant's maps
 
@@ -149,7 +142,7 @@ def build_composite_backbone(
     """Builds two copies of a trunk and a feature pyramid, P2 to P6.
 
     Args:
-        trunk: As for `aligndet.detectors.backbones.build_trunk`: one whose stages follow each other (ResNets,
+        trunk: As for `aligndet.detectors.trunks.build_trunk`: one whose stages follow each other (ResNets,
             Swin, ConvNeXt, MobileNets, EfficientNets).
         trunk_weights: Likewise, for both copies.
         fpn_channels: As for `aligndet.detectors.backbones.build_backbone`.

@@ -142,7 +142,7 @@ def load_trunk(body: nn.Module, tensors: dict[str, Tensor], complaint: str) -> M
     """Loads weights in any of the layouts into a trunk.
 
     Args:
-        body: Of `aligndet.detectors.backbones.build_trunk`.
+        body: Of `aligndet.detectors.trunks.build_trunk`.
         tensors: Of `aligndet.detectors.reading.read_tensors`.
         complaint: Begins the message if they do not fit.
 

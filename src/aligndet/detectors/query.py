@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from aligndet.boxes import BACKGROUND, Adapter, BoxPredictions, PretrainOutput, wants_losses
-from aligndet.detectors.backbones import PyramidNorm, build_timm_trunk
+from aligndet.detectors.backbones import PyramidNorm
 from aligndet.detectors.projection import ProjectionHead
 from aligndet.detectors.query_detector import QueryDetector, QueryTrunk, relative_targets
 from aligndet.detectors.query_families import Family, from_transformers, settings_of
+from aligndet.detectors.trunks import build_timm_trunk
 from aligndet.detectors.windowed import build_windowed_vit
 
 Matches: TypeAlias = list[tuple[Tensor, Tensor]]

@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from aligndet.detectors.backbones import load_trunk_weights
 from aligndet.detectors.query_families import from_transformers
+from aligndet.detectors.trunks import load_trunk_weights
 
 _USUAL = "vit_small_patch14_dinov2"
 _NAMES = (  # timm's, and transformers'
@@ -33,7 +33,7 @@ def build_windowed_vit(trunk: str, weights: str) -> tuple[str, nn.Module, list[i
 
     Args:
         trunk: A ViT of timm's with one class token: "vit_small_patch14_dinov2", which RF-DETR's authors take.
-        weights: As for `aligndet.detectors.backbones.build_trunk`.
+        weights: As for `aligndet.detectors.trunks.build_trunk`.
 
     Returns:
         timm's name, the trunk, and the channels of its maps.
