@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -129,28 +130,19 @@ def test_a_folder_of_several_comparisons_says_which(sample: Path, proposals: Pat
 
 
 def test_arms_differ_in_their_start_alone(
-    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
 ) -> None:
     """No training: what each cell is asked to do, and which learning rate each arm chooses."""
     best = {"scratch": 1e-4, "aligndet": 1e-3}
 
-    def write(labels: Path, *, output: Path, learning_rate: float, **settings: Any) -> None:
-        (output / "model").mkdir(parents=True)
-        (output / "model" / "manifest.json").write_text(json.dumps({"rate": learning_rate}))
-
-    def measure(model: Path, labels: Path, *, output: Path, **settings: Any) -> None:
-        rate = json.loads((model / "manifest.json").read_text())["rate"]
-        arm = output.parent.name.split("_")[0]
+    def measure(*_: Any, output: Path, **__: Any) -> None:
+        arm, rate = output.parent.name.split("_")[0], asked.finetune.call_args.kwargs["learning_rate"]
         output.write_text(json.dumps({"AP": 0.5 if rate == best[arm] else 0.1}))
 
-    tuned = create_autospec(finetune, side_effect=write)
-    measured = create_autospec(evaluate, side_effect=measure)
-    pretrained = create_autospec(pretrain)
-    for name, fake in (("finetune", tuned), ("evaluate", measured), ("pretrain", pretrained)):
-        monkeypatch.setattr(module, name, fake)
+    asked.evaluate.side_effect = measure
     output = _compare(sample, proposals, tmp_path / "out", fractions=(1.0,), learning_rates=(1e-3, 1e-4))
     calls: dict[str, dict[str, dict[str, Any]]] = {"search": {}, "cells": {}}
-    for call in tuned.call_args_list:
+    for call in asked.finetune.call_args_list:
         folder = call.kwargs["output"]
         calls[folder.parent.name][folder.name] = {"labels": call.args[0], **call.kwargs}
     scratch, ours = (
@@ -161,11 +153,11 @@ def test_arms_differ_in_their_start_alone(
     assert differ == {"output", "init_from", "learning_rate"}
     assert (scratch["learning_rate"], ours["learning_rate"]) == (1e-4, 1e-3)
     assert scratch["init_from"] is None
-    assert ours["init_from"] == pretrained.call_args.kwargs["output"]
+    assert ours["init_from"] == asked.pretrain.call_args.kwargs["output"]
     assert scratch["weight_decay"] == 0.05  # a number: by default that of pre-trained heads is another one
     assert len(calls["search"]) == 4
     whole = set(read_labelled(sample / "train.json").file_names)
-    for call in measured.call_args_list:
+    for call in asked.evaluate.call_args_list:
         model, labels = call.args
         if model.parent.parent.name == "search":  # the validation images have no part in the choice
             held_out = {entry["file_name"] for entry in json.loads(labels.read_text())["images"]}
@@ -191,23 +183,17 @@ def test_arms_differ_in_their_start_alone(
 
 @pytest.mark.parametrize("figures", [{"AP": 0.3}, {"AP": 0.3, "mask_AP": 0.25}])
 def test_the_table_for_spreadsheets_has_masks_where_they_were_measured(
-    figures: dict[str, float], sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    figures: dict[str, float], asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
-    monkeypatch.setattr(module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps(figures)))
+    asked.evaluate.side_effect = lambda *_, output, **__: output.write_text(json.dumps(figures))
     output = _compare(sample, proposals, tmp_path / "out", arms=("scratch",), fractions=(1.0,))
     with (output / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert {name: float(row[name]) for name in row if name.endswith("AP")} == figures
 
 
-def test_a_comparison_stays_with_its_labels(
-    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
-    monkeypatch.setattr(
-        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
-    )
+@pytest.mark.usefixtures("asked")
+def test_a_comparison_stays_with_its_labels(sample: Path, proposals: Path, tmp_path: Path) -> None:
     shutil.copytree(sample, tmp_path / "data")
     labels = tmp_path / "data" / "val.json"
     kept = json.loads(labels.read_text())
@@ -223,15 +209,8 @@ def test_a_comparison_stays_with_its_labels(
 
 
 def test_images_that_are_not_there_are_no_labels(
-    sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
 ) -> None:
-    tuned = create_autospec(
-        finetune, side_effect=lambda *_, output, **__: (output / "model").mkdir(parents=True)
-    )
-    monkeypatch.setattr(module, "finetune", tuned)
-    monkeypatch.setattr(
-        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
-    )
     shutil.copytree(sample, tmp_path / "data")
     for path in sorted((tmp_path / "data" / "train").iterdir())[:6]:
         path.unlink()
@@ -240,32 +219,26 @@ def test_images_that_are_not_there_are_no_labels(
     )
     (cell,) = json.loads((output / "results.json").read_text())["cells"]
     assert cell["labels"] == 3
-    images = json.loads(tuned.call_args.args[0].read_text())["images"]
+    images = json.loads(asked.finetune.call_args.args[0].read_text())["images"]
     assert all((tmp_path / "data" / "train" / image["file_name"]).is_file() for image in images)
 
 
 @pytest.mark.parametrize("folder", [".", "train", "val"])
 def test_what_is_measured_is_not_learnt_from(
-    folder: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, asked: SimpleNamespace, sample: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "linked").symlink_to(sample)  # the same images under another name
     unlabelled = tmp_path / "linked" / folder
     proposals, boxes = tmp_path / "part-00000.parquet", np.ones((1, 4), np.float32)
     images = [str(path.relative_to(unlabelled)) for path in sorted(unlabelled.rglob("*.jpg"))]
     write_shard(proposals, [ImageProposals(name, 9, 9, boxes) for name in images])
-    pretrained = create_autospec(pretrain)
-    monkeypatch.setattr(module, "pretrain", pretrained)
-    monkeypatch.setattr(module, "finetune", lambda *_, output, **__: (output / "model").mkdir(parents=True))
-    monkeypatch.setattr(
-        module, "evaluate", lambda *_, output, **__: output.write_text(json.dumps({"AP": 0.1}))
-    )
     changes = {"unlabelled": unlabelled, "fractions": (1.0,), "arms": ("aligndet",)}
     if folder == "val":
         with pytest.raises(ValueError, match="all of its images are measured on"):
             _compare(sample, proposals, tmp_path / "out", **changes)
         return
     _compare(sample, proposals, tmp_path / "out", **changes)
-    names = pretrained.call_args.kwargs["names"]
+    names = asked.pretrain.call_args.kwargs["names"]
     if folder == "train":
         assert names is None
     else:
@@ -401,20 +374,12 @@ def test_query_based_detectors_get_clusters_and_the_same_queries(
     ],
 )
 def test_what_an_arm_is_pretrained_with_and_takes(
-    arm: str, weights: Any, sample: Path, proposals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: str, weights: Any, asked: SimpleNamespace, sample: Path, proposals: Path, tmp_path: Path
 ) -> None:
-    def measure(*_: Any, output: Path, **settings: Any) -> None:
-        output.parent.mkdir(parents=True)
-        output.write_text(json.dumps({"AP": 0.5}))
-
-    pretrained, tuned = create_autospec(pretrain), create_autospec(finetune)
-    monkeypatch.setattr(module, "pretrain", pretrained)
-    monkeypatch.setattr(module, "finetune", tuned)
-    monkeypatch.setattr(module, "evaluate", measure)
     pretraining = {**SMALL["pretraining"], "train_trunk": arm == "trunk-only"}
     changes: dict[str, Any] = {"arms": (arm,), "fractions": (1.0,), "pretraining": pretraining}
     _compare(sample, proposals, tmp_path / "out", **changes)
-    given, taken = pretrained.call_args.kwargs, tuned.call_args.kwargs
+    given, taken = asked.pretrain.call_args.kwargs, asked.finetune.call_args.kwargs
     assert {name: value for name, value in given.items() if name.endswith("_weight")} == weights
     assert taken["init_from"] == given["output"]
     assert taken["init"] == (("trunk",) if arm == "trunk-only" else ("trunk", "neck", "rpn", "head"))
