@@ -117,6 +117,19 @@ def test_a_mistake_is_one_line(
     assert errors.count("\n") == 1
 
 
+def test_what_a_loader_says_is_one_line(
+    sample: Path, proposals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for path in (sample / "train").glob("*.jpg"):
+        (tmp_path / "images" / path.name).write_bytes(b"\xff\xd8\xff")
+    settings = ["--trunk=resnet18", "--trunk-weights=none", "--fpn-channels=64", "--steps=1", "--workers=1"]
+    arguments = [f"--proposals={proposals}", f"--output={tmp_path / 'run'}", "--accelerator=cpu", "--strict"]
+    assert cli.main(["pretrain", str(tmp_path / "images"), *arguments, *settings]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"aligndet pretrain: \S+\.jpg: .{5,60}", line), line
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ALIGNDET_DEBUG", "1")
     with pytest.raises(ValueError, match="no such folder"):

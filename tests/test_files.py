@@ -166,6 +166,7 @@ def test_strings_become_paths_where_paths_are_wanted() -> None:
 
     assert function("a", "b", other="c") == (Path("a"), "b", Path("c"))  # type: ignore[arg-type]
     assert function(Path("a"), "b") == (Path("a"), "b", None)
+    assert function(Path("~/a"), "~", other="~b") == (Path.home() / "a", "~", Path("~b"))  # type: ignore[arg-type]
     for other in ("s3://bucket/a", Path("s3://bucket/a")):
         with pytest.raises(ValueError, match=r"other s3:/.*: is an address, where a local file or folder"):
             function("a", "b", other=other)  # type: ignore[arg-type]

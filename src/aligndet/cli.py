@@ -99,9 +99,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("ALIGNDET_DEBUG"):
             raise
-        print(f"aligndet {arguments[0]}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"aligndet {arguments[0]}: {' '.join(_message(error).splitlines())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without the traceback that torch puts before what a loader's process has said."""
+    message = str(error)
+    if not message.startswith("Caught "):
+        return message
+    return re.split(r"^[A-Za-z_][\w.]*: ", message, flags=re.MULTILINE)[-1]
 
 
 def run(command: str, arguments: Sequence[str]) -> Any:

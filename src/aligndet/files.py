@@ -34,10 +34,11 @@ def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         bound = parameters.bind(*args, **kwargs)
-        given = {k: Path(v) if k in paths and isinstance(v, str) else v for k, v in bound.arguments.items()}
+        named = {k: v for k, v in bound.arguments.items() if k in paths}
+        given = {k: at_home(Path(v)) for k, v in named.items() if isinstance(v, str | Path)}
         bound.arguments.update(given)
-        for name in paths & given.keys():
-            if isinstance(path := given[name], Path) and was_address(path):
+        for name, path in given.items():
+            if was_address(path):
                 raise ValueError(
                     f"{name} {path}: is an address, where a local file or folder is wanted; images at"
                     " addresses are for propose, cluster, pretrain and pretrain-backbone"
@@ -45,6 +46,11 @@ def accepts_strings(function: Callable[Arguments, Result]) -> Callable[Arguments
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def at_home(path: Path) -> Path:
+    """The same path, with the home folder in the place of ~, which shells leave as it is after --output=."""
+    return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def was_address(path: Path) -> bool:
@@ -274,6 +280,16 @@ def check_writable(folder: Path) -> None:
     """
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "this folder cannot be written to", str(folder))
+
+
+def check_file(path: Path) -> None:
+    """Makes sure, before the work, that a file can be written.
+
+    Raises:
+        ValueError: If it is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the name of a file")
 
 
 def fingerprint(path: Path) -> str:

@@ -27,6 +27,10 @@ def test_a_good_set_and_a_bare_folder(
     assert cli.main(["check-data", str(tmp_path / "yolo")]) == 0
     assert "has text files but no data.yaml" in capsys.readouterr().out
     assert cli.main(["check-data", str(tmp_path / "none")]) == 2
+    assert cli.main(["check-data", str(tmp_path / "yolo"), f"--images={sample}"]) == 2
+    assert "holds no labels of a known format" in capsys.readouterr().err
+    assert cli.main(["check-data", str(sample / "train.json"), f"--output={tmp_path}"]) == 2
+    assert "is a folder; give the name of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["annotations", "categories"])

@@ -58,6 +58,19 @@ def test_broken_images_are_skipped_counted_and_named(
             propose(images, output=out, workers=1, strict=True)
 
 
+def test_a_folder_without_an_image_that_can_be_read_is_no_result(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("broken.jpg\ntiny.png\n")
+    out: dict[str, Any] = {"output": tmp_path / "out", "workers": 1, "names": tmp_path / "names.txt"}
+    with pytest.raises(ValueError, match=r"images: none of its 2 images can be read; the first: .*broken"):
+        propose(images, **out)
+    (images / "tiny.png").write_bytes((images / "white.png").read_bytes())
+    assert propose(images, **out).images == 1  # looked at once more
+    (tmp_path / "names.txt").write_text("00000\n00001\n")
+    with pytest.raises(ValueError, match=r"names\.txt: none of its 2 images is in"):
+        propose(images, **{**out, "output": tmp_path / "other"})
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_that_has_lost_a_part_is_not_complete_until_the_next_run(
     images: Path, tmp_path: Path
 ) -> None:

@@ -366,6 +366,11 @@ def test_a_folder_of_coco_parts(sample: Path, tmp_path: Path) -> None:
         read_labelled(sample)
     with pytest.raises(ValueError, match="holds no COCO JSON"):
         read_labelled(tmp_path)
+    for name in ("trainval", "small"):  # words, not letters
+        put(tmp_path, f"{name}.json", "{}")
+    for split in ("val", "all"):
+        with pytest.raises(ValueError, match="several JSON"):
+            read_labelled(tmp_path, split=split)
     with pytest.raises(ValueError, match="no such file"):
         read_labelled(tmp_path / "none")
 

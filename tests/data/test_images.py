@@ -75,6 +75,15 @@ def test_transparent_pixels_are_black(tmp_path: Path) -> None:
     assert read_image(tmp_path / "clear.png").max() == 0
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0" + b"\0" * 20, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM"])
+def test_damaged_metadata_are_no_damaged_pixels(exif: bytes, tmp_path: Path) -> None:
+    for kind in ("jpg", "png", "webp"):
+        path = tmp_path / f"a.{kind}"
+        picture(40, 30).save(path, exif=exif, dpi=(72, 72))
+        assert tuple(read_image(path).shape) == (3, 30, 40)
+        assert read_image_size(path) == (40, 30)
+
+
 @pytest.mark.parametrize("kind", ["png", "exif behind the pixels.png", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
 def test_exif_orientation_is_applied(orientation: int, kind: str, tmp_path: Path) -> None:

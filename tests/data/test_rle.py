@@ -46,6 +46,8 @@ def test_the_forms_of_a_segmentation() -> None:
     runs = {"size": [6, 8], "counts": [13, 3, 3, 3, 3, 3, 20]}  # down the columns, zeros first
     np.testing.assert_array_equal(mask_of(runs), expected)
     np.testing.assert_array_equal(mask_of(encode(expected[None]).segmentations()[0]), expected)
+    slivers = [[2, 1, 5, 1, 5, 4, 2, 4], [0, 0, 1, 1], []]
+    np.testing.assert_array_equal(mask_of(slivers), expected)
     expected[4:, 6:] = 1
     two = [[2, 1, 5, 1, 5, 4, 2, 4], [6, 4, 1e12, 4, 1e12, 1e12, 6, 1e12]]  # the second far outside
     np.testing.assert_array_equal(mask_of(two), expected)

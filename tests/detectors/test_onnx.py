@@ -76,6 +76,14 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         export(tmp_path / "tuned", output=tmp_path / "out", format="onnx")
     with pytest.raises(ValueError, match="is the folder of a detector"):
         export(tmp_path / "tuned", output=tmp_path / "tuned", format="onnx", overwrite=True)
+    for given in ("num_classes", "min_size", "max_size"):
+        asked: dict[str, Any] = {given: 64, "format": "onnx"}
+        with pytest.raises(ValueError, match="are those of fine-tuning"):
+            export(tmp_path / "tuned", output=tmp_path / "out", **asked)
+    (tmp_path / "run.json").write_text("{}")
+    for kind in ("onnx", None):
+        with pytest.raises(ValueError, match="is the folder of a run; give another output"):
+            export(tmp_path / "tuned", output=tmp_path, format=kind)
     with pytest.raises(ValueError, match=r"--num-classes: give the number"):
         export(tmp_path / "tuned", output=tmp_path / "out")
     assert not (tmp_path / "out" / "model.onnx").exists()

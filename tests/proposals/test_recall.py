@@ -69,3 +69,9 @@ def test_an_image_that_is_listed_twice_counts_with_all_its_objects(coco: CocoDat
     recall = Recall(twice)
     recall.add(ImageProposals("1.png", 400, 100, np.array([[0, 0, 100, 100]], np.float32)))
     assert recall.figures()["recall50"] == 0.5
+
+
+def test_labels_of_a_turned_image_are_left_out(coco: CocoDataset) -> None:
+    recall = Recall(coco)
+    recall.add(ImageProposals("1.png", 100, 400, np.array([[0, 0, 100, 100]], np.float32)))
+    assert (recall.figures(), recall.unlike) == ({}, 1)

@@ -74,7 +74,8 @@ def run_folder(settings: dict[str, Any], explanation: str) -> Iterator[Path | No
             if changed:
                 k = changed[0]
                 raise ValueError(
-                    f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former"
+                    f"{output}: was started with {k}={before[k]!r}, now {plain[k]!r}; resume with the former,"
+                    " or give --overwrite to start anew"
                 )
         elif is_first and used:
             raise ValueError(

@@ -12,7 +12,7 @@ from aligndet.data.document import CocoWriter, Document
 from aligndet.data.formats import Split, is_bare_folder, load_labelled
 from aligndet.data.images import ImageError, read_image_size
 from aligndet.data.listing import list_images, walk
-from aligndet.files import accepts_strings, atomic_write, contents, locked
+from aligndet.files import accepts_strings, atomic_write, check_file, contents, locked
 
 
 @accepts_strings
@@ -48,7 +48,11 @@ def check_data(
     """
     if fix is not None and fix.is_dir():
         _refuse_taken(fix)
+    if output is not None:
+        check_file(output)
     bare = is_bare_folder(path)
+    if bare and images is not None:
+        raise ValueError(f"{path}: holds no labels of a known format, which --images would be of")
     labels = _bare(path) if bare else load_labelled(path, images, split)
     if bare and next(walk(path, {".txt"}), None) is not None:
         print(

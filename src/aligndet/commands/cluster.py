@@ -30,6 +30,7 @@ from aligndet.files import accepts_strings, check_writable, print_skipped
 from aligndet.proposals.clusters import (
     FeatureClusters,
     PartialClusters,
+    check_installed,
     clusters_file,
     digest,
     partial_file,
@@ -104,6 +105,7 @@ def cluster(
     settings = dict(locals())
     check_bounds(settings)
     check_engine(engine, ray_address)
+    check_installed()
     if clusters_file(proposals).exists() and not overwrite:
         raise ValueError(f"{clusters_file(proposals)}: is there already; give --overwrite to replace it")
     table = read_proposals(proposals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from aligndet.detectors.weights import load_tuned, weights_folder
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult, distinct_names
 from aligndet.evaluation.details import Details, DetailsEvaluator
 from aligndet.evaluation.inference import predict_images, resolve_device
-from aligndet.files import accepts_strings, atomic_write, fingerprint, print_skipped
+from aligndet.files import accepts_strings, atomic_write, check_file, fingerprint, print_skipped
 
 
 @accepts_strings
@@ -62,6 +63,10 @@ def evaluate(
             broken.
     """
     check_bounds({"score": score, "batch_size": batch_size})
+    if output is not None:
+        check_file(output)
+        if details:
+            import_module("aligndet.reporting.details")  # an error before the work if matplotlib is missing
     detector, manifest = load_tuned(model)
     categories = [
         Category(*pair) for pair in zip(manifest["category_ids"], manifest["class_names"], strict=True)

@@ -22,8 +22,8 @@ def export(
     output: Path,
     num_classes: int | None = None,
     format: Literal["torchvision", "transformers", "onnx"] | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
+    min_size: int | None = None,
+    max_size: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
@@ -42,8 +42,8 @@ def export(
             has its own.
         format: "onnx" (FCOS, RetinaNet, Faster and Mask R-CNN); otherwise that of the detector,
             "torchvision" or "transformers".
-        min_size: Short side for prediction, kept in the manifest.
-        max_size: Bound of the long side, likewise.
+        min_size: Short side for prediction, kept in the manifest; 800 by default. ONNX has fine-tuning's.
+        max_size: Bound of the long side, likewise; 1333 by default.
         seed: Of the new layers.
         overwrite: Replace an export that is there.
 
@@ -55,20 +55,26 @@ def export(
         ValueError: If the run holds no weights of this kind, the number of classes is missing, the detector
             is of another format, the output is taken, or onnxruntime finds other boxes than PyTorch.
     """
+    if (output / "run.json").exists():
+        raise ValueError(f"{output}: is the folder of a run; give another output")
     if format == "onnx":
+        if (num_classes, min_size, max_size) != (None, None, None):
+            raise ValueError(
+                "--num-classes, --min-size, --max-size: are those of fine-tuning; leave them out for ONNX"
+            )
         return _to_onnx(run, output, overwrite)
     if num_classes is None:
         raise ValueError(
             "--num-classes: give the number of object classes to be fine-tuned (a fine-tuned run is a whole"
             " detector already: RUN/model)"
         )
-    check_bounds({"num_classes": num_classes, "seed": seed})
+    check_bounds(locals())
     if any((output / name).exists() for name in ("model.safetensors", "model.onnx")) and not overwrite:
         raise ValueError(f"{output}: holds weights already; give --overwrite or another output")
     state, source = load_weights(run)
     if "num_classes" in source["architecture"]:
         raise ValueError(f"{run}: is a whole detector already; there is nothing to export but --format onnx")
-    size = {"num_classes": num_classes, "min_size": min_size, "max_size": max_size}
+    size = {"num_classes": num_classes, "min_size": min_size or 800, "max_size": max_size or 1333}
     architecture = {**source["architecture"], **size}
     own = family_of(architecture["detector"]).weights_format
     if format not in (None, own):

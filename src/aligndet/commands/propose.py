@@ -50,6 +50,7 @@ class ProposeSummary(NamedTuple):
     without: int  # images without a box
     recall: dict[str, float] | None  # "recall50", "recall70" and "AR": their mean over IoU
     mask_iou: float | None  # mean IoU of the masks of objects that are found at IoU 0.7
+    unlike: int  # labelled images whose labels are of another size, and not among these
 
 
 @accepts_strings
@@ -117,7 +118,8 @@ def propose(
         Counts, skipped images with the reason, and if annotations were given, recall and fit of the masks.
 
     Raises:
-        ValueError: If the folder has no images, output holds something else, or (strict) an image is broken.
+        ValueError: If the folder has no image that can be read, output holds something else, or (strict) an
+            image is broken.
     """
     check_bounds(locals())
     check_engine(engine, ray_address)
@@ -126,6 +128,8 @@ def propose(
     if annotations is not None:  # fails before the work
         recall = Recall(read_labelled(annotations, source.labelled_folder("--annotations"), masks=None))
     file_names = source.names(names)
+    if names is not None:
+        source.prepare(file_names, names)
     filters = {
         "max_aspect_ratio": max_aspect_ratio,
         "min_area": min_area,
@@ -166,6 +170,13 @@ def propose(
         find = partial(run, work, engine=engine, workers=workers, address=ray_address)
         _write_shards(shards, find, strict)
         summary = _summarise(output, _read(shards, masks=masks and recall is not None), recall)
+        if not summary.images:
+            for path in shards:  # an image that is broken is not looked at again
+                path.unlink()
+            first = next(iter(summary.skipped.values()))
+            raise ValueError(
+                f"{source}: none of its {len(file_names)} images can be read; the first: {first}"
+            )
         if recall is not None and not summary.recall:
             raise ValueError(f"{annotations}: has no object in the images of {source}")
         if strict and summary.skipped:  # in an earlier run that was not strict
@@ -260,7 +271,10 @@ def _summarise(output: Path, rows: Iterable[ImageProposals], recall: Recall | No
         if recall is not None:
             recall.add(row)
     figures, mask_iou = (recall.figures(), recall.mask_iou()) if recall is not None else (None, None)
-    return ProposeSummary(output, len(counts), skipped, sum(counts), counts.count(0), figures, mask_iou)
+    unlike = 0 if recall is None else recall.unlike
+    return ProposeSummary(
+        output, len(counts), skipped, sum(counts), counts.count(0), figures, mask_iou, unlike
+    )
 
 
 def _print(summary: ProposeSummary) -> None:
@@ -271,6 +285,8 @@ def _print(summary: ProposeSummary) -> None:
         print(f"{len(summary.skipped)} images skipped")
     if summary.recall:
         print("objects found: " + ", ".join(f"{name} {value:.3f}" for name, value in summary.recall.items()))
+    if summary.unlike:
+        print(f"{summary.unlike} labelled images have another size in their labels, and are left out of this")
     if summary.mask_iou is not None:
         print(f"masks of objects found at IoU 0.7: mean IoU {summary.mask_iou:.3f}")
     print(f"proposals: {summary.output}")

@@ -102,6 +102,7 @@ def quickstart(
         "checkpoint_every": 40,
         "channels_last": True,  # faster on a CPU
     }
+    masks = family_of(detector).masks  # an unknown detector leaves nothing behind
     with run_folder(settings, _EXPLANATION + _NEXT):
         data = output / "data"
         if not (data / "README.txt").is_file():
@@ -112,7 +113,7 @@ def quickstart(
             data / "train",
             output=output / "proposals",
             annotations=data / "train.json",
-            masks=family_of(detector).masks,
+            masks=masks,
         )
         pretrained = output / "pretrained"
         if not (pretrained / "pretrained" / "manifest.json").is_file():

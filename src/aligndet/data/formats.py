@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,14 @@ def is_bare_folder(path: Path) -> bool:
     return path.is_dir() and find_yaml(path) is None and not is_voc(path) and not _jsons(path)
 
 
+_SPLITS: dict[str, set[str]] = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation"},
+    "all": set(),
+}
+"""Words in the names of files that hold a part."""
+
+
 def _jsons(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")])
 
@@ -82,7 +91,8 @@ def _jsons(folder: Path) -> list[Path]:
 def _find_json(folder: Path, split: str) -> Path | None:
     found = _jsons(folder)
     if len(found) > 1:
-        named = [path for path in found if split in path.stem]
+        words = {path: set(re.split("[^a-z]+", path.stem.lower())) for path in found}
+        named = [path for path in found if words[path] & _SPLITS[split]]
         if len(named) != 1:
             listed = ", ".join(path.name for path in found[:5])
             raise ValueError(f"{folder}: holds several JSON files ({listed}); give one of them")

@@ -10,7 +10,7 @@ import random
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePath
@@ -26,6 +26,7 @@ from aligndet.data.listing import AVIF, OTHERS, list_images
 # Pillow knows many more, and would start Ghostscript for PostScript that calls itself a JPEG
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", *(["AVIF"] if AVIF else []))
 _NOT_READ = "this format is not read; save it as JPEG or PNG"
+_NO_EXIF = SyntaxError, struct.error, ValueError  # of metadata that are damaged, where pixels may be sound
 MIN_SIDE = 8
 MAX_PIXELS = 300_000_000  # an RGB image of that many takes 0.9 GB, one of 16 bits a pixel 2.4 GB
 
@@ -194,7 +195,9 @@ def read_image(path: Path | StoredImage, *, long_side: int | None = None) -> Ten
         if long_side is not None and max(file.size) >= 2 * long_side:
             part = long_side / max(file.size)
             file.draft(None, (math.ceil(file.width * part), math.ceil(file.height * part)))
-        ImageOps.exif_transpose(file, in_place=True)
+        file.load()
+        with suppress(*_NO_EXIF):
+            ImageOps.exif_transpose(file, in_place=True)
         array = _to_rgb(file)
     return torch.from_numpy(array).permute(2, 0, 1)
 
@@ -225,8 +228,10 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     """
     assert image.fp is not None  # until its pixels are read
     decode = image.format != "PNG" or _has_metadata_behind(image.fp)
-    exif = image.getexif() if decode else Image.Image.getexif(image)
-    return int(exif.get(ExifTags.Base.Orientation, 1))
+    with suppress(*_NO_EXIF):
+        exif = image.getexif() if decode else Image.Image.getexif(image)
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def _has_metadata_behind(png: IO[bytes]) -> bool:

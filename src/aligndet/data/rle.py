@@ -96,7 +96,9 @@ def read_segmentation(segmentation: Any, width: int, height: int) -> bytes:
     polygons = not isinstance(segmentation, dict)
     try:
         if polygons:
-            segmentation = [_polygon(points, width, height) for points in segmentation]
+            # annotation tools leave slivers of one or two points beside the outline
+            outlines = [points for points in segmentation if len(points) >= 6] or segmentation
+            segmentation = [_polygon(points, width, height) for points in outlines]
         elif list(segmentation["size"]) != [height, width]:
             raise ValueError(f"size {segmentation['size']} instead of {[height, width]}")
         rle = coco_masks.segmToRle(segmentation, width, height)

@@ -17,7 +17,7 @@ from aligndet.data.addresses import file_system, is_web, path_at, patiently, rea
 from aligndet.data.images import ImageError, StoredImage
 from aligndet.data.listing import READ, SUFFIXES, find_files, is_listed
 from aligndet.data.tars import tar_index, update_index
-from aligndet.files import read_lines, safe_name, was_address
+from aligndet.files import at_home, read_lines, safe_name, was_address
 
 _AT_ONCE = 16  # tars
 _ASKED = 20  # images asked for before an address is taken for a wrong one
@@ -49,7 +49,9 @@ class ImageSource:
                 f"{place}: only a local folder is taken here (from Python, give an address as a string: Paths"
                 " keep one slash only)"
             )
-        if not self.is_local:
+        if self.is_local:
+            self.place = str(at_home(Path(self.place)))
+        else:
             self.place = self.place.rstrip("/") if not self.place.endswith("://") else self.place
             file_system(self.place)
         self._root, self._tar = self.place, ""

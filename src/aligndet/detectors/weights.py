@@ -207,7 +207,8 @@ def weights_folder(folder: Path) -> Path:
         folder: Of a run, of an export, or of the weights themselves.
     """
     candidates = [folder, folder / "model", folder / "pretrained"]
-    return next((c for c in candidates if (c / "manifest.json").is_file()), folder)
+    files = "manifest.json", "model.safetensors"
+    return next((c for c in candidates if all((c / name).is_file() for name in files)), folder)
 
 
 @accepts_strings

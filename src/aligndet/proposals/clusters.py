@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ SMALLEST = 10
 """Proposals a cluster on average, at least: fewer would be no class."""
 _SCHEMA = pa.schema([("file_name", pa.string()), ("clusters", pa.list_(pa.int32()))])
 _MANIFEST = b"aligndet"
+
+
+def check_installed() -> None:
+    """Makes sure, before the work, that scikit-learn is there.
+
+    Raises:
+        ImportError: If it is not.
+    """
+    if find_spec("sklearn") is None:
+        raise ImportError('clusters need scikit-learn: pip install "aligndet[detr]"')
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,12 @@ class FeatureClusters:
             seed: Of the random parts.
 
         Raises:
-            ValueError: If scikit-learn is not installed.
+            ImportError: If scikit-learn is not installed.
         """
-        try:
-            from sklearn.cluster import MiniBatchKMeans
-            from sklearn.decomposition import PCA
-        except ImportError as error:
-            raise ValueError('clusters need scikit-learn: pip install "aligndet[detr]"') from error
+        check_installed()
+        from sklearn.cluster import MiniBatchKMeans
+        from sklearn.decomposition import PCA
+
         clusters = max(1, min(clusters, len(features) // SMALLEST))
         pca = PCA(min(components, *features.shape), random_state=seed).fit(features)
         means = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed)

@@ -27,6 +27,7 @@ class Recall:
             self._positions.setdefault(name, []).append(position)
         self._box_ious: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)]
         self._mask_ious: list[npt.NDArray[np.float64]] = [np.zeros(0)]
+        self.unlike = 0
 
     def add(self, proposals: ImageProposals) -> None:
         """Compares the proposals of an image with its objects.
@@ -39,11 +40,14 @@ class Recall:
 
     def _add(self, proposals: ImageProposals, position: int) -> None:
         coco = self._coco
+        size = proposals.width, proposals.height
+        if tuple(coco.sizes[position]) != size:  # turned, say: boxes of another system
+            self.unlike += 1
+            return
         objects = np.flatnonzero(~coco.iscrowd[position])
         ious, best = best_proposals(proposals.boxes, coco.boxes[position][objects])
         self._box_ious.append(ious)
-        size = proposals.width, proposals.height
-        if coco.masks is not None and proposals.masks is not None and tuple(coco.sizes[position]) == size:
+        if coco.masks is not None and proposals.masks is not None:
             is_found = ious >= 0.7
             masks = [coco.masks[position][i] for i in objects[is_found].tolist()]
             labelled = EncodedMasks(proposals.height, proposals.width, masks)
