@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from aligndet.checkpoints import LastCheckpoint, is_validated
 from aligndet.files import print_skipped
 from aligndet.processes import all_reduce_mean
+
+
+class Patience(EarlyStopping):
+    """Ends a run that no longer gets better; one that had ended before it was resumed trains no further."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Ends a resumed run at once."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 class Throughput(Callback):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 import aligndet
+from aligndet.checkpoints import read_checkpoint
 from aligndet.data.sources import ImageSource
 from aligndet.evaluation.coco import CocoEvaluator, CocoResult
 from aligndet.files import locked
@@ -595,8 +596,9 @@ def test_what_is_asked_for_reaches_the_algorithm(
     settings = {"temperature": 0.1, "decay": 0.9, "contrast_weight": 2.0, "box_weight": 0.5, "seed": 7}
     settings |= {"gather_keys": True, "train_trunk": True}
     given = {"proposals": proposals, "output": tmp_path / "run", **settings}
-    module, _, _ = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
+    module, _, asked = asked_of(aligndet.pretrain, monkeypatch, sample / "train", **given)
     assert {name: getattr(module, name) for name in settings} == settings
+    assert asked["sync_batch_norm"]  # of a trunk that is trained
 
 
 def test_what_is_asked_for_reaches_the_data_of_pretraining(
@@ -635,6 +637,21 @@ def test_what_is_asked_for_reaches_fine_tuning(
     assert asked["validation"].strict
     (stopping,) = (callback for callback in asked["callbacks"] if isinstance(callback, EarlyStopping))
     assert (stopping.patience, stopping.mode, stopping.monitor) == (3, "max", "val/AP")
+
+
+def test_a_run_without_patience_left_trains_no_further(sample: Path, tmp_path: Path) -> None:
+    """AP stays at 0: the second validation of six is the last."""
+    given: dict[str, Any] = {**SMALL, "steps": 6, "val_annotations": sample / "val.json", "validate_every": 1}
+    given |= {"output": tmp_path / "tuned", "patience": 1, "checkpoint_every": 1, "learning_rate": 1e-9}
+    aligndet.finetune(sample / "train.json", **given)
+    last, model = tmp_path / "tuned" / "checkpoints" / "last.ckpt", tmp_path / "tuned" / "model"
+    assert read_checkpoint(last)["global_step"] == 2
+    weights = load_file(model / "model.safetensors")
+    shutil.rmtree(model)
+    aligndet.finetune(sample / "train.json", **given, resume=True)
+    assert read_checkpoint(last)["global_step"] == 2
+    again = load_file(model / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
 @pytest.mark.parametrize(

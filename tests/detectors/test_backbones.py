@@ -175,6 +175,8 @@ def test_names_of_torchvision_that_timm_has_under_another() -> None:
 def test_a_trunk_without_the_strides_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no feature maps at strides \(4, 8, 16, 32\) but at \[14"):
         build_trunk("vit_small_patch14_dinov2")
+    with pytest.raises(ValueError, match=r"has no feature maps .*dynamic_img_size"):
+        build_trunk("vit_relpos_small_patch16_224")
 
 
 def test_resnets_are_torchvisions() -> None:

@@ -227,6 +227,28 @@ def test_new_layers_start_as_their_authors_have_them(name: str) -> None:
             assert layer.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.1), attention
 
 
+def test_what_fills_up_images_with_few_objects_is_nothing() -> None:
+    embedding = build_plain("d_fine", num_denoising=8).network.model.denoising_class_embed
+    assert not embedding.weight[embedding.padding_idx].any()
+    assert embedding.weight[: embedding.padding_idx].std() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    [
+        ("dab_detr", {"num_patterns": 3}, ("model.patterns",)),
+        ("detr", {"position_embedding_type": "learned"}, ("row_embeddings", "column_embeddings")),
+    ],
+)
+def test_layers_that_an_option_adds_are_taken_over(
+    name: str, options: dict[str, Any], layers: tuple[str, ...]
+) -> None:
+    adapter, detector = build(name, **options), build_plain(name, **options)
+    origins = initialise(detector, pretrained_state(adapter))
+    for layer in layers:
+        assert [origin for key, origin in origins.items() if key.endswith(layer)] == ["pre-trained"], origins
+
+
 def test_every_layer_of_d_fine_learns_from_its_own_predictions() -> None:
     """Edges of all layers are pulled to the boxes that go with them, and every class layer learns."""
     detector = build_plain("d_fine", num_denoising=8).train()
@@ -336,6 +358,12 @@ def test_frozen_norms_are_those_of_their_libraries(trunk: str, theirs: Any, dtyp
 def test_settings_that_do_not_train_are_not_offered() -> None:
     assert "two_stage" not in family_of("deformable_detr").shared_options()
     assert "num_queries" in family_of("deformable_detr").shared_options()
+    with pytest.raises(ValueError, match="num_feature_levels must be at least 3, not 2"):
+        build("deformable_detr", num_feature_levels=2)
+    build("deformable_detr", num_feature_levels=3)
+    for name in ("conditional_detr", "rt_detr", "d_fine", "dab_detr"):
+        hidden = {"decoder_layerdrop", "learn_initial_query", "eval_idx", "random_refpoints_xy"}
+        assert hidden.isdisjoint(family_of(name).shared_options())
 
 
 @pytest.mark.parametrize("name", ["detr", pytest.param("dab_detr", marks=pytest.mark.slow)])

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 from lightning import seed_everything
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
+from aligndet.callbacks import Patience
 from aligndet.checkpoints import BestCheckpoint, WeightAverage, best_validation, read_checkpoint
 from aligndet.commands._runs import run_folder
 from aligndet.commands._settings import provenance, with_recipe
@@ -377,5 +377,5 @@ def _callbacks(output: Path, validated: bool, patience: int | None, ema: float |
     if validated:
         callbacks.append(BestCheckpoint(output / "checkpoints"))
         if patience is not None:
-            callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience))
+            callbacks.append(Patience("val/AP", mode="max", patience=patience))
     return callbacks

@@ -215,7 +215,7 @@ def pretrain(
             seed=seed,
         )
         run = {name: training[name] for name in RUN_SETTINGS} | {
-            "sync_batch_norm": fpn_norm == "batch" or adapter.weights_format == "transformers"
+            "sync_batch_norm": train_trunk or fpn_norm == "batch" or adapter.weights_format == "transformers"
         }
         counts = f"{len(table)} images with {len(table.boxes)} proposals"
         masks = () if table.masks is None else (table.masks[0].numpy(), table.masks[1])

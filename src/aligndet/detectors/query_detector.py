@@ -321,6 +321,9 @@ def _network(family: Family, trunk: QueryTrunk, num_labels: int, settings: dict[
             output_stride=16 if dilated else None,
         )
     )
+    levels = settings.get("num_feature_levels")
+    if levels is not None and levels < len(family.strides):
+        raise ValueError(f"num_feature_levels must be at least {len(family.strides)}, not {levels}")
     own: dict[str, Any] = dict.fromkeys(family.width, trunk.width)
     if family.from_encoder:
         own |= {"encoder_in_channels": trunk.channels, "decoder_in_channels": [trunk.width] * 3}

@@ -129,7 +129,10 @@ _OURS = {
     *("encoder_in_channels", "decoder_in_channels", "eval_size", "anchor_image_size", "auxiliary_loss"),
     *("is_encoder_decoder", "tie_word_embeddings", "num_labels"),
     *("two_stage", "two_stage_num_proposals"),  # transformers has no loss for Deformable DETR's first stage
-    "cls_loss_coefficient",  # transformers does not read it
+    *("cls_loss_coefficient", "encoder_layerdrop"),  # transformers does not read these
+    "decoder_layerdrop",  # the views would have different layers
+    *("learn_initial_query", "eval_idx"),  # transformers has errors there
+    "random_refpoints_xy",  # a start of its own, see `start_as_authors`
 }
 """Settings of transformers that follow from the trunk, the images or the task, or do not work."""
 
@@ -181,8 +184,10 @@ def start_as_authors(family: Family, network: nn.Module) -> None:
     for name, module in modules:
         if name.endswith("reference_point_embed"):  # how far queries are from where they are selected
             nn.init.zeros_(module.weight)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) and not name.startswith("model.position_embedding."):
             nn.init.normal_(module.weight)
+            if module.padding_idx is not None:  # of denoising: what fills up images with few objects
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():  # zeros are intended

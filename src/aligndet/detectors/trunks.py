@@ -202,7 +202,7 @@ def _timm_trunk(trunk: str, strides: tuple[int, ...], any_patch: bool = False) -
         model: Any = timm.create_model(
             name, features_only=True, pretrained=False, out_indices=tuple(range(-len(strides), 0)), **settings
         )
-    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"trunk {trunk!r} has no feature maps at strides {strides}: {error}") from error
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
     if reductions == list(strides):

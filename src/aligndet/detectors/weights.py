@@ -28,12 +28,13 @@ MODULES = {
     "neck": (
         *("backbone.fpn.", "backbone.connections."),
         *("model.input_proj", "model.encoder", "model.level_embed", "model.backbone.projector."),
+        "model.position_embedding.",
     ),
     "rpn": ("rpn.",),
     "head": (
         *("head.", "roi_heads.", "bbox_", "class_", "model.decoder", "model.query_"),
         *("model.reference_point", "model.enc_", "model.weight_embedding", "model.denoising_"),
-        "model.pos_trans",
+        *("model.pos_trans", "model.patterns."),
     ),
 }
 """The parts of a detector by the names of the paper's table 9, as prefixes of state dicts: torchvision's, and
@@ -84,6 +85,8 @@ def initialise(
             f"these weights are of another detector or trunk: {len(alien)} of {len(state)} tensors have"
             f" no place in it, the first is {alien[0]!r}"
         )
+    every = tuple(prefix for parts in MODULES.values() for prefix in parts)
+    assert all(name.startswith(every) for name in state), "a layer of no module would be lost"
     taken = {
         name: _tiled(name, tensor, wanted[name])
         for name, tensor in state.items()
