@@ -136,6 +136,7 @@ def finetune(
         init_from: A run of `aligndet pretrain` or `aligndet finetune`, or an export; its detector, trunk,
             fpn_channels and fpn_norm are taken over. Without it, neck and heads start from random numbers.
         init: Parts to take from init_from, out of "trunk", "neck", "rpn", "head" (the paper's table 9).
+            Without "trunk" its weights are those of trunk_weights: give the ones that pre-training had.
         detector: "fcos" (the default), "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn" or "htc";
             CBNet v2: "cbnet_cascade_rcnn" or "cbnet_htc"; with transformers: "detr", "conditional_detr",
             "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine" or "rf_detr".
