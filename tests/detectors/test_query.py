@@ -120,14 +120,24 @@ def test_gradients_are_those_of_all_embeddings() -> None:
     others = torch.cat([torch.arange(5), torch.full((15,), BACKGROUND)])
     momentum = BoxPredictions(torch.randn(20, 128), others)
     found, head = [], adapter.projection_head
-    for layers in (adapter._embeddings(states, ids), head(states.flatten(0, 1)).unflatten(0, (3, 24))):
-        losses = [
-            box_contrastive_loss(BoxPredictions(*own), momentum) for own in zip(layers, ids, strict=True)
-        ]
+    embedded = head(states.flatten(0, 1)).unflatten(0, (3, 24))
+    for stages in (adapter._stages(states, ids, 2), map(BoxPredictions, embedded, ids)):
+        losses = [box_contrastive_loss(own, momentum) for own in stages]
         inputs = [states, *head.parameters()]
         found.append(torch.autograd.grad(torch.stack(losses).sum(), inputs))
     torch.testing.assert_close(*found)
     assert found[0][0].any()
+
+
+def test_of_groups_of_queries_the_background_is_that_of_the_first() -> None:
+    adapter = build("rf_detr", objectness=True, group_detr=3)
+    proposals = [boxes(4), boxes(2)]
+    for stage in adapter(IMAGES, proposals).stages:
+        assert len(stage.embeddings) == len(stage.proposal_ids)
+        stands = stage.proposal_ids != BACKGROUND
+        assert stands.sum() == 3 * 6  # of all groups
+        assert (~stands).sum() == 2 * 12 - 6
+        assert stage.embeddings.abs().sum(1).min() > 0
 
 
 @pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
@@ -472,17 +482,17 @@ def test_the_embeddings_of_a_layer_go_with_what_it_predicts(name: str) -> None:
     adapter = build(name, objectness=True)
     states: list[torch.Tensor] = []
     layers: list[torch.Tensor] = []
-    embedded, matched = adapter._embeddings, adapter._match
+    embedded, matched = adapter._stages, adapter._match
 
-    def recorded(given: torch.Tensor, ids: torch.Tensor) -> Any:
+    def recorded(given: torch.Tensor, ids: torch.Tensor, images: int) -> Any:
         states.append(given)
-        return embedded(given, ids)
+        return embedded(given, ids, images)
 
     def watched(layer: Any, labels: Any) -> Any:
         layers.append(layer["logits"])
         return matched(layer, labels)
 
-    adapter._embeddings, adapter._match = recorded, watched
+    adapter._stages, adapter._match = recorded, watched
     with torch.no_grad():
         stages = adapter(IMAGES, [boxes(3), boxes(2)]).stages
     parts = dict(adapter.detector.network.named_modules())

@@ -147,23 +147,27 @@ class QueryPretraining(Adapter):
         else:
             found = [self._match(layer, labels) for layer in self._layers(outputs, len(states))]
         ids = proposal_ids(found, labels, states.shape[1])  # (L, B * Q)
-        embeddings, weight = self._embeddings(states, ids), 1.0 / len(states)
-        stages = (
-            BoxPredictions(*layer, weight) for layer in zip(embeddings, ids.to(states.device), strict=True)
-        )
-        return PretrainOutput(tuple(stages), self.detector.losses(outputs, labels) if learns else {})
+        stages = self._stages(states, ids.to(states.device), len(images))
+        return PretrainOutput(stages, self.detector.losses(outputs, labels) if learns else {})
 
-    def _embeddings(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Embeds all queries, (L, B * Q, D); only those that stand for a proposal have a graph, as the loss
-        has no gradient for others.
+    def _stages(self, states: Tensor, ids: Tensor, images: int) -> tuple[BoxPredictions, ...]:
+        """Embeds the queries (L, B * Q, C) of all layers; only those that stand for a proposal have a graph,
+        as the loss has no gradient for others. Of RF-DETR's groups, the background is that of the first.
         """
-        stands = (ids != BACKGROUND).to(states.device)
+        stands, weight = ids != BACKGROUND, 1.0 / len(ids)
+        rests = ~stands
+        if self.family.windowed:
+            queries = torch.arange(ids.shape[1], device=ids.device) % (ids.shape[1] // images)
+            rests &= queries < self.detector.network.config.num_queries
         own = self.projection_head(states[stands])
         with torch.no_grad():
-            background = self.projection_head(states[~stands])
-        embeddings = own.new_zeros(*stands.shape, own.shape[1])
-        embeddings[stands], embeddings[~stands] = own, background
-        return embeddings
+            background = self.projection_head(states[rests])
+        embeddings = own.new_zeros(*ids.shape, own.shape[1])
+        embeddings[stands], embeddings[rests] = own, background
+        layers = zip(embeddings, ids, stands | rests, strict=True)
+        if self.family.windowed:
+            return tuple(BoxPredictions(layer[kept], own[kept], weight) for layer, own, kept in layers)
+        return tuple(BoxPredictions(layer, own, weight) for layer, own, _ in layers)
 
     def _layers(self, outputs: Any, count: int) -> list[Any]:
         """Class scores and boxes after each of the decoder's layers."""
