@@ -282,14 +282,14 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "this folder cannot be written to", str(folder))
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, kind: str = "a file") -> None:
     """Makes sure, before the work, that a file can be written.
 
     Raises:
         ValueError: If it is a folder.
     """
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give the name of a file")
+        raise ValueError(f"{path}: is a folder; give the name of {kind}")
 
 
 def fingerprint(path: Path) -> str:

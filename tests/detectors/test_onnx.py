@@ -84,6 +84,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     for kind in ("onnx", None):
         with pytest.raises(ValueError, match="is the folder of a run; give another output"):
             export(tmp_path / "tuned", output=tmp_path, format=kind)
+    with pytest.raises(ValueError, match="--min-size must be at least 1, not 0"):
+        export(tmp_path / "tuned", output=tmp_path / "out", num_classes=3, min_size=0)
     with pytest.raises(ValueError, match=r"--num-classes: give the number"):
         export(tmp_path / "tuned", output=tmp_path / "out")
     assert not (tmp_path / "out" / "model.onnx").exists()

@@ -174,10 +174,9 @@ def _pretrained_on(source: Source) -> set[str] | None:
     if not (images and proposals and Path(images).exists()):
         return None
     try:
+        only, exclude = (name and Path(name) for name in map(settings.get, ("names", "exclude")))
         names = read_proposals(Path(proposals)).file_names
-        lists = {word: settings.get(name) for word, name in (("only", "names"), ("exclude", "exclude"))}
-        given = {word: Path(name) for word, name in lists.items() if name is not None}
-        names = ImageSource(images).select(names, **given)
+        names = ImageSource(images).select(names, only=only, exclude=exclude)
     except (ValueError, OSError):
         return None
     return set(image_files(Path(images), names))

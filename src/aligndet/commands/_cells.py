@@ -18,6 +18,7 @@ from aligndet.commands.pretrain import pretrain
 from aligndet.commands.propose import propose
 from aligndet.comparison import Cell, hold_out, labelled_subset
 from aligndet.data.coco import image_files
+from aligndet.data.listing import without_ours
 from aligndet.data.sources import ImageSource
 from aligndet.detectors.build import family_of, training_defaults
 from aligndet.detectors.weights import MODULES
@@ -193,10 +194,7 @@ class Bench:
         images, ours = self.unlabelled.resolve(), self.locks.parent
         if not ours.is_relative_to(images):
             return None
-        plots = f"{ours.relative_to(images).as_posix()}/"
-        names = [name for name in ImageSource(images).names() if not name.startswith(plots)]
-        if not names:
-            raise ValueError(f"{images}: holds no image but those in {ours}")
+        names = without_ours(ImageSource(images).names(), images, ours)
         path = ours / "images.txt"
         atomic_write(path, "\n".join(names) + "\n")
         return path

@@ -18,7 +18,7 @@ _AT_LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "devices", "nodes", "steps", "fpn_channels"), 1),
     **dict.fromkeys(("checkpoint_every", "log_every", "validate_every", "patience", "max_proposals"), 1),
     **dict.fromkeys(("shard_size", "resolution", "num_classes", "pretrain_steps", "finetune_steps"), 1),
-    **dict.fromkeys(("clusters", "components", "sample"), 1),
+    **dict.fromkeys(("clusters", "components", "sample", "min_size", "max_size"), 1),
     **dict.fromkeys(("workers", "seed", "warmup_steps", "weight_decay", "contrast_weight", "box_weight"), 0),
     "trunk_factor": 0,
     "frozen_stages": 0,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from aligndet.commands._settings import check_bounds
 from aligndet.data.document import CocoWriter
 from aligndet.data.images import ImageError, read_image, readable
-from aligndet.data.listing import list_images
+from aligndet.data.listing import list_images, without_ours
 from aligndet.data.rle import encode
 from aligndet.data.videos import is_video, rate_and_length, read_frames, video_writer
 from aligndet.detectors.weights import load_tuned
@@ -123,12 +123,7 @@ def _remove_pictures(output: Path) -> None:
 
 def _images(images: Path, output: Path, strict: bool, broken: list[str]) -> Source:
     folder, files = (images.parent, [images.name]) if images.is_file() else (images, list_images(images))
-    pictures = (output / "pictures").resolve()
-    if pictures.is_relative_to(folder.resolve()):  # our own pictures are no photos
-        drawn = f"{pictures.relative_to(folder.resolve()).as_posix()}/"
-        files = [name for name in files if not name.startswith(drawn)]
-        if not files:
-            raise ValueError(f"{images}: holds no image but those in {output}")
+    files = without_ours(files, folder, output / "pictures")
 
     def write(name: str, drawn: Pixels) -> None:
         atomic_write(output / "pictures" / _picture_name(name), to_jpeg(drawn))

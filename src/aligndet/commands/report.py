@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligndet.files import accepts_strings, atomic_write
+from aligndet.files import accepts_strings, atomic_write, check_file
 
 if TYPE_CHECKING:
     from aligndet.data.coco import CocoDataset
@@ -61,8 +61,7 @@ def report(
         raise ValueError("runs: give at least one folder")
     if count < 1:
         raise ValueError(f"--count must be at least 1, not {count}")
-    if output.is_dir():
-        raise ValueError(f"{output}: is a folder; give the name of an HTML file")
+    check_file(output, "an HTML file")
     plots = plots or output.with_name(f"{output.stem}_files")
     ours = {output.resolve(), plots.resolve()}  # of an earlier call, as in runs/*
     comparisons, single = read_folders(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 
@@ -100,3 +100,24 @@ def list_images(folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(READ))})")
     return names
+
+
+def without_ours(names: Sequence[str], folder: Path, place: Path) -> list[str]:
+    """Leaves out what we have drawn ourselves, which is no photograph.
+
+    Args:
+        names: Of the images of a folder.
+        folder: It.
+        place: Where we draw, in that folder or elsewhere.
+
+    Raises:
+        ValueError: If no other image is left.
+    """
+    folder, place = folder.resolve(), place.resolve()
+    if not place.is_relative_to(folder):
+        return list(names)
+    ours = f"{place.relative_to(folder).as_posix()}/"
+    kept = [name for name in names if not name.startswith(ours)]
+    if not kept:
+        raise ValueError(f"{folder}: holds no image but those in {place}")
+    return kept
